@@ -1,0 +1,1 @@
+"""Parsers and writers of byte formats: bytes in, values out, no IO."""

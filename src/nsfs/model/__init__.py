@@ -1,0 +1,1 @@
+"""Values and pure decisions: no IO, no clock, no concurrency."""

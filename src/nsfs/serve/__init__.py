@@ -1,0 +1,1 @@
+"""Adapters to kernel, sockets and processes; they translate and decide nothing."""

@@ -1,0 +1,248 @@
+"""The control API: what the command line and the daemon say to each other.
+
+One gRPC service, `nsfs.v1.Control`, on the daemon's socket; every method takes one request and answers with a stream of
+events that ends with one `Done` (or with an error, whose gRPC status is the error's `code` and whose details are a
+packed `Failure`). Messages are msgpack, checked against these classes on both sides. Unknown fields are ignored, so a
+field may be added with a default; anything else needs a new `VERSION`, and a daemon serves the one before, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from msgspec import Struct, field
+
+SERVICE = "nsfs.v1.Control"
+VERSION = 1
+
+
+class ImageRequest(Struct, kw_only=True):
+    """Names an image as a namespace sees it; the base of most requests.
+
+    `reference` is what the user typed, except that an `oci:` layout's path is absolute. `isolation` is None (the
+    policy's choice), "shared", "isolated" or "pod". `platform` is os/architecture[/variant], None for the host's.
+    """
+
+    reference: str
+    namespace: str = "default"
+    isolation: str | None = None
+    platform: str | None = None
+
+
+class MountRequest(ImageRequest, kw_only=True):
+    """Mount an image at `target`, an absolute path of an existing directory."""
+
+    target: str
+    driver: str = "auto"
+    """auto, erofs, erofs-loop or fuse."""
+    writable: bool = False
+    on_error: str = "wait:60s"
+    """wait, wait:<seconds>s or eio."""
+
+
+class UmountRequest(Struct, kw_only=True):
+    """Take away what a MountRequest put at `target`."""
+
+    target: str
+    force: bool = False
+
+
+class PathRequest(ImageRequest, kw_only=True):
+    """Names a path inside an image: for List, Stat, Read and Tree."""
+
+    path: str
+    """Absolute inside the image's root; symlinks are followed inside it, the last component's too for List and Read."""
+    offset: int = 0
+    length: int | None = None
+    """Read: to the end if None."""
+
+
+class Empty(Struct):
+    """For Version and Status."""
+
+
+class Progress(Struct, tag="progress", kw_only=True):
+    """How far a long piece of work is; sent a few times a second."""
+
+    stage: str
+    """resolve, index, map, mount, evict."""
+    what: str
+    """For people: a short layer digest, a path."""
+    done: int = 0
+    total: int = 0
+    """Bytes; 0 if not known."""
+
+
+class Note(Struct, tag="note", kw_only=True):
+    """One sentence for people, such as what a download is about to cost."""
+
+    text: str
+
+
+class Data(Struct, tag="data"):
+    """A piece of a file's content (Read)."""
+
+    data: bytes
+
+
+class Item(Struct, tag="item"):
+    """One entry of a listing (List, Tree), sent as it is known."""
+
+    entry: EntryReport
+
+
+class Done(Struct, tag="done"):
+    """The result, packed: `RESULTS[method]` says of which class."""
+
+    result: bytes
+
+
+Event: TypeAlias = Progress | Note | Data | Item | Done
+
+
+class Failure(Struct, kw_only=True):
+    """An error that crosses a socket; `code` finds the class in `nsfs.errors.ERRORS`."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+class VersionReport(Struct, kw_only=True):
+    """Who answers."""
+
+    version: str
+    api: int
+    pid: int
+    private: bool
+    """A user's private daemon, which ends with its last mount."""
+
+
+class EntryReport(Struct, kw_only=True):
+    """One file of an image."""
+
+    path: str
+    """Absolute inside the image; bytes that are no UTF-8 as surrogate escapes."""
+    kind: str
+    """file, directory, symlink, character, block, fifo, socket."""
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime_ns: int
+    links: int
+    target: str = ""
+    """Of a symlink."""
+    device: tuple[int, int] = (0, 0)
+    xattrs: dict[str, bytes] = field(default_factory=dict)
+    layer: str = ""
+    """Digest of the blob it comes from."""
+
+
+class LayerReport(Struct, kw_only=True):
+    """One layer as `nsfs inspect` shows it, lowest first."""
+
+    digest: str
+    media_type: str
+    size: int
+    """Of the blob."""
+    diff_id: str
+    format: str
+    """estargz, tar+gzip, tar+zstd, tar, or what it is instead."""
+    lazy: bool
+    """Its content can be fetched by ranges now."""
+    why: str
+    """Why it is lazy or not, in one sentence."""
+    verified: str
+    """Against what its content is or was verified."""
+    indexed: bool
+    """This domain has its index."""
+    stream_size: int = 0
+    """Uncompressed; 0 if not known yet."""
+    files: int = 0
+    local: int = 0
+    """Bytes of its content that are in the pool."""
+
+
+class ImageReport(Struct, kw_only=True):
+    """`nsfs inspect`."""
+
+    reference: str
+    """Complete: registry, repository, tag or digest."""
+    digest: str
+    """Of the manifest for the platform."""
+    platform: str
+    size: int
+    """Sum of the layers' blobs."""
+    domain: str
+    layers: list[LayerReport]
+    config: dict[str, Any] = field(default_factory=dict)
+    """The image configuration's `config` object: Env, Cmd, Entrypoint, …"""
+
+
+class MountReport(Struct, kw_only=True):
+    """One manual mount as `nsfs status` shows it."""
+
+    id: str
+    target: str
+    reference: str
+    digest: str
+    namespace: str
+    domain: str
+    driver: str
+    writable: bool
+    files: int
+    size: int
+    """Uncompressed bytes of the image's regular files."""
+    local: int
+    """Bytes of them in the pool."""
+    fetched: int
+    """Bytes fetched over the network for this image since the domain's worker first started."""
+    state: str
+    """ready, or what it waits for."""
+
+
+class DomainReport(Struct, kw_only=True):
+    """One domain."""
+
+    name: str
+    pid: int
+    """Of its worker; 0 if none runs."""
+    layers: int
+    local: int
+    fetched: int
+    waiting: int
+    """Reads that wait for the network now."""
+    state: str
+
+
+class StatusReport(Struct, kw_only=True):
+    """`nsfs status`."""
+
+    version: str
+    private: bool
+    root: str
+    mounts: list[MountReport]
+    domains: list[DomainReport]
+
+
+class EvictReport(Struct, kw_only=True):
+    """What `nsfs evict` did."""
+
+    layers: int
+    freed: int
+
+
+METHODS: dict[str, tuple[type, type]] = {
+    "Version": (Empty, VersionReport),
+    "Status": (Empty, StatusReport),
+    "Mount": (MountRequest, MountReport),
+    "Umount": (UmountRequest, Empty),
+    "Inspect": (ImageRequest, ImageReport),
+    "List": (PathRequest, Empty),
+    "Tree": (PathRequest, Empty),
+    "Stat": (PathRequest, EntryReport),
+    "Read": (PathRequest, Empty),
+    "Evict": (ImageRequest, EvictReport),
+}
+"""Request and result class by method. List and Tree answer by `Item`s, Read by `Data`, before an empty result."""

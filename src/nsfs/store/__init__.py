@@ -1,0 +1,1 @@
+"""What nsfs keeps on local disks: pools, indexes, layouts of directories."""
