@@ -1,8 +1,8 @@
 """The control API: what the command line and the daemon say to each other.
 
 One gRPC service, `nsfs.v1.Control`, on the daemon's socket; every method takes one request and answers with a stream of
-events that ends with one `Done` (or with an error, whose gRPC status is the error's `code` and whose details are a
-packed `Failure`). Messages are msgpack, checked against these classes on both sides. Unknown fields are ignored, so a
+events that ends with one `Done` (or with an error: its gRPC status is the error's `code`, its details are a `Failure`
+as JSON). Messages are msgpack, checked against these classes on both sides. Unknown fields are ignored, so a
 field may be added with a default; anything else needs a new `VERSION`, and a daemon serves the one before, too.
 """
 
@@ -36,8 +36,8 @@ class MountRequest(ImageRequest, kw_only=True):
     driver: str = "auto"
     """auto, erofs, erofs-loop or fuse."""
     writable: bool = False
-    on_error: str = "wait:60s"
-    """wait, wait:<seconds>s or eio."""
+    on_error: str = ""
+    """wait, wait:<seconds>s or eio; empty for the daemon's `on_error`."""
 
 
 class UmountRequest(Struct, kw_only=True):
@@ -50,7 +50,7 @@ class UmountRequest(Struct, kw_only=True):
 class PathRequest(ImageRequest, kw_only=True):
     """Names a path inside an image: for List, Stat, Read and Tree."""
 
-    path: str
+    path: bytes
     """Absolute inside the image's root; symlinks are followed inside it, the last component's too for List and Read."""
     offset: int = 0
     length: int | None = None
@@ -119,10 +119,10 @@ class VersionReport(Struct, kw_only=True):
 
 
 class EntryReport(Struct, kw_only=True):
-    """One file of an image."""
+    """One file of an image; names are bytes, as a layer may hold any but slash and NUL."""
 
-    path: str
-    """Absolute inside the image; bytes that are no UTF-8 as surrogate escapes."""
+    path: bytes
+    """Absolute inside the image."""
     kind: str
     """file, directory, symlink, character, block, fifo, socket."""
     mode: int
@@ -131,10 +131,10 @@ class EntryReport(Struct, kw_only=True):
     size: int
     mtime_ns: int
     links: int
-    target: str = ""
+    target: bytes = b""
     """Of a symlink."""
     device: tuple[int, int] = (0, 0)
-    xattrs: dict[str, bytes] = field(default_factory=dict)
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
     layer: str = ""
     """Digest of the blob it comes from."""
 
