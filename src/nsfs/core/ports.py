@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from nsfs.model.digest import Digest
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+
+    from nsfs.model.digest import Digest
 
 BLOCK = 4096
 """Bytes per block: the unit of presence, of alignment, and of every map's addresses."""

@@ -100,7 +100,7 @@ class Span(Struct, frozen=True, gc=False, array_like=True):
     digest: bytes
     """Raw sha256 of what `Spans.covers` says."""
     bits: int = 0
-    """Codec.DEFLATE: how many of the high bits of the first compressed byte belong to the span (0: it starts on a byte)."""
+    """Codec.DEFLATE: how many high bits of the first compressed byte belong to the span (0: all)."""
     window: bytes = b""
     """Codec.DEFLATE: up to 32 KiB of stream before `start`, compressed by zlib."""
 
@@ -128,7 +128,20 @@ class Node:
     Hard links are one Node under several names. Mutable while `model.tree` builds a tree; read-only after.
     """
 
-    __slots__ = ("address", "children", "device", "gid", "kind", "link", "links", "mode", "mtime_ns", "size", "uid", "xattrs")
+    __slots__ = (
+        "address",
+        "children",
+        "device",
+        "gid",
+        "kind",
+        "link",
+        "links",
+        "mode",
+        "mtime_ns",
+        "size",
+        "uid",
+        "xattrs",
+    )
 
     def __init__(self, kind: Kind, mode: int, uid: int = 0, gid: int = 0, mtime_ns: int = 0) -> None:
         self.kind = kind

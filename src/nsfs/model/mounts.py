@@ -1,0 +1,114 @@
+"""From the views of an image to the mounts that make its root filesystem. Pure.
+
+A *lower* is one view (or the FUSE tree of the whole chain), mounted once under a short name of at most eight characters
+in one flat directory, so that 128 of them fit into one page of overlay's mount options.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+
+from nsfs.errors import DeniedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Driver(enum.StrEnum):
+    """How the kernel sees a layer."""
+
+    EROFS = "erofs"
+    EROFS_LOOP = "erofs-loop"
+    FUSE = "fuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What decides about drivers: who runs the daemon, and what its kernel and configuration allow."""
+
+    root: bool
+    erofs: bool
+    file_backed: bool
+
+
+def choose_driver(wish: str, host: Host) -> Driver:
+    """The driver for a mount whose user asked for `wish`, "auto" or a Driver; raises where it cannot be, and why."""
+    if wish == "auto":
+        if not host.root or not host.erofs:
+            return Driver.FUSE
+        return Driver.EROFS if host.file_backed else Driver.EROFS_LOOP
+    try:
+        driver = Driver(wish)
+    except ValueError:
+        raise UsageError(f"not a driver: {wish[:100]!r}", hint="auto, erofs, erofs-loop or fuse") from None
+    if driver is not Driver.FUSE and not host.root:
+        raise DeniedError(f"the {driver} driver needs root", hint="only root may mount erofs; use --driver fuse")
+    if driver is not Driver.FUSE and not host.erofs:
+        raise UsageError(f"the {driver} driver needs a kernel with erofs", hint="use --driver fuse; see nsfs doctor")
+    if driver is Driver.EROFS and not host.file_backed:
+        raise UsageError(
+            "this kernel or configuration does not mount erofs from files",
+            hint="use --driver erofs-loop; see nsfs doctor",
+        )
+    return driver
+
+
+def unique_maps(maps: Sequence[str]) -> list[str]:
+    """`maps`, top first, each once at its topmost place.
+
+    Overlay refuses a directory that comes twice (ELOOP), and the upper of two equal ones hides the lower whole.
+    """
+    return list(dict.fromkeys(maps))
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """Show the one lower as it is."""
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """Stack `lowers`, top first; read-only without `upper`."""
+
+    lowers: tuple[str, ...]
+    upper: str | None = None
+    work: str | None = None
+
+
+def plan_rootfs(lowers: Sequence[str], *, marks: bool, empty: str, upper: tuple[str, str] | None) -> Bind | Overlay:
+    """How `lowers` (top first) become one tree.
+
+    `marks` says whether a single lower has whiteouts or opaque marks, which only an overlay hides; `empty` is an empty
+    directory to put below it; `upper` is (upper, work) of a writable mount.
+    """
+    if upper is not None:
+        return Overlay(tuple(lowers) or (empty,), *upper)
+    if len(lowers) == 1 and not marks:
+        return Bind(lowers[0])
+    return Overlay(tuple(lowers) if len(lowers) > 1 else (*lowers, empty))
+
+
+class MountRecord(Struct, frozen=True, kw_only=True):
+    """One manual mount: what was asked for and what was built for it."""
+
+    id: str
+    target: str
+    reference: str
+    digest: str
+    namespace: str
+    domain: str
+    transient: bool
+    driver: str
+    writable: bool
+    files: int
+    size: int
+    maps: list[str]
+    """Map IDs, top first."""
+    suffix: str
+    """Of the views' names: how long a read may wait (`model.policy.Patience`)."""
