@@ -1,0 +1,130 @@
+"""The control API's client: one call at a time from ordinary, blocking code.
+
+Translates only: requests to messages, events to values, gRPC statuses back to the NsfsError that the daemon raised. Not
+for trio; a call blocks its thread, and whatever ends it early (Ctrl-C, an exception of `listen`) cancels it on the
+daemon, too.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+import msgspec
+
+from nsfs.errors import ERRORS, DeniedError, NotFoundError, NsfsError, UnreachableError, UnsupportedError, UsageError
+from nsfs.serve import api
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its own log lines are not for our users
+
+import grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Listener: TypeAlias = Callable[[api.Progress | api.Note | api.Data | api.Item], None]
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_decode_event = msgspec.msgpack.Decoder(api.Event).decode
+_decode_failure = msgspec.json.Decoder(api.Failure).decode
+
+
+class Control:
+    """A connection to one daemon; `version` is what it said of itself."""
+
+    def __init__(self, channel: grpc.Channel, path: str) -> None:
+        self._channel = channel
+        self._path = path
+        self.version = api.VersionReport(version="", api=0, pid=0, private=False)
+
+    def call(self, method: str, request: msgspec.Struct, kind: type[R], listen: Listener | None = None) -> R:
+        """Call `method`; the result is of `kind`, as `api.METHODS` says, events before it go to `listen` as they come.
+
+        Raises what the daemon raised, UnreachableError when the connection breaks, UnsupportedError when the daemon
+        does not know the method.
+        """
+        start: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{api.SERVICE}/{method}")
+        stream = start(msgspec.msgpack.encode(request))
+        try:
+            for data in stream:
+                event = _decode_event(data)
+                if isinstance(event, api.Done):
+                    return msgspec.msgpack.decode(event.result, type=kind)
+                if listen is not None:
+                    listen(event)
+        except grpc.RpcError as error:
+            raise _translate(error, method, self._path) from None
+        except msgspec.MsgspecError as error:
+            raise UnsupportedError(f"the daemon's answer is not understood: {error}", hint=_RESTART) from None
+        finally:
+            stream.cancel()
+        raise UnreachableError(f"the daemon ended a call without a result: {self._path}")
+
+
+@contextmanager
+def open_control(path: str) -> Iterator[Control]:
+    """Connect to the daemon at the unix socket `path`, and check that it speaks our version.
+
+    Raises UnreachableError, DeniedError, UnsupportedError.
+    """
+    probe(path)
+    channel = grpc.insecure_channel(f"unix:{path}", options=_OPTIONS)
+    try:
+        control = Control(channel, path)
+        control.version = control.call("Version", api.Empty(), api.VersionReport)
+        _check_version(control.version)
+        yield control
+    finally:
+        channel.close()
+
+
+def probe(path: str) -> None:
+    """Connect once and hang up; raises NotFoundError, UnreachableError or DeniedError with the kernel's reason."""
+    if len(os.fsencode(path)) > 107:
+        raise UsageError(f"longer than the 107 bytes of a unix socket's name: {path}")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        try:
+            connection.connect(path)
+        except FileNotFoundError:
+            raise NotFoundError(f"no daemon has this socket: {path}") from None
+        except PermissionError:
+            raise DeniedError(f"this daemon's socket is not for you: {path}") from None
+        except OSError as error:
+            raise UnreachableError(f"no daemon answers: {path}: {error.strerror or error}") from None
+
+
+_RESTART = "daemon and command are of different versions: restart the daemon"
+
+
+def _check_version(version: api.VersionReport) -> None:
+    if not api.VERSION - 1 <= version.api <= api.VERSION + 1:
+        raise UnsupportedError(
+            f"the daemon speaks version {version.api} of the control API, this command {api.VERSION}", hint=_RESTART
+        )
+
+
+def _translate(error: grpc.RpcError, method: str, path: str) -> NsfsError:
+    code, details = error.code().name, error.details() or ""
+    try:
+        failure = _decode_failure(details)
+    except msgspec.MsgspecError:
+        return _translate_plain(code, details, method, path)
+    return ERRORS.get(failure.code, NsfsError)(failure.message, hint=failure.hint)
+
+
+def _translate_plain(code: str, details: str, method: str, path: str) -> NsfsError:
+    """For statuses that gRPC made, not the daemon."""
+    if code == "UNIMPLEMENTED":
+        return UnsupportedError(f"the daemon does not know this call: {method}", hint=_RESTART)
+    if code in {"UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED"}:
+        return UnreachableError(f"the connection to the daemon broke: {path}", hint="its log says why")
+    return NsfsError(f"the call failed: {method}: {code}: {details[:200]}")

@@ -1,0 +1,256 @@
+"""The configuration: one frozen value, read once from TOML.
+
+Owns every key, its default and its check; `contrib/config.toml` lists the same keys with the same defaults. Refuses
+unknown keys (and names the nearest known one), so that a typing error never means a silent default. Where the files
+of a user's private daemon lie follows the XDG base directory specification 0.8. No concurrency: values only.
+
+Invariants of a Config that exists: paths are absolute, numbers are in range, `socket` is set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import Meta, Struct
+
+from nsfs.errors import DeniedError, NotFoundError, NsfsError, UsageError
+from nsfs.model.policy import Isolation, parse_patience
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+SYSTEM_CONFIG = "/etc/nsfs/config.toml"
+"""What `nsfs serve` reads where no --config is given, if it is there."""
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
+
+_SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Size(int):
+    """Bytes; in TOML a whole number, alone or with B, KiB, MiB, GiB or TiB behind it."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Read `value`; raises ValueError."""
+        found = re.fullmatch(r"(\d{1,15}) ?(B|[KMGT]iB)?", str(value))
+        if found is None or isinstance(value, bool):
+            raise ValueError(f'not a size such as "64MiB": {value!r}')
+        return cls(int(found[1]) * _SIZES[found[2] or ""])
+
+
+class Duration(float):
+    """Seconds; in TOML a number, alone or with ms, s, m or h behind it."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Read `value`; raises ValueError."""
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|s|m|h)?", str(value))
+        if found is None or isinstance(value, bool):
+            raise ValueError(f'not a duration such as "60s": {value!r}')
+        return cls(float(found[1]) * _DURATIONS[found[2] or ""])
+
+
+Count = Annotated[int, Meta(ge=1, le=1024)]
+
+
+class Registry(Struct, frozen=True, kw_only=True):
+    """How registries are reached."""
+
+    config_path: str = "/etc/containerd/certs.d"
+    """Directory of <host>/hosts.toml files, as containerd reads it: mirrors, certificates, plain HTTP."""
+    docker_config: str = ""
+    """File with credentials; empty for $DOCKER_CONFIG/config.json, else ~/.docker/config.json."""
+    connect_timeout: Duration = Duration(10)
+    """To connect, TLS included, per attempt."""
+    read_timeout: Duration = Duration(30)
+    """Without a byte from the registry, per attempt."""
+    connections: Count = 16
+    """At most so many to registries, per domain."""
+
+
+class Fetch(Struct, frozen=True, kw_only=True):
+    """How absent content is fetched."""
+
+    concurrency: Count = 8
+    """Ranges on the line at one time, per domain."""
+    read_ahead: Size = Size(1 << 20)
+    """Fetched beyond what a sequential reader asks for; 0 for nothing."""
+
+
+class Kernel(Struct, frozen=True, kw_only=True):
+    """Kernel features that nsfs uses where the kernel has them; false forces the way without."""
+
+    file_backed: bool = True
+    """Mount EROFS from files (Linux 6.12); else over loop devices."""
+    directio: bool = True
+    """Read EROFS past the page cache of the files below it (Linux 6.12); else every page is kept twice."""
+    resend: bool = True
+    """Have the kernel repeat what a dead worker left unanswered (Linux 6.9); else these reads wait for an abort."""
+    idmap: bool = True
+    """Shift owners by idmapped mounts (Linux 5.19); else owners are shown as the image has them."""
+
+
+class Config(Struct, frozen=True, kw_only=True):
+    """All of it."""
+
+    root: str = "/var/lib/nsfs"
+    """State: pools, indexes, upper directories. On a local filesystem with sparse files (ext4, xfs, btrfs)."""
+    run: str = "/run/nsfs"
+    """What does not outlive a boot: mount points, sockets."""
+    socket: str = ""
+    """The control socket; empty for nsfs.sock in `run`."""
+    log_level: LogLevel = "info"
+    """debug, info, warning or error."""
+    log_format: LogFormat = "text"
+    """text or json; on stderr."""
+    isolation: Isolation = Isolation.ISOLATED
+    """What a mount that does not say gets: shared, isolated or pod."""
+    on_error: str = "wait:60s"
+    """What a read does where its content cannot be had, for mounts that do not say: wait, wait:<seconds>s or eio."""
+    registry: Registry = Registry()
+    fetch: Fetch = Fetch()
+    kernel: Kernel = Kernel()
+
+
+def parse_config(text: str, base: Config | None = None, source: str = "configuration") -> Config:
+    """`base` (the defaults) with what the TOML document `text` says; raises UsageError that names key and `source`."""
+    try:
+        said = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source} is no TOML: {error}") from None
+    _refuse_unknown(said, source)
+    whole = _overlay(msgspec.to_builtins(base or Config(), builtin_types=(Size, Duration)), said)
+    try:
+        config = msgspec.convert(whole, Config, dec_hook=_parse_unit)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{source}: {_tidy(str(error))}") from None
+    return _complete(config, source)
+
+
+def load_config(path: str, base: Config | None = None) -> Config:
+    """The file at `path`; raises NotFoundError, DeniedError, UsageError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except FileNotFoundError:
+        raise NotFoundError(f"no such configuration: {path}") from None
+    except PermissionError:
+        raise DeniedError(f"configuration is not readable: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"configuration is not readable: {path}: {error}") from None
+    return parse_config(text, base, path)
+
+
+def load_system_config() -> Config:
+    """SYSTEM_CONFIG where it is there, else the defaults."""
+    try:
+        return load_config(SYSTEM_CONFIG)
+    except NotFoundError:
+        return _complete(Config(), "defaults")
+
+
+def load_private_config(environ: Mapping[str, str], uid: int) -> Config:
+    """What a user's private daemon runs by: XDG places, and $XDG_CONFIG_HOME/nsfs/config.toml where it is there."""
+    base = Config(root=f"{_data_home(environ)}/nsfs", run=private_run(environ, uid))
+    try:
+        return load_config(f"{_xdg(environ, 'XDG_CONFIG_HOME', '.config')}/nsfs/config.toml", base)
+    except NotFoundError:
+        return _complete(base, "defaults")
+
+
+def private_run(environ: Mapping[str, str], uid: int) -> str:
+    """The run directory of a user: in $XDG_RUNTIME_DIR, or in /tmp, where whoever makes it must check its owner."""
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    return f"{runtime}/nsfs" if runtime.startswith("/") else f"/tmp/nsfs-{uid}"  # noqa: S108  checked where it is made
+
+
+def private_log(environ: Mapping[str, str]) -> str:
+    """Where a user's private daemon writes its log."""
+    return f"{_xdg(environ, 'XDG_STATE_HOME', '.local/state')}/nsfs/daemon.log"
+
+
+def known_keys() -> list[str]:
+    """Every key, dotted where it is in a table."""
+    return list(_keys(Config))
+
+
+def _data_home(environ: Mapping[str, str]) -> str:
+    return _xdg(environ, "XDG_DATA_HOME", ".local/share")
+
+
+def _xdg(environ: Mapping[str, str], name: str, default: str) -> str:
+    """Relative values are to be ignored, says the specification."""
+    value = environ.get(name, "")
+    if value.startswith("/"):
+        return value.rstrip("/") or "/"
+    home = environ.get("HOME", "")
+    if not home.startswith("/"):
+        raise UsageError(f"no place for nsfs's own files: neither ${name} nor $HOME is an absolute path")
+    return f"{home.rstrip('/')}/{default}"
+
+
+def _keys(struct: type[Struct], prefix: str = "") -> Iterator[str]:
+    for field in msgspec.structs.fields(struct):
+        if isinstance(field.type, type) and issubclass(field.type, Struct):
+            yield from _keys(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _refuse_unknown(said: dict[str, Any], source: str) -> None:
+    known = known_keys()
+    tables = {key.partition(".")[0] for key in known if "." in key}
+    for key in _said_keys(said):
+        if key in known:
+            continue
+        if key in tables:
+            raise UsageError(f"{source}: a table, not a value: {key}", hint=f"write [{key}]")
+        nearest = difflib.get_close_matches(key, known, 1, cutoff=0.0)[0]
+        raise UsageError(f"{source}: unknown key: {key}", hint=f"the nearest known one is {nearest}")
+
+
+def _said_keys(said: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in said.items():
+        if isinstance(value, dict) and not prefix:
+            yield from _said_keys(value, f"{key}.")
+        else:
+            yield prefix + key
+
+
+def _overlay(base: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    return base | {key: base[key] | value if isinstance(value, dict) else value for key, value in said.items()}
+
+
+def _parse_unit(kind: type, value: object) -> object:
+    if issubclass(kind, Size | Duration):
+        return kind.parse(value)
+    raise NotImplementedError(kind)
+
+
+def _tidy(message: str) -> str:
+    """Turn "Expected `int`, got `str` - at `$.a.b`" into "a.b: expected `int`, got `str`"."""
+    what, _, where = message.partition(" - at `$.")
+    what = what[:1].lower() + what[1:]
+    return f"{where.rstrip('`')}: {what}" if where else what
+
+
+def _complete(config: Config, source: str) -> Config:
+    if not config.socket:
+        config = msgspec.structs.replace(config, socket=f"{config.run}/nsfs.sock")
+    for key in ("root", "run", "socket"):
+        if not getattr(config, key).startswith("/"):
+            raise UsageError(f"{source}: {key}: not an absolute path: {getattr(config, key)!r}")
+    if len(config.socket.encode()) > 107:
+        raise UsageError(f"{source}: socket: longer than the 107 bytes of a unix socket's name: {config.socket}")
+    try:
+        parse_patience(config.on_error)
+    except NsfsError as error:
+        raise UsageError(f"{source}: on_error: {error.message}", hint=error.hint) from None
+    return config
