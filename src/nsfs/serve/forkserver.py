@@ -1,0 +1,486 @@
+"""A warm process that forks children on request, so that starting one costs milliseconds and no thread is forked over.
+
+Owns: the protocol between client and server (SOCK_SEQPACKET, one msgpack message each, descriptors by SCM_RIGHTS),
+what a child inherits, and reaping. A child gets exactly the descriptors it was given, stdin from /dev/null, stdout and
+stderr of the server, default signals, an empty signal mask. It runs `module:function` with (args, fds) and exits with
+what that returns: an int, None for 0, an NsfsError's exit code, 1 and a traceback for anything else.
+
+The server is single-threaded, imports its modules once, freezes the collector's generations, and ends when its client's
+end of the socket is closed. `launch_server` execs one; `fork_server` makes one of the calling process, which must not
+have started a thread or trio. The client's side is trio.
+
+Invariants: every child that a client knows is reaped by the server and reported once; a child whose spawner was
+cancelled before it got to know it is killed.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import gc
+import importlib
+import itertools
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Final, NamedTuple, NoReturn, TypeAlias
+
+import msgspec
+import trio
+from msgspec import Struct
+
+from nsfs.errors import NsfsError, UnreachableError
+
+MAX_MESSAGE: Final = 128 << 10
+"""Bytes of one request; larger arguments belong in a descriptor (unix(7): a datagram must fit the send buffer)."""
+MAX_FDS: Final = 64
+
+Entry: TypeAlias = Callable[[bytes, list[int]], int | None]
+"""What a child runs: the msgpack of its arguments, and its descriptors in the order they were given."""
+
+_PR_SET_PDEATHSIG: Final = 1
+_log = logging.getLogger(__name__)
+
+
+class Spawn(Struct, tag="spawn", array_like=True):
+    """Client to server, with the child's descriptors: fork one."""
+
+    id: int
+    entry: str
+    args: bytes
+    session: bool
+    """In a session of its own."""
+    tied: bool
+    """SIGKILL when the server dies."""
+
+
+class Spawned(Struct, tag="spawned", array_like=True):
+    """Server to client, with a pidfd."""
+
+    id: int
+    pid: int
+
+
+class Failed(Struct, tag="failed", array_like=True):
+    """Server to client: there was no fork."""
+
+    id: int
+    reason: str
+
+
+class Exited(Struct, tag="exited", array_like=True):
+    """Server to client: a child has ended and is reaped; `status` as subprocess has it, negative for a signal."""
+
+    id: int
+    status: int
+
+
+Reply: TypeAlias = Spawned | Failed | Exited
+
+_spawn_decoder = msgspec.msgpack.Decoder(Spawn)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+# The server's side.
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the process `parent` ends; at once if it has already.
+
+    The kernel forgets this at execve of a set-uid program and whenever credentials change (prctl(2)): call it again.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def close_others(keep: Sequence[int]) -> None:
+    """Close every descriptor over 2 that is not in `keep`."""
+    low = 3
+    for fd in sorted(fd for fd in keep if fd >= low):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 1 << 30)
+
+
+def _reset_signals() -> None:
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}:
+        with suppress(OSError):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _null_stdin() -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    if null != 0:
+        os.close(null)
+
+
+def _call_entry(request: Spawn, fds: list[int]) -> int:
+    try:
+        module, _, name = request.entry.partition(":")
+        entry: Entry = getattr(importlib.import_module(module), name)
+        return entry(request.args, fds) or 0
+    except NsfsError as error:
+        sys.stderr.write(f"{request.entry}: {error.message}\n")
+        return error.exit_code
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # noqa: BLE001 - the child's last line of defence
+        traceback.print_exc()
+        return 1
+
+
+def _run_child(request: Spawn, fds: list[int], server: int) -> NoReturn:
+    status = 1
+    try:
+        if request.tied:
+            die_with_parent(server)
+        close_others(fds)
+        _reset_signals()
+        if request.session:
+            os.setsid()
+        gc.enable()
+        status = _call_entry(request, fds)
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def _open_pidfd(pid: int) -> int:
+    """Of our own child, which is killed and reaped if there can be none."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
+class _Server:
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._poll = select.poll()
+        self._poll.register(sock.fileno(), select.POLLIN)
+        self._children: dict[int, tuple[int, int]] = {}
+        """Request and process id by pidfd."""
+
+    def run(self) -> None:
+        while True:
+            for fd, _ in self._poll.poll():
+                if fd in self._children:
+                    self._reap(fd)
+                elif not self._take():
+                    return
+
+    def _take(self) -> bool:
+        data, fds, flags, _ = socket.recv_fds(self._sock, MAX_MESSAGE + 4096, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        if not data:
+            return False
+        request = _spawn_decoder.decode(data)
+        try:
+            self._fork(request, fds, lost=bool(flags & socket.MSG_CTRUNC))
+        except OSError as error:
+            self._reply(Failed(request.id, str(error)))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _fork(self, request: Spawn, fds: list[int], *, lost: bool) -> None:
+        if lost:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        server = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _run_child(request, fds, server)
+        pidfd = _open_pidfd(pid)
+        self._children[pidfd] = request.id, pid
+        self._poll.register(pidfd, select.POLLIN)
+        self._reply(Spawned(request.id, pid), pidfd)
+
+    def _reap(self, pidfd: int) -> None:
+        request, pid = self._children.pop(pidfd)
+        self._poll.unregister(pidfd)
+        os.close(pidfd)
+        _, status = os.waitpid(pid, 0)
+        self._reply(Exited(request, os.waitstatus_to_exitcode(status)))
+
+    def _reply(self, reply: Reply, *fds: int) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the client is gone: the next poll says so
+            socket.send_fds(self._sock, [msgspec.msgpack.encode(reply)], fds)
+
+
+def serve(sock: socket.socket) -> None:
+    """Be a fork server on `sock` until the other end is closed. Whatever is to be warm is imported already."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sock.setblocking(True)  # noqa: FBT003
+    gc.disable()
+    gc.collect()
+    gc.freeze()
+    _Server(sock).run()
+
+
+class ServerProcess(NamedTuple):
+    """A fork server as its parent sees it."""
+
+    sock: socket.socket
+    """The client's end; closing it ends the server."""
+    pid: int
+
+
+def fork_server() -> ServerProcess:
+    """Fork the calling process into a fork server.
+
+    The server dies with the caller and keeps none of its descriptors beyond 0, 1 and 2. For a process that has started
+    neither a thread nor trio.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            die_with_parent(parent)
+            close_others([theirs.fileno()])
+            ours.detach()
+            _null_stdin()
+            serve(theirs)
+        except BaseException:  # noqa: BLE001 - the frames below belong to the parent
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    theirs.close()
+    return ServerProcess(ours, pid)
+
+
+def launch_server(modules: Sequence[str]) -> ServerProcess:
+    """Start a fork server in a fresh interpreter that imports `modules` first."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        command = [sys.executable, "-m", __spec__.name, str(theirs.fileno()), *modules]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+    process.returncode = 0  # whoever holds the ServerProcess reaps it, not Popen
+    return ServerProcess(ours, process.pid)
+
+
+def main() -> None:
+    """`python -m nsfs.serve.forkserver FD MODULE…`."""
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
+    serve(sock)
+
+
+# The client's side.
+
+
+class Child:
+    """A process that a fork server has made for us."""
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        """Ours until `close`; readable once the process has ended."""
+        self._ended = trio.Event()
+        self._status: int | None = None
+
+    async def wait(self) -> int:
+        """Give its exit status, negative for a signal; UnreachableError if the fork server died before it told."""
+        await self._ended.wait()
+        if self._status is None:
+            raise UnreachableError(f"exit status is lost, because the fork server died: {self.pid}")
+        return self._status
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal; nothing happens if it has ended."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def close(self) -> None:
+        """Give up the pidfd. The process goes on."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def end(self, status: int | None) -> None:
+        """Wake who waits; for `ForkServer`."""
+        self._status = status
+        self._ended.set()
+
+
+class _Pending:
+    """A Spawn that is not answered yet."""
+
+    __slots__ = ("abandoned", "answered", "child", "reason")
+
+    def __init__(self) -> None:
+        self.answered = trio.Event()
+        self.child: Child | None = None
+        self.reason = "the fork server died"
+        self.abandoned = False
+
+
+class ForkServer:
+    """The client of a fork server. Made by `open_fork_server`."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self._sock = sock
+        self._ids = itertools.count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._children: dict[int, Child] = {}
+        self._lock = trio.Lock()
+        self._gone = False
+
+    async def spawn(
+        self, entry: str, args: Struct | None, fds: Sequence[int] = (), *, session: bool = False, tied: bool = True
+    ) -> Child:
+        """Fork a child that runs `entry` ("module:function") with the msgpack of `args` and copies of `fds`.
+
+        The child sees the descriptors in the same order under other numbers. `session` makes it a session leader;
+        `tied` kills it when the server dies. Raises UnreachableError if there is no server or it cannot fork.
+        """
+        number = next(self._ids)
+        message = msgspec.msgpack.encode(Spawn(number, entry, msgspec.msgpack.encode(args), session, tied))
+        if len(message) > MAX_MESSAGE or len(fds) > MAX_FDS:
+            raise ValueError(f"request is too large: {len(message)} bytes, {len(fds)} descriptors")
+        pending = self._pending[number] = _Pending()
+        try:
+            await self._send(message, fds)
+            await pending.answered.wait()
+        except BaseException:
+            self._abandon(number, pending)
+            raise
+        if pending.child is None:
+            raise UnreachableError(f"cannot start a process: {pending.reason}")
+        return pending.child
+
+    async def run(self, entry: str, args: Struct | None, fds: Sequence[int] = ()) -> int:
+        """Spawn, wait, and give the exit status. A cancelled caller's child is killed and not waited for."""
+        child = await self.spawn(entry, args, fds)
+        try:
+            return await child.wait()
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            child.close()
+
+    async def receive(self) -> None:
+        """Take the server's messages until it is gone; run by `open_fork_server`."""
+        try:
+            while True:
+                data, ancillary, _, _ = await self._sock.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+                if not data:
+                    return
+                self._take(_reply_decoder.decode(data), _received_fds(ancillary))
+        except (ConnectionResetError, trio.ClosedResourceError):
+            pass
+        finally:
+            self._lose()
+
+    async def _send(self, message: bytes, fds: Sequence[int]) -> None:
+        if self._gone:
+            raise UnreachableError("cannot start a process: the fork server died")
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            async with self._lock:
+                await self._sock.sendmsg([message], rights)
+        except (BrokenPipeError, ConnectionResetError):
+            raise UnreachableError("cannot start a process: the fork server died") from None
+
+    def _abandon(self, number: int, pending: _Pending) -> None:
+        pending.abandoned = True
+        if pending.child is not None:
+            pending.child.kill()
+            pending.child.close()
+        elif self._gone:
+            self._pending.pop(number, None)
+
+    def _take(self, reply: Reply, fds: list[int]) -> None:
+        match reply:
+            case Spawned():
+                self._adopt(reply, fds)
+            case Failed():
+                pending = self._pending.pop(reply.id)
+                pending.reason = reply.reason
+                pending.answered.set()
+            case Exited():
+                self._children.pop(reply.id).end(reply.status)
+
+    def _adopt(self, reply: Spawned, fds: list[int]) -> None:
+        pending = self._pending.pop(reply.id)
+        child = self._children[reply.id] = Child(reply.pid, fds[0] if fds else os.pidfd_open(reply.pid))
+        if pending.abandoned:
+            child.kill()
+            child.close()
+        pending.child = child
+        pending.answered.set()
+
+    @property
+    def children(self) -> int:
+        """How many of our children have not ended."""
+        return len(self._children)
+
+    def _lose(self) -> None:
+        self._gone = True
+        for pending in self._pending.values():
+            pending.answered.set()
+        for child in self._children.values():
+            child.end(None)
+        self._pending.clear()
+        self._children.clear()
+
+
+def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return list(fds)
+
+
+@contextmanager
+def _reaped(pid: int) -> Iterator[None]:
+    """Kill and reap it at the end: it has no state to save."""
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@asynccontextmanager
+async def open_fork_server(process: ServerProcess) -> AsyncIterator[ForkServer]:
+    """Talk to a server that this process has started; leaving ends and reaps it.
+
+    Children spawned with `tied` die with it. What the body raises leaves as it is, not in a group.
+    """
+    failure: Exception | None = None
+    with _reaped(process.pid), trio.socket.from_stdlib_socket(process.sock) as ours:
+        server = ForkServer(ours)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.receive)
+            try:
+                yield server
+            except Exception as error:  # noqa: BLE001 - raised again below, outside of the nursery
+                failure = error
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+if __name__ == "__main__":
+    main()

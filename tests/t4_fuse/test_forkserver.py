@@ -1,0 +1,195 @@
+"""The fork server: what children inherit, how they end, and what happens when anybody dies."""
+
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from msgspec import Struct
+
+from nsfs.errors import DeniedError, UnreachableError
+from nsfs.serve import forkserver
+from nsfs.serve.forkserver import ForkServer, ServerProcess, open_fork_server
+
+ME = "test_forkserver_entries"
+
+
+class Text(Struct):
+    text: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def entries(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Entry points live in a module of their own, as they do in the daemon."""
+    folder = tmp_path_factory.mktemp("entries")
+    (folder / f"{ME}.py").write_text(ENTRIES)
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+
+ENTRIES = """
+import os, signal, sys, time
+import msgspec
+from nsfs.errors import DeniedError
+
+def nothing(args, fds):
+    pass
+
+def seven(args, fds):
+    return 7
+
+def denied(args, fds):
+    raise DeniedError("not for you")
+
+def bug(args, fds):
+    raise RuntimeError("a bug")
+
+def sleep(args, fds):
+    time.sleep(60)
+
+def shout(args, fds):
+    os.write(fds[0], msgspec.msgpack.encode({
+        "args": msgspec.msgpack.decode(args)["text"],
+        "fds": sorted(int(name) for name in os.listdir("/proc/self/fd"))[:-1],
+        "given": fds,
+        "mask": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
+        "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+        "leader": os.getsid(0) == os.getpid(),
+        "stdin": os.readlink("/proc/self/fd/0"),
+        "second": os.read(fds[1], 5),
+    }))
+"""
+
+
+def with_server(body: Callable[[ForkServer], Awaitable[None]], process: ServerProcess | None = None) -> None:
+    async def limited() -> None:
+        with trio.fail_after(20):
+            async with open_fork_server(process or forkserver.launch_server([ME])) as server:
+                await body(server)
+
+    trio.run(limited)
+
+
+def test_exit_statuses() -> None:
+    async def body(server: ForkServer) -> None:
+        assert await server.run(f"{ME}:nothing", None) == 0
+        assert await server.run(f"{ME}:seven", None) == 7
+        assert await server.run(f"{ME}:denied", None) == DeniedError.exit_code
+        assert await server.run(f"{ME}:bug", None) == 1
+        assert await server.run("no.such:thing", None) == 1
+
+    with_server(body)
+
+
+def test_a_child_gets_its_arguments_and_descriptors_and_nothing_else() -> None:
+    async def body(server: ForkServer) -> None:
+        out_read, out_write = os.pipe()
+        in_read, in_write = os.pipe()
+        os.write(in_write, b"hello")
+        child = await server.spawn(f"{ME}:shout", Text("words"), [out_write, in_read], session=True)
+        assert await child.wait() == 0
+        child.close()
+        told = msgspec.msgpack.decode(os.read(out_read, 65536))
+        for fd in (out_read, out_write, in_read, in_write):
+            os.close(fd)
+        assert told["args"] == "words"
+        assert told["second"] == b"hello"
+        assert told["fds"] == sorted([0, 1, 2, *told["given"]])
+        assert told["mask"] == []
+        assert told["interrupt"]
+        assert told["leader"]
+        assert told["stdin"] == "/dev/null"
+
+    with_server(body)
+
+
+def test_children_can_be_killed_and_are_reaped() -> None:
+    async def body(server: ForkServer) -> None:
+        child = await server.spawn(f"{ME}:sleep", None)
+        child.kill()
+        assert await child.wait() == -signal.SIGKILL
+        with pytest.raises(ProcessLookupError):
+            os.kill(child.pid, 0)
+        child.kill()
+        child.close()
+
+    with_server(body)
+
+
+def test_a_cancelled_job_is_killed() -> None:
+    async def body(server: ForkServer) -> None:
+        with trio.move_on_after(0.1):
+            await server.run(f"{ME}:sleep", None)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await server.spawn(f"{ME}:sleep", None)
+        assert await server.run(f"{ME}:nothing", None) == 0
+        while server.children:  # noqa: ASYNC110 - the server offers no event for it
+            await trio.sleep(0.01)
+
+    with_server(body)
+
+
+def test_tied_children_die_with_the_server_and_others_do_not() -> None:
+    async def body(server: ForkServer) -> None:
+        tied = await server.spawn(f"{ME}:sleep", None, tied=True)
+        free = await server.spawn(f"{ME}:sleep", None, tied=False)
+        os.kill(process.pid, signal.SIGKILL)
+        for child in (tied, free):
+            with pytest.raises(UnreachableError):
+                await child.wait()
+        with pytest.raises(UnreachableError):
+            await server.spawn(f"{ME}:nothing", None)
+        assert select.select([tied.pidfd], [], [], 5)[0]
+        assert not select.select([free.pidfd], [], [], 0.05)[0]
+        free.kill()
+        tied.close()
+        free.close()
+
+    process = forkserver.launch_server([ME])
+    with_server(body, process)
+
+
+def test_a_process_can_fork_its_own_server(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+
+    async def body(server: ForkServer) -> None:
+        assert await server.run(f"{ME}:seven", None) == 7
+        links = {os.readlink(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")}
+        assert "/dev/null" in links
+        assert str(secret) not in links
+
+    with secret.open("w"):
+        process = forkserver.fork_server()
+        with_server(body, process)
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+
+
+def test_requests_that_are_too_large_are_refused() -> None:
+    async def body(server: ForkServer) -> None:
+        with pytest.raises(ValueError, match="too large"):
+            await server.spawn(f"{ME}:nothing", Text("x" * forkserver.MAX_MESSAGE))
+        assert await server.run(f"{ME}:nothing", Text("x" * (forkserver.MAX_MESSAGE - 200))) == 0
+
+    with_server(body)
+
+
+def test_a_child_starts_within_milliseconds() -> None:
+    async def body(server: ForkServer) -> None:
+        await server.run(f"{ME}:nothing", None)
+        times = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            assert await server.run(f"{ME}:nothing", None) == 0
+            times.append(time.perf_counter() - begin)
+        print(f"median {sorted(times)[10] * 1e3:.1f} ms")
+        assert sorted(times)[10] < 0.1
+
+    with_server(body)
