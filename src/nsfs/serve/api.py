@@ -8,9 +8,12 @@ field may be added with a default; anything else needs a new `VERSION`, and a da
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from msgspec import Struct, field
+from msgspec import Struct
+
+from nsfs.model.report import Data, EntryReport, ImageReport, Item, Note, Progress
+from nsfs.model.report import LayerReport as LayerReport
 
 SERVICE = "nsfs.v1.Control"
 VERSION = 1
@@ -61,36 +64,6 @@ class Empty(Struct):
     """For Version and Status."""
 
 
-class Progress(Struct, tag="progress", kw_only=True):
-    """How far a long piece of work is; sent a few times a second."""
-
-    stage: str
-    """resolve, index, map, mount, evict."""
-    what: str
-    """For people: a short layer digest, a path."""
-    done: int = 0
-    total: int = 0
-    """Bytes; 0 if not known."""
-
-
-class Note(Struct, tag="note", kw_only=True):
-    """One sentence for people, such as what a download is about to cost."""
-
-    text: str
-
-
-class Data(Struct, tag="data"):
-    """A piece of a file's content (Read)."""
-
-    data: bytes
-
-
-class Item(Struct, tag="item"):
-    """One entry of a listing (List, Tree), sent as it is known."""
-
-    entry: EntryReport
-
-
 class Done(Struct, tag="done"):
     """The result, packed: `RESULTS[method]` says of which class."""
 
@@ -116,68 +89,6 @@ class VersionReport(Struct, kw_only=True):
     pid: int
     private: bool
     """A user's private daemon, which ends with its last mount."""
-
-
-class EntryReport(Struct, kw_only=True):
-    """One file of an image; names are bytes, as a layer may hold any but slash and NUL."""
-
-    path: bytes
-    """Absolute inside the image."""
-    kind: str
-    """file, directory, symlink, character, block, fifo, socket."""
-    mode: int
-    uid: int
-    gid: int
-    size: int
-    mtime_ns: int
-    links: int
-    target: bytes = b""
-    """Of a symlink."""
-    device: tuple[int, int] = (0, 0)
-    xattrs: dict[bytes, bytes] = field(default_factory=dict)
-    layer: str = ""
-    """Digest of the blob it comes from."""
-
-
-class LayerReport(Struct, kw_only=True):
-    """One layer as `nsfs inspect` shows it, lowest first."""
-
-    digest: str
-    media_type: str
-    size: int
-    """Of the blob."""
-    diff_id: str
-    format: str
-    """estargz, tar+gzip, tar+zstd, tar, or what it is instead."""
-    lazy: bool
-    """Its content can be fetched by ranges now."""
-    why: str
-    """Why it is lazy or not, in one sentence."""
-    verified: str
-    """Against what its content is or was verified."""
-    indexed: bool
-    """This domain has its index."""
-    stream_size: int = 0
-    """Uncompressed; 0 if not known yet."""
-    files: int = 0
-    local: int = 0
-    """Bytes of its content that are in the pool."""
-
-
-class ImageReport(Struct, kw_only=True):
-    """`nsfs inspect`."""
-
-    reference: str
-    """Complete: registry, repository, tag or digest."""
-    digest: str
-    """Of the manifest for the platform."""
-    platform: str
-    size: int
-    """Sum of the layers' blobs."""
-    domain: str
-    layers: list[LayerReport]
-    config: dict[str, Any] = field(default_factory=dict)
-    """The image configuration's `config` object: Env, Cmd, Entrypoint, …"""
 
 
 class MountReport(Struct, kw_only=True):
