@@ -331,7 +331,8 @@ class Unpacked:
             self._remove(path)
         self._touch(where)
         self._create(archive, member, path)
-        _set_attributes(path, member)
+        if not member.islnk():  # a link has no attributes but its target's, and its header need not repeat these
+            _set_attributes(path, member)
         if member.isdir():
             self.mtimes[path] = mtime_ns(member)
             self.named.add(path)
@@ -428,9 +429,8 @@ def _set_attributes(path: bytes, member: tarfile.TarInfo) -> None:
     os.chown(path, member.uid, member.gid, follow_symlinks=False)
     if not member.issym():
         os.chmod(path, member.mode & 0o7777)
-    if not member.islnk():
-        for name in os.listxattr(path, follow_symlinks=False):
-            os.removexattr(path, name, follow_symlinks=False)
+    for name in os.listxattr(path, follow_symlinks=False):
+        os.removexattr(path, name, follow_symlinks=False)
     for key, value in member.pax_headers.items():
         name = key.removeprefix("SCHILY.xattr.")
         if name != key and not os.fsencode(name).startswith(DROPPED_XATTRS):
