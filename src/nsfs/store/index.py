@@ -1,0 +1,354 @@
+"""The index of a domain: which contents have which extents, which addresses are given out, which layers there are.
+
+Owns `index.lmdb`; `_Databases` below is the only description of its keys and values. Refuses a file of a newer format.
+
+Concurrency: a worker and its jobs may have it open at the same time, each through an environment opened after its own
+fork; LMDB lets one of them write at a time. Every call is one transaction, begun and ended inside the call, and every
+commit is synced before the call returns. Calls block: not for an event loop that has readers waiting, `layer` apart.
+
+Invariants: an address is given out once and never again; a content, once registered, keeps its extent; a slab counts as
+committed exactly if a layer was committed with it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
+
+import lmdb
+import msgspec
+
+from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, NsfsError, UnsupportedError, UsageError
+from nsfs.model.digest import Digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from lmdb import _Database
+
+    _Transaction: TypeAlias = lmdb.Transaction[bytes]
+
+VERSION = 1
+"""Of the format of `index.lmdb`."""
+
+FIRST_ADDRESS = 1 << 30
+"""Nothing lies below: 0 is never an address, and the pool keeps its headers there."""
+
+END_ADDRESS = (1 << 44) - 4096
+"""The largest file that ext4 allows with blocks of 4 KiB: 2**32 - 1 of them."""
+
+SLAB = 64 << 20
+"""The least that is given out at once."""
+
+SLAB_UNIT = 32 << 10
+"""Slabs are multiples of it: the addresses behind one byte of the bitmap."""
+
+MAP_SIZE = 64 << 30
+"""Room in address space, not on disk, for some 500 million contents; fixed, so that no process ever has to follow."""
+
+_EXTENT = struct.Struct("<QQ")
+_SLAB = struct.Struct("<QB")
+_ADDRESS = struct.Struct(">Q")
+_INDEX_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,199}")
+
+
+class Extent(NamedTuple):
+    """One content's addresses: `size` bytes from `address`, which is a multiple of 4,096."""
+
+    address: int
+    size: int
+
+
+class Slab(NamedTuple):
+    """Addresses given out to one layer."""
+
+    address: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerKey:
+    """A layer of a domain: a blob, and the index that its content is read by.
+
+    `index` is "plain", or "estargz-" and the hex digits of the TOC's digest.
+    """
+
+    blob: Digest
+    index: str
+
+
+class LayerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a layer whose index is complete."""
+
+    blob: Digest
+    index: str
+    blob_size: int
+    media_type: str
+    diff_id: Digest | None
+    """Where it was verified; None where it is only claimed."""
+    verified: str
+    """Against what the index was verified: "diff-id", "toc"."""
+    stream_size: int
+    files: int
+    """Regular files."""
+    content_bytes: int
+    """Their sizes added up."""
+    slabs: tuple[Slab, ...]
+    has_spans: bool = False
+    """Whether absent content can be fetched by ranges."""
+    fetched: int = 0
+    """Bytes fetched over the network, ever."""
+    last_used: float = 0.0
+    """Seconds since the epoch."""
+
+    @property
+    def key(self) -> LayerKey:
+        """What it is stored under."""
+        return LayerKey(self.blob, self.index)
+
+
+def check_key(key: LayerKey) -> LayerKey:
+    """`key` itself, if its index's name may become part of a path; raises UsageError."""
+    if _INDEX_NAME.fullmatch(key.index) is None:
+        raise UsageError(f"not the name of a layer's index: {key.index[:200]!r}")
+    return key
+
+
+class _Databases(NamedTuple):
+    """The schema. Integers are little-endian, except in keys, where big-endian makes order."""
+
+    about: _Database
+    """b"version" -> decimal digits."""
+    by_content: _Database
+    """raw sha256 of a content -> u64 address, u64 size."""
+    slabs: _Database
+    """u64 address -> u64 size, u8 (1 once a layer with it is committed)."""
+    layers: _Database
+    """blob digest, b"/", name of the index -> LayerRecord as a msgpack map."""
+
+
+def _decode_hook(kind: type, value: object) -> object:
+    if kind is Digest:
+        return Digest(str(value))
+    raise NotImplementedError(kind)
+
+
+_encode = msgspec.msgpack.Encoder(enc_hook=str).encode
+_decode = msgspec.msgpack.Decoder(LayerRecord, dec_hook=_decode_hook).decode
+
+
+@contextmanager
+def _mapped_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise NoSpaceError(f"the index is full: {path}") from error
+    except lmdb.DiskError as error:
+        raise NoSpaceError(f"the index cannot be written: {path}: {error}") from error
+    except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError) as error:
+        raise CorruptError(f"the index is damaged: {path}: {error}") from error
+    except lmdb.Error as error:
+        if "No space left" in str(error) or "Disk quota" in str(error):
+            raise NoSpaceError(f"the index cannot be written: {path}: {error}") from error
+        raise CorruptError(f"the index cannot be used: {path}: {error}") from error
+
+
+def _open_environment(path: str, *, readonly: bool) -> lmdb.Environment:
+    if readonly and not os.path.exists(path):
+        raise NotFoundError(f"there is no index: {path}")
+    return lmdb.open(
+        path,
+        map_size=MAP_SIZE,
+        subdir=False,
+        readonly=readonly,
+        mode=0o600,
+        max_dbs=len(_Databases._fields),
+        writemap=False,
+    )
+
+
+def _check_version(found: bytes, path: str) -> None:
+    if int(found) > VERSION:
+        raise UnsupportedError(
+            f"the index has a newer format: {path}: {int(found)}",
+            hint=f"this nsfs reads format {VERSION}; use the release that wrote it",
+        )
+
+
+def open_index(path: str, *, readonly: bool = False) -> DomainIndex:
+    """Open `index.lmdb` at `path`, made if it does not exist (unless `readonly`).
+
+    At most one may be open per path and process, and none may be carried over a fork.
+    Raises NotFoundError, UnsupportedError (a newer format), CorruptError, NoSpaceError.
+    """
+    with _mapped_errors(path):
+        environment = _open_environment(path, readonly=readonly)
+        try:
+            return DomainIndex(environment, path, _open_databases(environment, path, readonly=readonly))
+        except BaseException:
+            environment.close()
+            raise
+
+
+def _open_databases(environment: lmdb.Environment, path: str, *, readonly: bool) -> _Databases:
+    environment.reader_check()
+    names = [name.encode() for name in _Databases._fields]
+    about = environment.open_db(names[0], create=not readonly)
+    with environment.begin(db=about, write=not readonly) as txn:
+        found = txn.get(b"version")
+        if found is not None:
+            _check_version(found, path)
+        elif not readonly:
+            txn.put(b"version", str(VERSION).encode())
+    return _Databases(about, *(environment.open_db(name, create=not readonly) for name in names[1:]))
+
+
+class DomainIndex:
+    """An open `index.lmdb`. `close` it, or use it as a context manager."""
+
+    def __init__(self, environment: lmdb.Environment, path: str, databases: _Databases) -> None:
+        self._environment = environment
+        self._path = path
+        self._db = databases
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the environment; nothing is lost, as every commit was synced."""
+        self._environment.close()
+
+    @contextmanager
+    def _transaction(self, database: _Database, *, write: bool = False) -> Iterator[_Transaction]:
+        with _mapped_errors(self._path), self._environment.begin(db=database, write=write) as txn:
+            yield txn
+
+    def check_readers(self) -> int:
+        """Free the slots of readers that died, so that old pages can be used again; returns how many there were."""
+        with _mapped_errors(self._path):
+            return int(self._environment.reader_check())
+
+    # Addresses
+
+    def reserve(self, size: int = SLAB) -> Slab:
+        """Give out addresses that nobody had before: at least `size` bytes and 64 MiB, a multiple of 32 KiB.
+
+        Durable before it returns. Raises NoSpaceError when the address space is used up.
+        """
+        size = -(-max(size, SLAB) // SLAB_UNIT) * SLAB_UNIT
+        with self._transaction(self._db.slabs, write=True) as txn:
+            address = _next_address(txn)
+            if address + size > END_ADDRESS:
+                raise NoSpaceError(f"the addresses of the domain are used up: {self._path}")
+            txn.put(_ADDRESS.pack(address), _SLAB.pack(size, 0))
+        return Slab(address, size)
+
+    def reserved(self) -> int:
+        """How many bytes of addresses are given out."""
+        with self._transaction(self._db.slabs) as txn:
+            return _next_address(txn) - FIRST_ADDRESS
+
+    def orphan_slabs(self) -> list[Slab]:
+        """Slabs that no layer was ever committed with: of passes that are under way, or were interrupted."""
+        with self._transaction(self._db.slabs) as txn:
+            rows = [(_ADDRESS.unpack(key)[0], *_SLAB.unpack(value)) for key, value in txn.cursor()]
+        return [Slab(address, size) for address, size, committed in rows if not committed]
+
+    def forget_slab(self, slab: Slab) -> None:
+        """Count `slab` as committed: its owner ended without a layer and its content was evicted."""
+        with self._transaction(self._db.slabs, write=True) as txn:
+            txn.put(_ADDRESS.pack(slab.address), _SLAB.pack(slab.size, 1))
+
+    # Contents
+
+    def known(self, digest: bytes) -> Extent | None:
+        """The extent of the content with this raw sha256, if the domain has one."""
+        with self._transaction(self._db.by_content) as txn:
+            value = txn.get(digest)
+        return None if value is None else Extent(*_EXTENT.unpack(value))
+
+    def contents_of(self, digests: Iterable[bytes]) -> dict[bytes, Extent]:
+        """The extents of those of `digests` (raw sha256) that the domain has, in one transaction."""
+        with self._transaction(self._db.by_content) as txn:
+            return _get_extents(txn, sorted(digests))
+
+    # Layers
+
+    def commit_layer(self, record: LayerRecord, new_contents: list[tuple[bytes, int, int]]) -> dict[int, int]:
+        """Store a layer and the contents that came with it: (raw sha256, address, size) each, in one transaction.
+
+        Of contents that were registered meanwhile the earlier extent stands: returns its address by the address given
+        here. The caller uses that one instead, and evicts its own copy.
+        """
+        check_key(record.key)
+        with self._transaction(self._db.layers, write=True) as txn:
+            replaced = _put_contents(txn, self._db.by_content, new_contents)
+            for slab in record.slabs:
+                txn.put(_ADDRESS.pack(slab.address), _SLAB.pack(slab.size, 1), db=self._db.slabs)
+            txn.put(_layer_key(record.key), _encode(record))
+        return replaced
+
+    def update_layer(self, key: LayerKey, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
+        """Replace a layer's record by what `change` makes of it, in one transaction; raises NotFoundError."""
+        with self._transaction(self._db.layers, write=True) as txn:
+            value = txn.get(_layer_key(key))
+            if value is None:
+                raise NotFoundError(f"no such layer: {key.blob} ({key.index})")
+            record = change(_decode(value))
+            txn.put(_layer_key(key), _encode(record))
+        return record
+
+    def layer(self, key: LayerKey) -> LayerRecord | None:
+        """The record of a layer, if its index is complete."""
+        with self._transaction(self._db.layers) as txn:
+            value = txn.get(_layer_key(key))
+        return None if value is None else self._decoded(value)
+
+    def layers(self) -> list[LayerRecord]:
+        """All layers, by blob digest."""
+        with self._transaction(self._db.layers) as txn:
+            values = [value for _, value in txn.cursor()]
+        return [self._decoded(value) for value in values]
+
+    def delete_layer(self, key: LayerKey) -> bool:
+        """Forget a layer; whether there was one. Its contents stay registered: other layers may have joined them."""
+        with self._transaction(self._db.layers, write=True) as txn:
+            return bool(txn.delete(_layer_key(key)))
+
+    def _decoded(self, value: bytes) -> LayerRecord:
+        try:
+            return _decode(value)
+        except (msgspec.DecodeError, NsfsError) as error:
+            raise CorruptError(f"the index has a record that cannot be read: {self._path}: {error}") from error
+
+
+def _next_address(txn: _Transaction) -> int:
+    cursor = txn.cursor()
+    if not cursor.last():
+        return FIRST_ADDRESS
+    return int(_ADDRESS.unpack(cursor.key())[0] + _SLAB.unpack(cursor.value())[0])
+
+
+def _layer_key(key: LayerKey) -> bytes:
+    return f"{key.blob}/{key.index}".encode()
+
+
+def _get_extents(txn: _Transaction, digests: list[bytes]) -> dict[bytes, Extent]:
+    return {key: Extent(*_EXTENT.unpack(value)) for key, value in txn.cursor().getmulti(digests)}
+
+
+def _put_contents(txn: _Transaction, database: _Database, contents: list[tuple[bytes, int, int]]) -> dict[int, int]:
+    rows = sorted((digest, _EXTENT.pack(address, size)) for digest, address, size in contents)
+    cursor = txn.cursor(db=database)
+    _, added = cursor.putmulti(rows, overwrite=False)
+    if added == len(rows):
+        return {}
+    extents = {key: _EXTENT.unpack(value)[0] for key, value in cursor.getmulti([digest for digest, _ in rows])}
+    return {address: extents[digest] for digest, address, _ in contents if extents[digest] != address}

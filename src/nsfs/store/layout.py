@@ -1,0 +1,152 @@
+"""Every path that nsfs has on disk.
+
+Owns names, not contents: nothing here opens or makes a file. A domain's name becomes one path component by percent
+escapes, so that two names never share a directory and none leads out of it; digests are checked before they get here.
+All paths are absolute if the two roots are.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from nsfs.errors import UsageError
+from nsfs.store.index import LayerKey, check_key
+
+if TYPE_CHECKING:
+    from nsfs.model.digest import Digest
+
+_NAME_MAX = 255
+
+
+def escape_component(name: str) -> str:
+    """`name` as one path component, injectively; raises UsageError for what cannot be one.
+
+    Everything but the unreserved characters of RFC 3986 (section 2.3) is escaped.
+    """
+    try:
+        escaped = quote(name, safe="")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"not a name: {name!r}") from error
+    if escaped in {"", ".", ".."} or len(escaped) > _NAME_MAX:
+        raise UsageError(f"not a name: {name[:200]!r}")
+    return escaped
+
+
+class DomainLayout:
+    """The paths of one domain that survive a reboot."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @property
+    def disk(self) -> str:
+        """The pool's bytes; sparse, address = offset."""
+        return os.path.join(self.path, "disk")
+
+    @property
+    def present(self) -> str:
+        """The durable bitmap: which blocks of the disk are there."""
+        return os.path.join(self.path, "present")
+
+    @property
+    def index(self) -> str:
+        """LMDB: contents, addresses, layers."""
+        return os.path.join(self.path, "index.lmdb")
+
+    @property
+    def tag(self) -> str:
+        """Tells backup programs that all of this can be had again (bford.info/cachedir)."""
+        return os.path.join(self.path, "CACHEDIR.TAG")
+
+    @property
+    def layers(self) -> str:
+        """Holds a directory for every blob."""
+        return os.path.join(self.path, "layers")
+
+    def blob_dir(self, blob: Digest) -> str:
+        """What belongs to a blob, whatever index it is read by."""
+        return os.path.join(self.layers, blob.hex)
+
+    def layer_dir(self, key: LayerKey) -> str:
+        """A layer's index, tables and maps."""
+        return os.path.join(self.blob_dir(key.blob), check_key(key).index)
+
+    def spool(self, blob: Digest) -> str:
+        """A blob's compressed bytes while they are still needed."""
+        return os.path.join(self.blob_dir(blob), "blob.partial")
+
+    def map(self, key: LayerKey, map_id: str = "") -> str:
+        """A layer's EROFS image; `map_id` where it depends on the layers below."""
+        name = f"map-{escape_component(map_id)}.erofs" if map_id else "map.erofs"
+        return os.path.join(self.layer_dir(key), name)
+
+
+class RunLayout:
+    """The paths of one domain that a reboot takes away."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @property
+    def fuse(self) -> str:
+        """Where the domain's FUSE filesystem is mounted."""
+        return os.path.join(self.path, "fuse")
+
+    @property
+    def socket(self) -> str:
+        """Where the domain's worker listens for its fronts."""
+        return os.path.join(self.path, "worker.sock")
+
+    def fuse_disk(self, map_id: str) -> str:
+        """The disk as the view of one map sees it; an EROFS mount's `device=`."""
+        return os.path.join(self.fuse, "disks", escape_component(map_id))
+
+    def fuse_map(self, map_id: str) -> str:
+        """An EROFS image, as a mount's source."""
+        return os.path.join(self.fuse, "maps", escape_component(map_id))
+
+    def fuse_tree(self, tree_id: str) -> str:
+        """A stack of layers as one tree."""
+        return os.path.join(self.fuse, "trees", escape_component(tree_id))
+
+
+class Layout:
+    """The paths of one daemon: `root` survives a reboot, `run` does not."""
+
+    def __init__(self, root: str, run: str) -> None:
+        self.root = root
+        self.run = run
+
+    @property
+    def meta(self) -> str:
+        """LMDB of the daemon: mounts, counters."""
+        return os.path.join(self.root, "meta.lmdb")
+
+    @property
+    def domains(self) -> str:
+        """Holds a directory for every domain."""
+        return os.path.join(self.root, "domains")
+
+    def domain(self, name: str) -> DomainLayout:
+        """The durable paths of a domain; raises UsageError for a name that cannot be one."""
+        return DomainLayout(os.path.join(self.domains, escape_component(name)))
+
+    def domain_run(self, name: str) -> RunLayout:
+        """The other paths of a domain; raises UsageError as `domain` does."""
+        return RunLayout(os.path.join(self.run, "domains", escape_component(name)))
+
+    @property
+    def socket(self) -> str:
+        """The daemon's control socket."""
+        return os.path.join(self.run, "nsfs.sock")
+
+    @property
+    def lock(self) -> str:
+        """Held by the daemon that lives, so that two never share a root."""
+        return os.path.join(self.root, "lock")
+
+    def lower(self, number: int) -> str:
+        """Where a view is mounted: short, so that 128 of them fit into a page of overlay's options."""
+        return os.path.join(self.run, "l", format(number, "x"))
