@@ -16,14 +16,14 @@ import os
 import re
 import struct
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias, TypeVar
 
 import lmdb
 import msgspec
 
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, NsfsError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
+from nsfs.model.pool import Extent, LayerKey, LayerRecord, MapRecord, Slab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lmdb import _Database
 
     _Transaction: TypeAlias = lmdb.Transaction[bytes]
+
+__all__ = ["DomainIndex", "Extent", "LayerKey", "LayerRecord", "MapRecord", "Slab", "check_key", "open_index"]
 
 VERSION = 1
 """Of the format of `index.lmdb`."""
@@ -50,65 +52,14 @@ SLAB_UNIT = 32 << 10
 MAP_SIZE = 64 << 30
 """Room in address space, not on disk, for some 500 million contents; fixed, so that no process ever has to follow."""
 
+_ORIGINS = 8
+
+T = TypeVar("T")
+
 _EXTENT = struct.Struct("<QQ")
 _SLAB = struct.Struct("<QB")
 _ADDRESS = struct.Struct(">Q")
 _INDEX_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,199}")
-
-
-class Extent(NamedTuple):
-    """One content's addresses: `size` bytes from `address`, which is a multiple of 4,096."""
-
-    address: int
-    size: int
-
-
-class Slab(NamedTuple):
-    """Addresses given out to one layer."""
-
-    address: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class LayerKey:
-    """A layer of a domain: a blob, and the index that its content is read by.
-
-    `index` is "plain", or "estargz-" and the hex digits of the TOC's digest.
-    """
-
-    blob: Digest
-    index: str
-
-
-class LayerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a layer whose index is complete."""
-
-    blob: Digest
-    index: str
-    blob_size: int
-    media_type: str
-    diff_id: Digest | None
-    """Where it was verified; None where it is only claimed."""
-    verified: str
-    """Against what the index was verified: "diff-id", "toc"."""
-    stream_size: int
-    files: int
-    """Regular files."""
-    content_bytes: int
-    """Their sizes added up."""
-    slabs: tuple[Slab, ...]
-    has_spans: bool = False
-    """Whether absent content can be fetched by ranges."""
-    fetched: int = 0
-    """Bytes fetched over the network, ever."""
-    last_used: float = 0.0
-    """Seconds since the epoch."""
-
-    @property
-    def key(self) -> LayerKey:
-        """What it is stored under."""
-        return LayerKey(self.blob, self.index)
 
 
 def check_key(key: LayerKey) -> LayerKey:
@@ -129,6 +80,10 @@ class _Databases(NamedTuple):
     """u64 address -> u64 size, u8 (1 once a layer with it is committed)."""
     layers: _Database
     """blob digest, b"/", name of the index -> LayerRecord as a msgpack map."""
+    maps: _Database
+    """map ID -> MapRecord as a msgpack map."""
+    origins: _Database
+    """blob digest -> names of repositories as a msgpack array, the latest first."""
 
 
 def _decode_hook(kind: type, value: object) -> object:
@@ -138,7 +93,9 @@ def _decode_hook(kind: type, value: object) -> object:
 
 
 _encode = msgspec.msgpack.Encoder(enc_hook=str).encode
-_decode = msgspec.msgpack.Decoder(LayerRecord, dec_hook=_decode_hook).decode
+_decode_layer = msgspec.msgpack.Decoder(LayerRecord, dec_hook=_decode_hook).decode
+_decode_map = msgspec.msgpack.Decoder(MapRecord, dec_hook=_decode_hook).decode
+_decode_names = msgspec.msgpack.Decoder(list[str]).decode
 
 
 @contextmanager
@@ -301,7 +258,7 @@ class DomainIndex:
             value = txn.get(_layer_key(key))
             if value is None:
                 raise NotFoundError(f"no such layer: {key.blob} ({key.index})")
-            record = change(_decode(value))
+            record = change(_decode_layer(value))
             txn.put(_layer_key(key), _encode(record))
         return record
 
@@ -309,22 +266,49 @@ class DomainIndex:
         """The record of a layer, if its index is complete."""
         with self._transaction(self._db.layers) as txn:
             value = txn.get(_layer_key(key))
-        return None if value is None else self._decoded(value)
+        return None if value is None else self._decoded(value, _decode_layer)
 
     def layers(self) -> list[LayerRecord]:
         """All layers, by blob digest."""
         with self._transaction(self._db.layers) as txn:
             values = [value for _, value in txn.cursor()]
-        return [self._decoded(value) for value in values]
+        return [self._decoded(value, _decode_layer) for value in values]
 
     def delete_layer(self, key: LayerKey) -> bool:
         """Forget a layer; whether there was one. Its contents stay registered: other layers may have joined them."""
         with self._transaction(self._db.layers, write=True) as txn:
             return bool(txn.delete(_layer_key(key)))
 
-    def _decoded(self, value: bytes) -> LayerRecord:
+    # Maps, and where blobs come from
+
+    def map(self, map_id: str) -> MapRecord | None:
+        """The record of a map."""
+        with self._transaction(self._db.maps) as txn:
+            value = txn.get(map_id.encode())
+        return None if value is None else self._decoded(value, _decode_map)
+
+    def put_map(self, record: MapRecord) -> None:
+        """Store the record of a map."""
+        with self._transaction(self._db.maps, write=True) as txn:
+            txn.put(record.id.encode(), _encode(record))
+
+    def origins(self, blob: Digest) -> list[str]:
+        """The repositories that are known to have a blob, the latest first."""
+        with self._transaction(self._db.origins) as txn:
+            value = txn.get(blob.encode())
+        return [] if value is None else self._decoded(value, _decode_names)
+
+    def put_origin(self, blob: Digest, repository: str) -> None:
+        """Remember that a repository has a blob; the latest few are kept. Writes only what is new."""
+        known = self.origins(blob)
+        if known[:1] != [repository]:
+            names = [repository, *(name for name in known if name != repository)][:_ORIGINS]
+            with self._transaction(self._db.origins, write=True) as txn:
+                txn.put(blob.encode(), _encode(names))
+
+    def _decoded(self, value: bytes, decode: Callable[[bytes], T]) -> T:
         try:
-            return _decode(value)
+            return decode(value)
         except (msgspec.DecodeError, NsfsError) as error:
             raise CorruptError(f"the index has a record that cannot be read: {self._path}: {error}") from error
 

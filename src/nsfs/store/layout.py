@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from nsfs.errors import UsageError
-from nsfs.store.index import LayerKey, check_key
+from nsfs.store.index import check_key
 
 if TYPE_CHECKING:
     from nsfs.model.digest import Digest
+    from nsfs.model.pool import LayerKey
 
 _NAME_MAX = 255
 

@@ -1,0 +1,80 @@
+"""What a domain remembers of its layers and maps: records that outlive every process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from msgspec import Struct
+
+from nsfs.model.digest import Digest  # noqa: TC001  msgspec looks it up when it decodes
+
+
+class Extent(NamedTuple):
+    """One content's addresses: `size` bytes from `address`, which is a multiple of 4,096."""
+
+    address: int
+    size: int
+
+
+class Slab(NamedTuple):
+    """Addresses given out to one layer."""
+
+    address: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LayerKey:
+    """A layer of a domain: a blob, and the index that its content is read by.
+
+    `index` is "plain", or "estargz-" and the hex digits of the TOC's digest.
+    """
+
+    blob: Digest
+    index: str
+
+
+class LayerRecord(Struct, frozen=True, kw_only=True):
+    """What is known of a layer whose index is complete."""
+
+    blob: Digest
+    index: str
+    blob_size: int
+    media_type: str
+    diff_id: Digest | None
+    """Where it was verified; None where it is only claimed."""
+    verified: str
+    """Against what the index was verified: "diff-id", "toc"."""
+    stream_size: int
+    files: int
+    """Regular files."""
+    content_bytes: int
+    """Their sizes added up."""
+    slabs: tuple[Slab, ...]
+    has_spans: bool = False
+    """Whether absent content can be fetched by ranges."""
+    fetched: int = 0
+    """Bytes fetched over the network, ever."""
+    last_used: float = 0.0
+    """Seconds since the epoch."""
+
+    @property
+    def key(self) -> LayerKey:
+        """What it is stored under."""
+        return LayerKey(self.blob, self.index)
+
+
+class MapRecord(Struct, frozen=True, kw_only=True):
+    """A layer's map, or the finding that it cannot be made without the layers below."""
+
+    id: str
+    blob: str
+    index: str
+    path: str
+    needs_lower: bool
+    """There is no file: the map depends on the layers below, and is made under another ID for each stack of them."""
+    marks: bool
+    """Has whiteouts or opaque marks."""
+    lowers: list[tuple[str, str]] = []
+    """Blob and index of the layers below, top first, where the map has addresses of theirs."""
