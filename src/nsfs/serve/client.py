@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import msgspec
 
-from nsfs.errors import ERRORS, DeniedError, NotFoundError, NsfsError, UnreachableError, UnsupportedError, UsageError
+from nsfs.errors import ERRORS, DeniedError, NsfsError, UnreachableError, UnsupportedError, UsageError
 from nsfs.serve import api
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its own log lines are not for our users
@@ -24,7 +24,9 @@ import grpc
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    Listener: TypeAlias = Callable[[api.Progress | api.Note | api.Data | api.Item], None]
+    from nsfs.model.report import Data, Item, Note, Progress
+
+    Listener: TypeAlias = Callable[[Progress | Note | Data | Item], None]
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -87,15 +89,13 @@ def open_control(path: str) -> Iterator[Control]:
 
 
 def probe(path: str) -> None:
-    """Connect once and hang up; raises NotFoundError, UnreachableError or DeniedError with the kernel's reason."""
+    """Connect once and hang up; raises UnreachableError or DeniedError with the kernel's reason."""
     if len(os.fsencode(path)) > 107:
         raise UsageError(f"longer than the 107 bytes of a unix socket's name: {path}")
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(5)
         try:
             connection.connect(path)
-        except FileNotFoundError:
-            raise NotFoundError(f"no daemon has this socket: {path}") from None
         except PermissionError:
             raise DeniedError(f"this daemon's socket is not for you: {path}") from None
         except OSError as error:

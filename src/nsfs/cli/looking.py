@@ -1,0 +1,118 @@
+"""`nsfs ls`, `cat`, `tree` and `stat`: into an image without mounting it.
+
+Each path is a call of its own, in order; the first that fails ends the command, after what the earlier ones printed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from nsfs.cli import render
+from nsfs.cli.options import Choice, image_options, json_option, parse_image_path
+from nsfs.cli.session import Session, pass_session
+from nsfs.errors import UsageError
+from nsfs.model.report import Data, EntryReport, Item
+from nsfs.serve.api import Empty, PathRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+
+def _paths(command: Callable[..., None]) -> Callable[..., None]:
+    return click.argument("paths", metavar="REF:/PATH...", nargs=-1, required=True)(command)
+
+
+def _list(session: Session, method: str, request: PathRequest) -> list[EntryReport]:
+    entries: list[EntryReport] = []
+
+    def take(event: Data | Item) -> None:
+        assert isinstance(event, Item)
+        entries.append(event.entry)
+
+    session.call(method, request, Empty, take)
+    return render.sort_entries(entries)
+
+
+def _echo_json(entries: Iterable[EntryReport]) -> None:
+    """One array, an entry a line."""
+    click.echo("[" + ",\n ".join(map(render.render_json_item, entries)) + "]")
+
+
+@click.command()
+@_paths
+@click.option("-l", "long", is_flag=True, help="Mode, links, owners, size and time (UTC), too.")
+@image_options
+@json_option
+@pass_session
+def ls(session: Session, paths: tuple[str, ...], *, long: bool, choice: Choice, as_json: bool) -> None:
+    """List directories of an image, names with a dot included."""
+    found: list[EntryReport] = []
+    for number, path in enumerate(map(parse_image_path, paths)):
+        entries = _list(session, "List", choice.path(path))
+        if as_json:
+            found += entries
+            continue
+        if len(paths) > 1:
+            click.echo(f"{chr(10) if number else ''}{path.text}:")
+        named = [(render.name_below(entry.path, path.path), entry) for entry in entries]
+        for line in render.render_listing(named, long=long):
+            click.echo(line)
+    if as_json:
+        _echo_json(found)
+
+
+@click.command()
+@_paths
+@image_options
+@pass_session
+def cat(session: Session, paths: tuple[str, ...], *, choice: Choice) -> None:
+    """Write files of an image to standard output, fetching nothing else."""
+    output = click.get_binary_stream("stdout")
+
+    def take(event: Data | Item) -> None:
+        assert isinstance(event, Data)
+        output.write(event.data)
+
+    for path in map(parse_image_path, paths):
+        if path.path == b"/":
+            raise UsageError(f"no path behind the image: {path.text!r}", hint="write REF:/path")
+        session.call("Read", choice.path(path), Empty, take)
+    output.flush()
+
+
+@click.command()
+@_paths
+@image_options
+@json_option
+@pass_session
+def tree(session: Session, paths: tuple[str, ...], *, choice: Choice, as_json: bool) -> None:
+    """Show everything below directories of an image."""
+    found: list[EntryReport] = []
+    for path in map(parse_image_path, paths):
+        entries = _list(session, "Tree", choice.path(path))
+        if as_json:
+            found += entries
+            continue
+        for line in render.render_tree(entries, path.path):
+            click.echo(line)
+    if as_json:
+        _echo_json(found)
+
+
+@click.command()
+@_paths
+@image_options
+@json_option
+@pass_session
+def stat(session: Session, paths: tuple[str, ...], *, choice: Choice, as_json: bool) -> None:
+    """Show what an image says about files; of a symlink, about itself."""
+    found: list[EntryReport] = []
+    for path in map(parse_image_path, paths):
+        entry = session.call("Stat", choice.path(path), EntryReport)
+        found.append(entry)
+        if not as_json:
+            click.echo("\n".join(render.render_stat(entry)))
+    if as_json:
+        _echo_json(found)
