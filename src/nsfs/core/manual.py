@@ -182,6 +182,18 @@ class ManualMounts:
             return resolve_private_domain(isolation)
         return resolve_domain(namespace, isolation, self._default, mount_id)
 
+    def records(self) -> list[MountRecord]:
+        """All mounts there are."""
+        return self._records.mounts()
+
+    def domain_of(self, record: MountRecord) -> Domain:
+        """The domain that serves a mount."""
+        return Domain(record.domain, Isolation.POD if record.transient else Isolation.SHARED)
+
+    def named_domain(self, name: str) -> Domain:
+        """The domain of that name, for questions that need no more than its name."""
+        return Domain(name, Isolation.SHARED)
+
     async def mount(self, wish: Wish, report: Callable[[Struct], Awaitable[None]]) -> MountRecord:
         """Make `wish` come true; raises NsfsError with nothing left behind."""
         driver = choose_driver(wish.driver, self._host)
@@ -233,14 +245,16 @@ class ManualMounts:
         await self._kernel.mount_rootfs(record.target, plan)
 
     async def _show_tree(self, record: MountRecord, maps: list[worker_api.MapInfo], undo: AsyncExitStack) -> str:
-        domain = _domain_of(record)
+        domain = self.domain_of(record)
         tree = worker_api.Tree(id=record.id, maps=maps, suffix=record.suffix)
         await self._workers.call(domain, "ShowTree", tree, worker_api.Empty)
         undo.push_async_callback(self._hide_tree, record)
         return self._kernel.tree_path(record.domain, record.id)
 
     async def _hide_tree(self, record: MountRecord) -> None:
-        await self._workers.call(_domain_of(record), "HideTree", worker_api.TreeGone(id=record.id), worker_api.Empty)
+        await self._workers.call(
+            self.domain_of(record), "HideTree", worker_api.TreeGone(id=record.id), worker_api.Empty
+        )
 
     async def umount(self, target: str, *, force: bool) -> None:
         """Take away the mount at `target`; raises NotFoundError, BusyError."""
@@ -275,7 +289,7 @@ class ManualMounts:
             else:
                 await self._lowers.release(_lowers_of(record))
             if record.transient:
-                await self._workers.end(_domain_of(record))
+                await self._workers.end(self.domain_of(record))
         except NsfsError as error:
             log.warning("unmounted %s, but something of it is left: %s", record.target, error)
 
@@ -316,7 +330,3 @@ def _record(
 def _lowers_of(record: MountRecord) -> list[Lower]:
     driver = Driver(record.driver)
     return [Lower(record.domain, map_id + record.suffix, driver) for map_id in record.maps]
-
-
-def _domain_of(record: MountRecord) -> Domain:
-    return Domain(record.domain, Isolation.POD if record.transient else Isolation.SHARED)

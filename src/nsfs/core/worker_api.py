@@ -1,13 +1,18 @@
 """What the daemon and a domain's worker say to each other, over the socket pair between them.
 
-All structs are msgpack on the wire (`serve.wire`). Requests that take long report `api.Progress`-shaped progress.
+All structs are msgpack on the wire (`serve.wire`). Requests that take long report Progress and Note on the way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from msgspec import Struct, field
+
+from nsfs.model.report import Data, Item, Note, Progress
+
+OnTheWay: TypeAlias = Progress | Note | Item | Data
+"""What a worker reports before its result."""
 
 
 class Prepare(Struct, kw_only=True):
@@ -87,11 +92,19 @@ class WorkerStatus(Struct, kw_only=True):
     state: str
 
 
-class Evict(Struct, kw_only=True):
-    """Drop an image's contents from the pool; they come back by ranges. Answered by Evicted."""
+class Name(Struct, kw_only=True):
+    """Names an image: for Inspect (answered by ImageReport) and Evict (answered by Evicted)."""
 
     reference: str
     platform: str | None = None
+
+
+class PathName(Name, kw_only=True):
+    """Names a path in an image: for List and Tree (Items), Stat (EntryReport), Read (Data)."""
+
+    path: bytes
+    offset: int = 0
+    length: int | None = None
 
 
 class Evicted(Struct, kw_only=True):

@@ -89,6 +89,8 @@ def plan_rootfs(lowers: Sequence[str], *, marks: bool, empty: str, upper: tuple[
     """
     if upper is not None:
         return Overlay(tuple(lowers) or (empty,), *upper)
+    if not lowers:
+        return Bind(empty)
     if len(lowers) == 1 and not marks:
         return Bind(lowers[0])
     return Overlay(tuple(lowers) if len(lowers) > 1 else (*lowers, empty))

@@ -24,7 +24,7 @@ from nsfs.serve import api
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-    Report: TypeAlias = Callable[[api.Event], Awaitable[None]]
+    Report: TypeAlias = Callable[[Any], Awaitable[None]]
     Handler: TypeAlias = Callable[[Any, Report], Awaitable[msgspec.Struct]]
 
 log = logging.getLogger(__name__)

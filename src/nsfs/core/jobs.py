@@ -1,0 +1,154 @@
+"""Short-lived processes that do a layer's heavy work, so that the worker's event loop never does any per-file work.
+
+Owns what a job and its worker say to each other: over a socket pair the job sends how far it is, and at last its result
+or its error, each one msgpack datagram. A job that is killed, or whose caller was cancelled, leaves nothing committed:
+whatever a job makes becomes visible by one rename or one transaction at its end.
+
+A job's entry point is `module:function`, called with the msgpack of its arguments and its descriptors; `run_job` gives
+it that shape.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import msgspec
+import trio
+from msgspec import Raw, Struct
+
+from nsfs.errors import ERRORS, NsfsError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+log = logging.getLogger(__name__)
+
+A = TypeVar("A", bound=Struct)
+T = TypeVar("T")
+
+_MAX_MESSAGE = 128 << 10
+
+
+class JobProgress(Struct, tag="progress", array_like=True):
+    """How far a job is, in bytes of whatever its caller counts."""
+
+    done: int
+
+
+class JobDone(Struct, tag="done", array_like=True):
+    """The result."""
+
+    result: Raw
+
+
+class JobFailed(Struct, tag="failed", array_like=True):
+    """The error, by code of `nsfs.errors.ERRORS`."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+_decoder: msgspec.msgpack.Decoder[JobProgress | JobDone | JobFailed] = msgspec.msgpack.Decoder(
+    JobProgress | JobDone | JobFailed
+)
+
+
+class Channel:
+    """The job's end of the socket pair."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+
+    def progress(self, done: int) -> None:
+        """Say how far we are; dropped where the worker is slow to listen."""
+        try:
+            self._socket.send(msgspec.msgpack.encode(JobProgress(done)), socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+
+    def send(self, message: JobDone | JobFailed) -> None:
+        """Say how it ended."""
+        self._socket.send(msgspec.msgpack.encode(message))
+
+
+def run_job(kind: type[A], work: Callable[[A, Sequence[int], Channel], Struct], args: bytes, fds: list[int]) -> int:
+    """Decode the arguments, do the work, and send its result or error; the first descriptor is the channel."""
+    channel = Channel(fds[0])
+    try:
+        result = work(msgspec.msgpack.decode(args, type=kind), fds[1:], channel)
+    except NsfsError as error:
+        channel.send(JobFailed(error.code, error.message, error.hint))
+        return error.exit_code
+    channel.send(JobDone(Raw(msgspec.msgpack.encode(result))))
+    return 0
+
+
+class Process(Protocol):
+    """A child process."""
+
+    async def wait(self) -> int:
+        """Its exit status."""
+
+    def kill(self) -> None:
+        """End it."""
+
+    def close(self) -> None:
+        """Give up what we hold of it."""
+
+
+class Spawner(Protocol):
+    """Starts processes."""
+
+    async def spawn(self, entry: str, args: Struct | None, fds: Sequence[int] = ()) -> Process:
+        """Run `entry` in a process of its own."""
+
+
+class Jobs:
+    """The worker's side: runs jobs, at most `limit` at a time."""
+
+    def __init__(self, spawner: Spawner, limit: int) -> None:
+        self._spawner = spawner
+        self._limiter = trio.CapacityLimiter(limit)
+
+    async def run(
+        self,
+        entry: str,
+        args: Struct,
+        fds: Sequence[int],
+        result: type[T],
+        report: Callable[[int], Awaitable[None]] | None = None,
+    ) -> T:
+        """Run a job to its end; raises what the job raised, and NsfsError for one that died. Cancelling kills it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        async with self._limiter:
+            with theirs:
+                process = await self._spawner.spawn(entry, args, [theirs.fileno(), *fds])
+            try:
+                with trio.socket.from_stdlib_socket(ours) as channel:
+                    packed = await _follow(channel, report)
+                status = await process.wait()
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                process.close()
+        if packed is None:
+            raise NsfsError(f"a job died: {entry}, exit status {status}", hint="the log of the worker says more")
+        return msgspec.msgpack.decode(packed, type=result)
+
+
+async def _follow(channel: trio.socket.SocketType, report: Callable[[int], Awaitable[None]] | None) -> Raw | None:
+    """The job's result, or None where it ended without a word."""
+    while data := await channel.recv(_MAX_MESSAGE):
+        match _decoder.decode(data):
+            case JobProgress(done):
+                if report is not None:
+                    await report(done)
+            case JobDone(result):
+                return result
+            case JobFailed(code, message, hint):
+                raise ERRORS.get(code, NsfsError)(message, hint=hint)
+    return None

@@ -1,0 +1,412 @@
+"""Layers: from a blob in a registry to an index, tables and a map in the domain's pool.
+
+Owns which job is run for which layer, and that no layer is worked on twice at a time. The work itself is done by jobs
+(`nsfs.layer_jobs`); this service feeds them bytes and remembers what they made. All layers of an image are indexed at
+once; maps are made bottom-up only where a layer's tree depends on the layers below it.
+
+Concurrency: whatever is begun runs in the worker's nursery and ends by itself; a caller who gives up cancels nobody. A
+connection to a registry is thus never cancelled while it is being made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+from msgspec import Struct
+
+from nsfs.core.flights import Flights
+from nsfs.errors import NotFoundError, NsfsError, UnsupportedError
+from nsfs.format import estargz
+from nsfs.model import oci
+from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+    from nsfs.core.images import Image, Layer, Sources
+    from nsfs.core.jobs import Jobs
+    from nsfs.core.ports import Blob
+    from nsfs.model.digest import Digest
+
+log = logging.getLogger(__name__)
+
+_PIPE = 1 << 20
+_TOC_GUESS = 1 << 20
+"""Bytes of a blob's tail that are asked for first: mostly footer and TOC in one request."""
+
+
+class Catalog(Protocol):
+    """The domain's records of layers and maps, durable."""
+
+    def layer(self, key: LayerKey) -> LayerRecord | None:
+        """A layer whose index is complete."""
+
+    def map(self, map_id: str) -> MapRecord | None:
+        """A map that was made, or was found to need the layers below."""
+
+    def put_map(self, record: MapRecord) -> None:
+        """Remember one."""
+
+    def put_origin(self, blob: Digest, repository: str) -> None:
+        """Remember that a repository has a blob."""
+
+    def origins(self, blob: Digest) -> list[str]:
+        """Repositories that have it, the latest first."""
+
+
+class Paths(Protocol):
+    """Where a layer's files are."""
+
+    def spool(self, blob: Digest) -> str:
+        """The blob's compressed bytes while they are still needed."""
+
+    def map(self, key: LayerKey, map_id: str = "") -> str:
+        """An EROFS image."""
+
+
+class PlainArgs(Struct, kw_only=True):
+    """For `first_pass`. Descriptors: the live bitmap, and a pipe or file with the blob's bytes from the spool's end."""
+
+    domain: str
+    blob: str
+    blob_size: int
+    media_type: str
+    compression: str
+    diff_id: str
+
+
+class TocArgs(Struct, kw_only=True):
+    """For `read_toc`. Descriptors: the TOC's compressed bytes in a memfd."""
+
+    domain: str
+    blob: str
+    blob_size: int
+    media_type: str
+    toc_digest: str
+    toc_offset: int
+
+
+class SpanArgs(Struct, kw_only=True):
+    """For `make_checkpoints`. Descriptors: the live bitmap."""
+
+    domain: str
+    blob: str
+    index: str
+    compression: str
+
+
+class MapArgs(Struct, kw_only=True):
+    """For `build_map`: `lowers` are the maps below, top first; empty means that none is known."""
+
+    domain: str
+    blob: str
+    index: str
+    map_id: str
+    lowers: list[str]
+
+
+class LayerMade(Struct, kw_only=True):
+    """A layer was committed to the domain's index; these addresses' bits and bytes are to be made durable."""
+
+    ranges: list[tuple[int, int]] = []
+    map: MapMade | None = None
+
+
+class MapMade(Struct, kw_only=True):
+    """A map was written, unless it needs the layers below."""
+
+    needs_lower: bool
+    marks: bool = False
+
+
+class LayerProgress:
+    """How far one layer is, for whoever wants to show it."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.done = 0
+        self.total = layer.descriptor.size
+
+
+class Layers:
+    """The service."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        paths: Paths,
+        sources: Sources,
+        jobs: Jobs,
+        nursery: trio.Nursery,
+        *,
+        domain_dir: str,
+        bitmap: int,
+        written: Callable[[Sequence[tuple[int, int]]], None],
+    ) -> None:
+        self._catalog = catalog
+        self._paths = paths
+        self._sources = sources
+        self._jobs = jobs
+        self._nursery = nursery
+        self._domain = domain_dir
+        self._bitmap = bitmap
+        self._written = written
+        self._indexing: Flights[LayerKey] = Flights(nursery)
+        self._spanning: Flights[LayerKey] = Flights(nursery)
+        self._mapping: Flights[MapRecord] = Flights(nursery)
+        self.running: dict[LayerKey, LayerProgress] = {}
+        """Layers that are being indexed now."""
+
+    def is_indexed(self, layer: Layer) -> bool:
+        """Whether the layer's index is complete in this domain."""
+        return self._catalog.layer(key_of(layer)) is not None
+
+    def check(self, layer: Layer) -> None:
+        """Raise UnsupportedError for a layer that cannot be shown."""
+        if layer.format.refused:
+            raise UnsupportedError(f"layer {short(layer.digest)} cannot be shown: {layer.format.refused}")
+
+    async def index(self, image: Image, layer: Layer) -> LayerKey:
+        """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
+        self.check(layer)
+        key = key_of(layer)
+        self._catalog.put_origin(layer.digest, image.repository)
+        if self._catalog.layer(key) is not None:
+            return key
+        return await self._indexing.join(str(key), lambda: self._index(image, layer, key))
+
+    async def _index(self, image: Image, layer: Layer, key: LayerKey) -> LayerKey:
+        source = await self._sources.open(image.repository)
+        progress = self.running[key] = LayerProgress(layer)
+        try:
+            blob = source.blob(layer.descriptor)
+            made = await (self._read_toc(layer, blob) if layer.format.toc else self._read_all(layer, blob, progress))
+        finally:
+            del self.running[key]
+        self._written(made.ranges)
+        if made.map is not None:
+            self._remember_map(key, map_id_of(key), made.map, [])
+        if not layer.format.toc:
+            self._nursery.start_soon(self._make_spans_quietly, key)
+        return key
+
+    async def _read_all(self, layer: Layer, blob: Blob, progress: LayerProgress) -> LayerMade:
+        args = PlainArgs(
+            domain=self._domain,
+            blob=layer.digest,
+            blob_size=layer.descriptor.size,
+            media_type=layer.descriptor.media_type,
+            compression=layer.format.compression.value,
+            diff_id=layer.diff_id,
+        )
+
+        async def report(done: int) -> None:
+            progress.done = done
+
+        have = _size_of(self._paths.spool(layer.digest))
+        result: list[LayerMade] = []
+
+        async def work(fd: int) -> None:
+            result.append(
+                await self._jobs.run("nsfs.layer_jobs:first_pass", args, [self._bitmap, fd], LayerMade, report)
+            )
+
+        await _feed(blob, min(have, blob.size), work)
+        return result[0]
+
+    async def _read_toc(self, layer: Layer, blob: Blob) -> LayerMade:
+        assert layer.format.toc is not None
+        tail_start = max(0, blob.size - _TOC_GUESS)
+        tail = await blob.fetch(tail_start, blob.size - tail_start)
+        found = estargz.parse_footer(tail, blob.size)
+        if found.offset < tail_start:
+            tail = await blob.fetch(found.offset, tail_start - found.offset) + tail
+            tail_start = found.offset
+        args = TocArgs(
+            domain=self._domain,
+            blob=layer.digest,
+            blob_size=blob.size,
+            media_type=layer.descriptor.media_type,
+            toc_digest=layer.format.toc,
+            toc_offset=found.offset,
+        )
+        toc = tail[found.offset - tail_start : found.offset - tail_start + found.length]
+        with _memory_file(toc) as fd:
+            return await self._jobs.run("nsfs.layer_jobs:read_toc", args, [fd], LayerMade)
+
+    async def maps(self, layers: Sequence[Layer]) -> list[MapRecord]:
+        """The maps of indexed layers, lowest first as given; made where they are missing."""
+        keys = [key_of(layer) for layer in layers]
+        first: dict[LayerKey, MapRecord] = {}
+
+        async def alone(key: LayerKey) -> None:
+            first[key] = await self._map(key, [])
+
+        async with trio.open_nursery() as nursery:
+            for key in dict.fromkeys(keys):
+                nursery.start_soon(alone, key)
+        made: list[MapRecord] = []
+        for key in keys:
+            record = first[key]
+            made.append(await self._map(key, made) if record.needs_lower else record)
+        return made
+
+    async def _map(self, key: LayerKey, lowers: Sequence[MapRecord]) -> MapRecord:
+        """The map of a layer over `lowers` (lowest first); with none of them it may only say that it needs some."""
+        map_id = map_id_of(key, lowers)
+        found = self._catalog.map(map_id)
+        if found is not None:
+            return found
+        return await self._mapping.join(map_id, lambda: self._build_map(key, map_id, list(lowers)))
+
+    async def _build_map(self, key: LayerKey, map_id: str, lowers: list[MapRecord]) -> MapRecord:
+        args = MapArgs(
+            domain=self._domain,
+            blob=key.blob,
+            index=key.index,
+            map_id=map_id,
+            lowers=[record.path for record in reversed(lowers)],
+        )
+        made = await self._jobs.run("nsfs.layer_jobs:build_map", args, [], MapMade)
+        return self._remember_map(key, map_id, made, lowers)
+
+    def _remember_map(self, key: LayerKey, map_id: str, made: MapMade, lowers: list[MapRecord]) -> MapRecord:
+        record = MapRecord(
+            id=map_id,
+            blob=key.blob,
+            index=key.index,
+            path=self._paths.map(key, map_id),
+            needs_lower=made.needs_lower and not lowers,
+            marks=made.marks,
+            lowers=[(lower.blob, lower.index) for lower in reversed(lowers)],
+        )
+        self._catalog.put_map(record)
+        return record
+
+    async def ensure_spans(self, key: LayerKey) -> None:
+        """Make the layer's content fetchable by ranges; reads the whole blob again where it is no longer spooled."""
+        record = self._catalog.layer(key)
+        if record is None:
+            raise NotFoundError(f"no such layer in this domain: {short(key.blob)}")
+        if not record.has_spans:
+            await self._spanning.join(str(key), lambda: self._make_spans(record))
+
+    async def _make_spans(self, record: LayerRecord) -> LayerKey:
+        blob = await self.blob(record.blob, record.blob_size)
+        await _spool(blob, self._paths.spool(record.blob))
+        args = SpanArgs(
+            domain=self._domain, blob=record.blob, index=record.index, compression=_compression_of(record.media_type)
+        )
+        await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, [self._bitmap], LayerMade)
+        return record.key
+
+    async def _make_spans_quietly(self, key: LayerKey) -> None:
+        try:
+            await self.ensure_spans(key)
+        except Exception:
+            log.exception("no checkpoints for layer %s; it cannot be evicted until there are", short(key.blob))
+
+    async def blob(self, digest: Digest, size: int) -> Blob:
+        """The blob from the repository that had it last."""
+        for repository in self._catalog.origins(digest):
+            source = await self._sources.open(repository)
+            return source.blob_by_digest(digest, size)
+        raise NotFoundError(f"no repository is known to have blob {short(digest)}")
+
+
+def key_of(layer: Layer) -> LayerKey:
+    """Under which the domain keeps the layer: the blob, and the index that it is read by."""
+    toc = layer.format.toc
+    return LayerKey(layer.digest, f"estargz-{toc.hex}" if toc else "plain")
+
+
+def map_id_of(key: LayerKey, lowers: Sequence[MapRecord] = ()) -> str:
+    """A map's name: a function of the blob and its index and, where it depends on them, of the maps below."""
+    names = [f"{key.blob}/{key.index}", *(lower.id for lower in lowers)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+
+
+def short(digest: Digest) -> str:
+    """For people."""
+    return digest.hex[:12]
+
+
+def _compression_of(media_type: str) -> str:
+    return oci.layer_format(media_type).compression.value
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+async def _feed(blob: Blob, offset: int, work: Callable[[int], Awaitable[None]]) -> None:
+    """Run `work` with a pipe that gives the blob's bytes from `offset` on; a layout's file is given as it is.
+
+    Where both fail, the registry's error is the cause and the one that leaves.
+    """
+    if (fd := blob.open_fd()) is not None:
+        try:
+            os.lseek(fd, offset, os.SEEK_SET)
+            await work(fd)
+        finally:
+            os.close(fd)
+        return
+    receive, send = os.pipe2(os.O_CLOEXEC)
+    fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, _PIPE)
+    failure: list[Exception] = []
+
+    async def pump() -> None:
+        async with trio.lowlevel.FdStream(send) as stream:
+            try:
+                async with blob.stream(offset) as pieces:
+                    async for piece in pieces:
+                        await stream.send_all(piece)
+            except trio.BrokenResourceError:
+                return
+            except NsfsError as error:
+                failure.append(error)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pump)
+            try:
+                await work(receive)
+            except NsfsError as error:
+                failure.append(error)
+            finally:
+                os.close(receive)
+    finally:
+        if failure:
+            raise failure[0]
+
+
+async def _spool(blob: Blob, path: str) -> None:
+    """Complete the spool file, from wherever it ends."""
+    have = _size_of(path)
+    if have >= blob.size:
+        return
+    with open(path, "ab") as file:
+        async with blob.stream(have) as pieces:
+            async for piece in pieces:
+                await trio.to_thread.run_sync(file.write, piece)
+
+
+@contextmanager
+def _memory_file(data: bytes) -> Iterator[int]:
+    fd = os.memfd_create("nsfs-toc", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,181 @@
+"""What each call of the control API means: which service is asked, and how its answer becomes a report.
+
+Owns no state but the count of calls that are running, by which a private daemon knows whether it is needed. Images are
+looked at in the worker of the domain that a mount by the same namespace and isolation would use.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, TypeVar
+
+from nsfs import __version__
+from nsfs.core import worker_api
+from nsfs.core.manual import ManualMounts, Wish
+from nsfs.errors import DeniedError, NsfsError
+from nsfs.model.report import EntryReport, ImageReport
+from nsfs.serve import api
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from msgspec import Struct
+
+    from nsfs.model.mounts import MountRecord
+    from nsfs.model.policy import Domain
+    from nsfs.serve.config import Config
+    from nsfs.serve.control_rpc import Handler, Report
+    from nsfs.serve.supervisor import Supervisor
+
+T = TypeVar("T")
+
+
+class Control:
+    """The handlers of `api.METHODS`."""
+
+    def __init__(self, config: Config, mounts: ManualMounts, supervisor: Supervisor, *, private: bool) -> None:
+        self._config = config
+        self._mounts = mounts
+        self._supervisor = supervisor
+        self._private = private
+        self.running = 0
+        """Calls under way, Status and Version aside."""
+        self.handled = 0
+        """Calls begun so far."""
+
+    def handlers(self) -> dict[str, Handler]:
+        """By method name."""
+        return {
+            "Version": self._version,
+            "Status": self._status,
+            "Mount": self._counted(self._mount),
+            "Umount": self._counted(self._umount),
+            "Inspect": self._counted(self._inspect),
+            "List": self._counted(self._path("List", worker_api.Empty, api.Empty)),
+            "Tree": self._counted(self._path("Tree", worker_api.Empty, api.Empty)),
+            "Read": self._counted(self._path("Read", worker_api.Empty, api.Empty)),
+            "Stat": self._counted(self._path("Stat", EntryReport, None)),
+            "Evict": self._counted(self._evict),
+        }
+
+    def _counted(self, handler: Callable[..., Awaitable[Struct]]) -> Handler:
+        async def counted(request: Struct, report: Report) -> Struct:
+            self.running += 1
+            self.handled += 1
+            try:
+                return await handler(request, report)
+            finally:
+                self.running -= 1
+
+        return counted
+
+    async def _version(self, _request: api.Empty, _report: Report) -> api.VersionReport:
+        return api.VersionReport(version=__version__, api=api.VERSION, pid=os.getpid(), private=self._private)
+
+    async def _mount(self, request: api.MountRequest, report: Report) -> api.MountReport:
+        wish = Wish(
+            reference=request.reference,
+            target=request.target,
+            namespace=request.namespace,
+            isolation=request.isolation,
+            platform=request.platform,
+            driver=request.driver,
+            writable=request.writable,
+            on_error=request.on_error or self._config.on_error,
+        )
+        record = await self._mounts.mount(wish, report)
+        return await self._mount_report(record)
+
+    async def _umount(self, request: api.UmountRequest, _report: Report) -> api.Empty:
+        await self._mounts.umount(request.target, force=request.force)
+        return api.Empty()
+
+    def _domain(self, request: api.ImageRequest) -> Domain:
+        domain = self._mounts.domain_for(request.namespace, request.isolation)
+        if domain.transient:
+            raise DeniedError(
+                "a pod's domain lives and dies with its mount",
+                hint="mount the image with --isolation pod and look there",
+            )
+        return domain
+
+    async def _ask(self, domain: Domain, method: str, params: Struct, result: type[T], report: Report) -> T:
+        return await self._supervisor.call(domain, method, params, result, report)
+
+    async def _inspect(self, request: api.ImageRequest, report: Report) -> ImageReport:
+        name = worker_api.Name(reference=request.reference, platform=request.platform)
+        domain = self._domain(request)
+        found = await self._ask(domain, "Inspect", name, ImageReport, report)
+        found.domain = domain.name
+        return found
+
+    def _path(
+        self, method: str, result: type[Struct], instead: type[Struct] | None
+    ) -> Callable[..., Awaitable[Struct]]:
+        async def ask(request: api.PathRequest, report: Report) -> Struct:
+            name = worker_api.PathName(
+                reference=request.reference,
+                platform=request.platform,
+                path=request.path,
+                offset=request.offset,
+                length=request.length,
+            )
+            answer = await self._ask(self._domain(request), method, name, result, report)
+            return instead() if instead else answer
+
+        return ask
+
+    async def _evict(self, request: api.ImageRequest, report: Report) -> api.EvictReport:
+        name = worker_api.Name(reference=request.reference, platform=request.platform)
+        evicted = await self._ask(self._domain(request), "Evict", name, worker_api.Evicted, report)
+        return api.EvictReport(layers=evicted.layers, freed=evicted.freed)
+
+    async def _status(self, _request: api.Empty, _report: Report) -> api.StatusReport:
+        return api.StatusReport(
+            version=__version__,
+            private=self._private,
+            root=self._config.root,
+            mounts=[await self._mount_report(record) for record in self._mounts.records()],
+            domains=[await self._domain_report(name, pid) for name, pid in sorted(self._supervisor.pids().items())],
+        )
+
+    async def _mount_report(self, record: MountRecord) -> api.MountReport:
+        domain = self._mounts.domain_of(record)
+        try:
+            usage = await self._supervisor.call(
+                domain, "Usage", worker_api.Usage(maps=record.maps), worker_api.UsageReport
+            )
+        except NsfsError as error:
+            usage = worker_api.UsageReport(local=0, fetched=0, state=str(error))
+        return api.MountReport(
+            id=record.id,
+            target=record.target,
+            reference=record.reference,
+            digest=record.digest,
+            namespace=record.namespace,
+            domain=record.domain,
+            driver=record.driver,
+            writable=record.writable,
+            files=record.files,
+            size=record.size,
+            local=usage.local,
+            fetched=usage.fetched,
+            state=usage.state,
+        )
+
+    async def _domain_report(self, name: str, pid: int) -> api.DomainReport:
+        try:
+            status = await self._supervisor.call(
+                self._mounts.named_domain(name), "Status", worker_api.Empty(), worker_api.WorkerStatus
+            )
+        except NsfsError as error:
+            status = worker_api.WorkerStatus(layers=0, local=0, fetched=0, waiting=0, state=str(error))
+        return api.DomainReport(
+            name=name,
+            pid=pid,
+            layers=status.layers,
+            local=status.local,
+            fetched=status.fetched,
+            waiting=status.waiting,
+            state=status.state,
+        )
