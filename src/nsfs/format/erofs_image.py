@@ -11,6 +11,7 @@ A nid is the number of an inode in its image: its byte offset over 32.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from msgspec import Struct
@@ -162,22 +163,13 @@ class ErofsImage:
 
     def find(self, nid: int, name: bytes) -> Dirent | None:
         """The entry of `name` in directory `nid`, None if it has no such name."""
-        inode = self._directory(nid)
-        low, high = 0, _block_count(inode)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if _Names(self._block(inode, middle)).name(0) <= name:
-                low = middle
-            else:
-                high = middle
-        names = _Names(self._block(inode, low))
-        index = names.search(name)
-        return None if index is None else names.entry(index, low)
+        names, block, index = self._search(self._directory(nid), name)
+        return names.entry(index, block) if index < names.count and names.name(index) == name else None
 
     def readdir(self, nid: int, start: int = 0) -> Iterator[Dirent]:
         """The entries of directory `nid` in the order of their names, without `.` and `..`.
 
-        `start` is 0 or the `next` of an entry, for going on after it.
+        `start` is 0, the `next` of an entry, or a `position`.
         """
         inode = self._directory(nid)
         first, index = divmod(start, _PER_BLOCK)
@@ -187,6 +179,32 @@ class ErofsImage:
                 entry = names.entry(number, block)
                 if entry.name not in _DOTS:
                     yield entry
+
+    def position(self, nid: int, name: bytes) -> int:
+        """Where in directory `nid` the names greater than `name` begin."""
+        names, block, index = self._search(self._directory(nid), name)
+        past = index < names.count and names.name(index) == name
+        return block * _PER_BLOCK + index + past
+
+    def name_before(self, nid: int, position: int) -> bytes:
+        """The name whose `next` is `position`."""
+        block, index = divmod(position - 1, _PER_BLOCK)
+        inode = self._directory(nid)
+        if not 0 <= block < _block_count(inode):
+            _refuse(f"directory {nid} has no position {position}")
+        return _Names(self._block(inode, block)).name(index)
+
+    def _search(self, inode: Inode, name: bytes) -> tuple[_Names, int, int]:
+        """The block that can have `name`, its number, and the index there of the first name not less."""
+        low, high = 0, _block_count(inode)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if _Names(self._block(inode, middle)).name(0) <= name:
+                low = middle
+            else:
+                high = middle
+        names = _Names(self._block(inode, low))
+        return names, low, bisect_left(range(names.count), name, key=names.name)
 
     def _directory(self, nid: int) -> Inode:
         inode = self.inode(nid)
@@ -234,6 +252,8 @@ class _Names:
             _refuse(f"a directory's names begin at {names} of {len(block)} bytes")
 
     def name(self, index: int) -> bytes:
+        if index >= self.count:
+            _refuse(f"a block of a directory has {self.count} names: {index}")
         start = _NAME_OFFSET.unpack_from(self._block, index * DIRENT.size)[0]
         if index + 1 < self.count:
             end = _NAME_OFFSET.unpack_from(self._block, (index + 1) * DIRENT.size)[0]
@@ -243,19 +263,6 @@ class _Names:
         if not 0 < len(name) <= 255 or start < self.count * DIRENT.size:
             _refuse(f"a directory has a name of {len(name)} bytes at {start}")
         return name
-
-    def search(self, name: bytes) -> int | None:
-        low, high = 0, self.count
-        while low < high:
-            middle = (low + high) // 2
-            found = self.name(middle)
-            if found == name:
-                return middle
-            if found < name:
-                low = middle + 1
-            else:
-                high = middle
-        return None
 
     def entry(self, index: int, block: int) -> Dirent:
         nid, _, number = DIRENT.unpack_from(self._block, index * DIRENT.size)
