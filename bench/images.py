@@ -93,15 +93,19 @@ _CLEAN_UP = Step(
     rm /opt/app && mkdir /opt/app && echo 2 > /opt/app/version
     echo changed >> /etc/motd
     chmod 0700 /srv/app/data
-    """,
-    links=(("srv/app/python", "usr/bin/python3.11"), ("srv/app/shell", "usr/bin/dash")),
+    """
 )
 
+_PYTHON = (_install("python3", "python3-numpy"), _APPLICATION, _CLEAN_UP)
+
 DEMO = Recipe(
-    "python",
-    (_install("python3", "python3-numpy"), _APPLICATION, _CLEAN_UP),
+    "demo",
+    (*_PYTHON, Step("echo 3 > /srv/app/version", links=(("srv/app/python", "usr/bin/python3.11"),))),
     ("python3", "-c", "import json, sys; print('hello from python', sys.version.split()[0])"),
 )
+"""Everything that layers say; containerd's overlayfs cannot unpack its last one, whose link leads into another layer."""
+
+PYTHON = Recipe("python", _PYTHON, DEMO.command)
 SCIPY = Recipe(
     "scipy",
     (_install("python3", "python3-numpy"), _install("python3-scipy"), _APPLICATION),
@@ -116,7 +120,7 @@ JDK = Recipe(
     ),
     ("java", "-version"),
 )
-RECIPES = {recipe.name: recipe for recipe in (DEMO, SCIPY, JDK)}
+RECIPES = {recipe.name: recipe for recipe in (DEMO, PYTHON, SCIPY, JDK)}
 
 
 @dataclass(frozen=True, slots=True)
