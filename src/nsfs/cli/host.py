@@ -69,8 +69,8 @@ def doctor(path: str | None, *, as_json: bool) -> None:
         click.echo(render_json(report))
     else:
         click.echo(f"Linux {report.kernel}, {'root' if report.uid == 0 else f'uid {report.uid}'}\n")
-        rows = [(f.name, f.present, "used" if f.used else "-", f.detail or f.without) for f in report.features]
-        click.echo("\n".join(render_columns([("FEATURE", "PRESENT", "USED", "DETAIL"), *rows])))
+        rows = [(f.name, f.present, "used" if f.used else "-", f.without, f.detail) for f in report.features]
+        click.echo("\n".join(render_columns([("FEATURE", "PRESENT", "USED", "LOST WITHOUT IT", "SEEN"), *rows])))
     if not report.usable:
         raise UnsupportedError(f"nsfs cannot work here: {', '.join(report.missing)}")
 

@@ -5,6 +5,7 @@ Each path is a call of its own, in order; the first that fails ends the command,
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -69,7 +70,7 @@ def ls(session: Session, paths: tuple[str, ...], *, long: bool, choice: Choice, 
 @pass_session
 def cat(session: Session, paths: tuple[str, ...], *, choice: Choice) -> None:
     """Write files of an image to standard output, fetching nothing else."""
-    output = click.get_binary_stream("stdout")
+    output = sys.stdout.buffer
 
     def take(event: Data | Item) -> None:
         assert isinstance(event, Data)
