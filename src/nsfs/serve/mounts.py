@@ -1,0 +1,531 @@
+"""Mounting: the system calls, what the kernel shows of mounts, and a way to call it that can be given up.
+
+Owns mount(2), umount2(2), loop devices, fusermount3, /sys/class/bdi and fusectl, and the words in which their errors
+are told. Steps are plain data; `run_mounts` does them in a process forked for it, so that `carry_out` can kill it at a
+deadline: mounting a view reads it through FUSE, and whatever reads through FUSE may wait for ever.
+
+Everything is mounted read-only except an overlay with an upper directory. Views and overlays keep set-user-ID bits and
+device nodes working, since root filesystems of containers need them, as containerd's overlay snapshots do; what a user
+mounts by hand gets `nosuid` and `nodev` by the flag `guarded`.
+
+Concurrency: the functions block and keep no state. Nothing here looks at a path below a mount.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import socket
+import struct
+import subprocess
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
+import trio
+from msgspec import Struct
+
+from nsfs.errors import (
+    ERRORS,
+    BusyError,
+    DeniedError,
+    NotFoundError,
+    NsfsError,
+    UnreachableError,
+    UnsupportedError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from nsfs.serve.forkserver import ForkServer
+
+FUSE_TYPE: Final = "fuse.nsfs"
+OVERLAY_OPTIONS: Final = ("xino=on", "redirect_dir=nofollow", "metacopy=off", "index=off")
+MAX_OPTIONS: Final = 4095
+"""Bytes of mount(2)'s last argument: a page with its terminator."""
+
+# include/uapi/linux/mount.h, include/linux/fs.h
+_RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _PRIVATE = 1, 2, 4, 32, 4096, 1 << 18
+_FORCE, _DETACH, _NOFOLLOW = 1, 2, 8
+# include/uapi/linux/loop.h
+_LOOP_CONFIGURE, _LOOP_GET_FREE = 0x4C0A, 0x4C82
+_LOOP_READ_ONLY, _LOOP_AUTOCLEAR, _LOOP_DIRECT_IO = 1, 4, 16
+_LOOP_CONFIG: Final = struct.Struct("<II 52xI 176x 64x")
+"""struct loop_config: fd, block_size; struct loop_info64, of which lo_flags alone is set; reserved."""
+_LOOP_ATTEMPTS: Final = 16
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+# Steps
+
+
+class Fuse(Struct, frozen=True, kw_only=True, tag="fuse"):
+    """A FUSE filesystem over descriptor number `fd` of those given to `carry_out` (or of this process)."""
+
+    target: str
+    fd: int
+    allow_other: bool = True
+    read_ahead_kb: int | None = None
+
+
+class Erofs(Struct, frozen=True, kw_only=True, tag="erofs"):
+    """A view: metadata from the file `image`, contents from the file `device`.
+
+    Without `loop` the kernel reads both as files (Linux 6.12); `direct` keeps one copy of each page less in memory.
+    """
+
+    target: str
+    image: str
+    device: str
+    direct: bool = True
+    loop: bool = False
+    read_ahead_kb: int | None = None
+
+
+class Overlay(Struct, frozen=True, kw_only=True, tag="overlay"):
+    """`lowers`, top first, are names relative to the directory `base`; read-only without `upper` and `work`.
+
+    Relative names keep the options of 128 lowers below a page on every kernel. Without an upper directory two lowers
+    are the least that overlayfs takes.
+    """
+
+    target: str
+    base: str
+    lowers: tuple[str, ...]
+    upper: str | None = None
+    work: str | None = None
+    guarded: bool = False
+
+
+class Bind(Struct, frozen=True, kw_only=True, tag="bind"):
+    """What is mounted at `source`, read-only, at `target` too."""
+
+    target: str
+    source: str
+    guarded: bool = False
+
+
+class Umount(Struct, frozen=True, kw_only=True, tag="umount"):
+    """Take a mount away; `detach` at once, though it is in use. It is no error if there is none."""
+
+    target: str
+    detach: bool = False
+
+
+Step: TypeAlias = Fuse | Erofs | Overlay | Bind | Umount
+
+
+class MountPlan(Struct, frozen=True):
+    """Steps in their order; the first that fails is the last."""
+
+    steps: tuple[Step, ...]
+
+
+class StepResult(Struct, frozen=True, kw_only=True):
+    """How a step went; `code` is empty if well, else a key of `nsfs.errors.ERRORS`."""
+
+    seconds: float
+    code: str = ""
+    message: str = ""
+    hint: str | None = None
+
+
+def do_step(step: Step) -> None:
+    """Do one step here and now; may block for as long as a read of a view may."""
+    match step:
+        case Fuse():
+            mount_fuse(step.target, step.fd, allow_other=step.allow_other)
+            if step.read_ahead_kb is not None:
+                set_read_ahead(find_mount(step.target).device, step.read_ahead_kb)
+        case Erofs():
+            mount_erofs(step)
+        case Overlay():
+            mount_overlay(step)
+        case Bind():
+            mount_bind(step)
+        case Umount():
+            unmount(step.target, detach=step.detach)
+
+
+def run_mounts(args: bytes, fds: list[int]) -> int:
+    """Entry point for a fork server: do a MountPlan, write the list of StepResults to the first descriptor."""
+    results: list[StepResult] = []
+    for step in msgspec.msgpack.decode(args, type=MountPlan).steps:
+        if isinstance(step, Fuse):
+            step = msgspec.structs.replace(step, fd=fds[1 + step.fd])  # noqa: PLW2901 - the same step as seen here
+        begin = time.monotonic()
+        try:
+            do_step(step)
+        except NsfsError as error:
+            seconds = time.monotonic() - begin
+            results.append(StepResult(seconds=seconds, code=error.code, message=error.message, hint=error.hint))
+            break
+        results.append(StepResult(seconds=time.monotonic() - begin))
+    os.write(fds[0], msgspec.msgpack.encode(results))
+    return 0
+
+
+async def carry_out(
+    server: ForkServer, plan: MountPlan, fds: Sequence[int] = (), *, deadline: float
+) -> list[StepResult]:
+    """Do `plan` in a process of its own, killed after `deadline` seconds.
+
+    Raises the error of the step that failed; steps before it stay done. Raises UnreachableError at the deadline, when
+    it is not known how far it got: unmount with `detach` what it may have mounted.
+    """
+    read, write = os.pipe2(os.O_CLOEXEC)
+    with ExitStack() as stack:
+        stack.callback(os.close, read)
+        with trio.move_on_after(deadline):
+            try:
+                status = await server.run("nsfs.serve.mounts:run_mounts", plan, [write, *fds])
+            finally:
+                os.close(write)
+            return _read_results(read, status)
+    raise UnreachableError(
+        f"mounting took longer than {deadline:g} s: {plan.steps[-1].target}",
+        hint="the image's registry may be unreachable: see nsfs status",
+    )
+
+
+def _read_results(fd: int, status: int) -> list[StepResult]:
+    data = os.read(fd, 1 << 16)
+    if not data:
+        raise NsfsError(f"the mounting process ended without a word: exit status {status}")
+    results = msgspec.msgpack.decode(data, type=list[StepResult])
+    if results and results[-1].code:
+        raise ERRORS.get(results[-1].code, NsfsError)(results[-1].message, hint=results[-1].hint)
+    return results
+
+
+# System calls
+
+
+def mount_fuse(target: str, fd: int, *, allow_other: bool = True) -> None:
+    """Mount the connection of `fd`, an open /dev/fuse; root only. Permissions are the kernel's to check."""
+    options = f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions"
+    _mount("nsfs", target, FUSE_TYPE, _RDONLY | _NOSUID | _NODEV, options + ",allow_other" * allow_other)
+
+
+def mount_fuse_as_user(target: str) -> int:
+    """Mount a FUSE filesystem at `target` by the set-uid fusermount3, for a user who is not root; gives its /dev/fuse.
+
+    `fusermount3` mounts for the calling user alone, read-only, nosuid and nodev. Raises NsfsError with what it says.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        options = "ro,nosuid,nodev,default_permissions,fsname=nsfs,subtype=nsfs"
+        environment = {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}
+        _run_fusermount(["-o", options, "--", target], environment, [theirs.fileno()])
+        ours.settimeout(5)
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        raise UnsupportedError(f"fusermount3 gave no descriptor: {target}")
+    return fds[0]
+
+
+def unmount_as_user(target: str, *, detach: bool = False) -> None:
+    """Take away what `mount_fuse_as_user` mounted."""
+    _run_fusermount(["-u", *(["-z"] if detach else []), "--", target], dict(os.environ), [])
+
+
+def mount_erofs(step: Erofs) -> None:
+    """Mount a view with mount(2); over loop devices, if asked, which vanish with it."""
+    before = _bdi_names()
+    with ExitStack() as stack:
+        image, device, extra = step.image, step.device, ",directio" if step.direct and not step.loop else ""
+        loops: list[str] = []
+        if step.loop:
+            loops = [stack.enter_context(loop_device(path, direct=step.direct)) for path in (image, device)]
+            image, device = loops
+        _refuse_comma(device)
+        _mount(image, step.target, "erofs", _RDONLY, f"device={device}{extra}")
+        if step.read_ahead_kb is not None:
+            names = [f"7:{loop.removeprefix('/dev/loop')}" for loop in loops] or sorted(_bdi_names() - before)
+            for name in names:
+                set_read_ahead(name, step.read_ahead_kb)
+
+
+def mount_overlay(step: Overlay) -> None:
+    """Stack directories. Changes the working directory for a moment, so call it where nobody else depends on that."""
+    options = plan_overlay_options(step)
+    flags = _NOSUID | _NODEV if step.guarded else 0
+    if step.upper is None:
+        flags |= _RDONLY
+    with _working_directory(step.base):
+        _mount("overlay", os.path.abspath(step.target), "overlay", flags, options)
+
+
+def mount_bind(step: Bind) -> None:
+    """Show a mount a second time, read-only."""
+    _mount(step.source, step.target, None, _BIND, None)
+    try:
+        flags = _RDONLY | (_NOSUID | _NODEV if step.guarded else 0)
+        _mount(None, step.target, None, _BIND | _REMOUNT | flags, None)
+    except NsfsError:
+        unmount(step.target, detach=True)
+        raise
+
+
+def unmount(target: str, *, detach: bool = False, force: bool = False) -> None:
+    """Unmount `target`, which may not be a symlink; nothing happens if nothing is mounted there.
+
+    `detach` hides it at once and unmounts when its last user is gone; `force` aborts requests that wait (FUSE alone).
+    """
+    flags = _NOFOLLOW | (_DETACH if detach else 0) | (_FORCE if force else 0)
+    if _libc.umount2(os.fsencode(target), flags) == 0:
+        return
+    number = ctypes.get_errno()
+    if number == errno.EINVAL:
+        return
+    raise plan_error(number, f"cannot unmount: {target}", "")
+
+
+def plan_overlay_options(step: Overlay) -> str:
+    """The options of an overlay mount; raises UsageError if they do not fit a page."""
+    parts = ["lowerdir=" + ":".join(_escape(name, ":") for name in step.lowers)]
+    if step.upper is not None:
+        parts += [f"upperdir={_escape(step.upper)}", f"workdir={_escape(step.work or '')}"]
+    options = ",".join((*parts, *OVERLAY_OPTIONS))
+    if len(os.fsencode(options)) > MAX_OPTIONS:
+        raise UsageError(f"too many layers for one mount: {len(step.lowers)}", hint="squash some of them")
+    return options
+
+
+_HINTS: Final = {
+    (errno.ENOTBLK, "erofs"): "this kernel mounts erofs from block devices alone: use the driver erofs-loop",
+    (errno.EINVAL, "erofs"): "the kernel's log says what it does not like; the driver fuse needs no erofs",
+    (errno.ENODEV, "erofs"): "this kernel has no erofs: modprobe erofs, or use the driver fuse",
+    (errno.ENODEV, "overlay"): "this kernel has no overlayfs: modprobe overlay",
+    (errno.EINVAL, "overlay"): "the kernel's log says which directory it does not like",
+    (errno.ELOOP, "overlay"): "a directory is stacked twice, or too deep a stack: only two filesystems may be stacked",
+    (errno.ENODEV, FUSE_TYPE): "this kernel has no fuse: modprobe fuse",
+}
+_ANY_HINTS: Final = {
+    errno.EPERM: "mounting needs CAP_SYS_ADMIN in the host's user namespace",
+    errno.EBUSY: "a process works below it: see fuser -m, or unmount with --force",
+    errno.EIO: "the bytes could not be read: see nsfs status",
+}
+_CLASSES: Final[dict[int, type[NsfsError]]] = {
+    errno.EPERM: DeniedError,
+    errno.EACCES: DeniedError,
+    errno.ENOENT: NotFoundError,
+    errno.ENOTDIR: NotFoundError,
+    errno.EBUSY: BusyError,
+    errno.ENODEV: UnsupportedError,
+    errno.ENOTBLK: UnsupportedError,
+    errno.EIO: UnreachableError,
+}
+
+
+def plan_error(number: int, what: str, fstype: str) -> NsfsError:
+    """How errno `number` of a mount of `fstype` is told."""
+    hint = _HINTS.get((number, fstype), _ANY_HINTS.get(number))
+    return _CLASSES.get(number, NsfsError)(f"{what}: {os.strerror(number).lower()}", hint=hint)
+
+
+def _mount(source: str | None, target: str, fstype: str | None, flags: int, options: str | None) -> None:
+    result = _libc.mount(
+        source and os.fsencode(source),
+        os.fsencode(target),
+        fstype and fstype.encode(),
+        ctypes.c_ulong(flags),
+        options and os.fsencode(options),
+    )
+    if result != 0:
+        raise plan_error(ctypes.get_errno(), f"cannot mount {fstype or 'bind'} at {target}", fstype or "bind")
+
+
+def _escape(name: str, more: str = "") -> str:
+    """`name` for overlayfs's options (Linux fs/overlayfs/params.c, ovl_unescape)."""
+    return "".join(f"\\{char}" if char in "\\," + more else char for char in name)
+
+
+def _refuse_comma(path: str) -> None:
+    if "," in path:
+        raise UsageError(f"a path with a comma cannot be an option of a mount: {path}")
+
+
+@contextmanager
+def _working_directory(path: str) -> Iterator[None]:
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.chdir(path)
+        yield
+    except OSError as error:
+        raise plan_error(error.errno or errno.EIO, f"cannot enter {path}", "") from error
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
+def _run_fusermount(arguments: list[str], environment: dict[str, str], fds: list[int]) -> None:
+    try:
+        done = subprocess.run(
+            ["fusermount3", *arguments],
+            env=environment,
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise UnsupportedError("there is no fusermount3", hint="install the package fuse3") from None
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().removeprefix("fusermount3: ")
+        raise DeniedError(f"fusermount3 refused: {said or done.returncode}")
+
+
+# Loop devices
+
+
+@contextmanager
+def loop_device(path: str, *, direct: bool = True) -> Iterator[str]:
+    """A read-only loop device over the file `path`; it goes with its last user, the context or a mount."""
+    with ExitStack() as stack:
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, file)
+            device, name = _configure_loop(file, direct=direct)
+            stack.callback(os.close, device)
+        except OSError as error:
+            raise plan_error(error.errno or errno.EIO, f"cannot make a loop device for {path}", "loop") from error
+        yield name
+
+
+def _configure_loop(file: int, *, direct: bool) -> tuple[int, str]:
+    flags = _LOOP_READ_ONLY | _LOOP_AUTOCLEAR | (_LOOP_DIRECT_IO if direct else 0)
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for _ in range(_LOOP_ATTEMPTS):
+            name = f"/dev/loop{fcntl.ioctl(control, _LOOP_GET_FREE)}"
+            device = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(device, _LOOP_CONFIGURE, _LOOP_CONFIG.pack(file, 4096, flags))
+            except OSError as error:
+                os.close(device)
+                if error.errno != errno.EBUSY:
+                    raise
+            else:
+                return device, name
+    finally:
+        os.close(control)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+# What the kernel shows
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """One line of mountinfo (proc_pid_mountinfo(5)); paths are decoded."""
+
+    id: int
+    parent: int
+    device: str
+    """major:minor, as /sys/class/bdi names it."""
+    root: str
+    target: str
+    options: str
+    fstype: str
+    source: str
+    super_options: str
+
+    @property
+    def connection(self) -> int:
+        """The number of a FUSE mount's connection in fusectl: its device's minor (and major, if there were one)."""
+        major, _, minor = self.device.partition(":")
+        return int(major) << 20 | int(minor)
+
+
+def parse_mountinfo(text: str) -> list[MountInfo]:
+    """Every mount, in the kernel's order: what is mounted later on one target comes later."""
+    return [_parse_line(line) for line in text.splitlines()]
+
+
+def _parse_line(line: str) -> MountInfo:
+    before, _, after = line.partition(" - ")
+    number, parent, device, root, target, options, *_ = before.split(" ")
+    fstype, source, super_options = after.split(" ", 2)
+    return MountInfo(
+        int(number),
+        int(parent),
+        device,
+        _unescape(root),
+        _unescape(target),
+        options,
+        fstype,
+        _unescape(source),
+        super_options,
+    )
+
+
+def _unescape(text: str) -> str:
+    """Undo the octal escapes of blanks and backslashes (Linux fs/proc_namespace.c)."""
+    head, *rest = text.split("\\")
+    return head + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
+
+
+def load_mounts() -> list[MountInfo]:
+    """The mounts of this process's namespace."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return parse_mountinfo(file.read())
+
+
+def find_mount(target: str) -> MountInfo:
+    """What is mounted on top at `target`; raises NotFoundError. Asks no filesystem."""
+    found = [mount for mount in load_mounts() if mount.target == target]
+    if not found:
+        raise NotFoundError(f"nothing is mounted here: {target}")
+    return found[-1]
+
+
+def _bdi_names() -> set[str]:
+    with suppress(FileNotFoundError):
+        return {name for name in os.listdir("/sys/class/bdi") if name.startswith("erofs-")}
+    return set()
+
+
+def set_read_ahead(bdi: str, kib: int) -> None:
+    """Let sequential reads of a filesystem run `kib` KiB ahead; `bdi` is its name in /sys/class/bdi.
+
+    That is major:minor for FUSE and for block devices, `erofs-<n>` for EROFS without one. Best effort: the mount works
+    without it.
+    """
+    with suppress(OSError), open(f"/sys/class/bdi/{bdi}/read_ahead_kb", "w", encoding="ascii") as file:
+        file.write(str(kib))
+
+
+_CONNECTIONS: Final = "/sys/fs/fuse/connections"
+
+
+def ensure_fusectl() -> None:
+    """Mount fusectl if it is not."""
+    if not any(mount.fstype == "fusectl" for mount in load_mounts()):
+        _mount("fusectl", _CONNECTIONS, "fusectl", _NOSUID | _NODEV, None)
+
+
+def set_max_background(connection: int, number: int) -> None:
+    """Let the kernel have `number` reads of a FUSE connection under way before others wait for them."""
+    for name, value in (("max_background", number), ("congestion_threshold", number * 3 // 4)):
+        _write_connection(connection, name, str(value))
+
+
+def abort_connection(connection: int) -> None:
+    """End a FUSE connection: whoever waits for it gets an error at once."""
+    _write_connection(connection, "abort", "1")
+
+
+def _write_connection(connection: int, name: str, value: str) -> None:
+    try:
+        with open(f"{_CONNECTIONS}/{connection}/{name}", "w", encoding="ascii") as file:
+            file.write(value)
+    except OSError as error:
+        raise plan_error(error.errno or errno.EIO, f"cannot set {name} of fuse connection {connection}", "") from error

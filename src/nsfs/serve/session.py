@@ -1,0 +1,185 @@
+"""One FUSE session over a /dev/fuse descriptor that outlives this process.
+
+Owns: the handshake with the kernel, made so that a later process can go on where this one was killed, and the loop that
+hands requests to pyfuse3. The recorded INIT request is bytes that the caller keeps: a session that is given them is a
+successor. libfuse gets the INIT from us, through a socket pair in the descriptor's place; its answer passes through
+`plan_reply` on its way to the kernel, which drops it (ENOENT) if a predecessor has answered.
+
+Concurrency: one session per process, because pyfuse3 keeps it in module globals; everything runs in the calling trio
+run. The descriptor is made non-blocking: a request that its caller withdraws between poll and read must not stop the
+loop until the next one comes.
+
+Invariants: no request is lost when this process dies at any time after the INIT was recorded (Linux 6.9 and later, by
+FUSE_NOTIFY_RESEND; before that, requests that were taken and not answered stay unanswered). File handles are inode
+numbers, since a successor must understand them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import pyfuse3
+import trio
+
+from nsfs.errors import UnreachableError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+log = logging.getLogger(__name__)
+
+MAX_TASKS: Final = 1024
+"""Requests that are answered at a time; the rest stays in the kernel's queue."""
+_LARGEST_REQUEST: Final = (1 << 20) + (1 << 16)
+_HIGH_FD: Final = 100
+
+# include/uapi/linux/fuse.h
+_IN_HEADER: Final = struct.Struct("<IIQQIIIHH")
+_FUSE_INIT: Final = 26
+_INIT_REPLY: Final = struct.Struct("<IiQIIIIHHIIHHII")
+"""len, error, unique; major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran,
+max_pages, map_alignment, flags2, max_stack_depth."""
+_CACHE_SYMLINKS: Final = 1 << 23
+_NOTIFY_RESEND: Final = struct.pack("<IiQ", 16, 7, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What we ask of the kernel beside what libfuse asks.
+
+    `max_background` is the number of reads of all views together that the kernel sends before the next one has to wait,
+    present or not. Its default is 12; one answered INIT of root may set any number, a user's up to the sysctl-like
+    module parameter max_user_bgreq (Linux fs/fuse/inode.c, process_init_limits).
+    """
+
+    max_background: int = 512
+    congestion_threshold: int = 384
+
+
+def plan_reply(reply: bytes, request: bytes, limits: Limits) -> bytes:
+    """Complete an answer to INIT `request` for the kernel: with `limits`, and with symlinks cached if it can."""
+    if len(reply) < _INIT_REPLY.size:
+        return reply
+    fields = list(_INIT_REPLY.unpack_from(reply))
+    (offered,) = struct.unpack_from("<I", request, _IN_HEADER.size + 12)
+    fields[6] |= offered & _CACHE_SYMLINKS
+    fields[7], fields[8] = limits.max_background, limits.congestion_threshold
+    return _INIT_REPLY.pack(*fields) + reply[_INIT_REPLY.size :]
+
+
+async def read_init(fuse_fd: int) -> bytes:
+    """Take the kernel's INIT request, which comes once, right after mount(2).
+
+    Whoever keeps the descriptor should read it before any worker exists; then there is no moment at which the death of
+    a worker loses it. Raises UnreachableError if the descriptor's connection is gone or was greeted before.
+    """
+    await trio.lowlevel.wait_readable(fuse_fd)
+    try:
+        request = os.read(fuse_fd, _LARGEST_REQUEST)
+    except OSError as error:
+        raise UnreachableError(f"no fuse connection: {error.strerror}") from error
+    if len(request) < _IN_HEADER.size or _IN_HEADER.unpack_from(request)[1] != _FUSE_INIT:
+        raise UnreachableError("fuse connection was greeted before, and its first request is not known")
+    return request
+
+
+class Session:
+    """A session of `operations` over `fuse_fd`. There is one per process."""
+
+    def __init__(self, operations: pyfuse3.Operations, fuse_fd: int, limits: Limits | None = None) -> None:
+        self._fuse_fd = fuse_fd
+        self._limits = limits or Limits()
+        ours, self._shim = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            self._session_fd = fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
+        self._shim.setblocking(False)  # noqa: FBT003
+        os.set_blocking(self._session_fd, False)
+        _guard_session_loop()
+        pyfuse3.init(operations, f"/dev/fd/{self._session_fd}", {"fsname=nsfs"})
+
+    async def serve(
+        self,
+        init: bytes = b"",
+        on_init: Callable[[bytes], Awaitable[None]] | None = None,
+        on_ready: Callable[[], None] | None = None,
+    ) -> None:
+        """Answer requests until the filesystem is unmounted or its connection aborted.
+
+        `init` is the recorded INIT request, empty if nobody has read it yet; then `on_init` gets it before the kernel
+        is answered, so that a successor can have it. `on_ready` is called when requests begin to be taken. Cancelling
+        leaves requests unanswered, for a successor.
+        """
+        if not init:
+            init = await read_init(self._fuse_fd)
+            if on_init is not None:
+                await on_init(init)
+        taken_over = self._answer(plan_reply(await self._negotiate(init), init, self._limits))
+        os.set_blocking(self._fuse_fd, False)
+        os.dup2(self._fuse_fd, self._session_fd, inheritable=False)
+        if taken_over:
+            self._ask_again()
+        if on_ready is not None:
+            on_ready()
+        await pyfuse3.main(max_tasks=MAX_TASKS)
+        pyfuse3.close(unmount=False)
+
+    async def _negotiate(self, init: bytes) -> bytes:
+        """Let libfuse answer `init`."""
+        reply = b""
+        with self._shim:
+            self._shim.send(init)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pyfuse3.main)
+                await trio.lowlevel.wait_readable(self._shim)
+                reply = self._shim.recv(1 << 16)
+                nursery.cancel_scope.cancel()
+        return reply
+
+    def _answer(self, reply: bytes) -> bool:
+        """Give the kernel the answer to INIT; whether it had one already."""
+        try:
+            os.write(self._fuse_fd, reply)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise UnreachableError(f"no fuse connection: {error.strerror}") from error
+        return False
+
+    def _ask_again(self) -> None:
+        """Have the kernel queue again what a predecessor took and did not answer."""
+        try:
+            os.write(self._fuse_fd, _NOTIFY_RESEND)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise UnreachableError(f"no fuse connection: {error.strerror}") from error
+            log.warning("reads that the last worker had taken stay unanswered, because the kernel is older than 6.9")
+
+
+def _guard_session_loop() -> None:
+    """Make pyfuse3's loop go on after EAGAIN, which it takes for the end of the session.
+
+    pyfuse3 looks the loop's name up in its module for each task that it starts.
+    """
+    loop: Callable[..., Awaitable[None]] = pyfuse3._session_loop  # type: ignore[attr-defined] # noqa: SLF001
+    if getattr(loop, "is_guarded", False):
+        return
+
+    async def guarded(*args: Any) -> None:  # noqa: ANN401
+        while True:
+            try:
+                await loop(*args)
+            except OSError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+            else:
+                return
+
+    guarded.is_guarded = True  # type: ignore[attr-defined]
+    pyfuse3._session_loop = guarded  # type: ignore[attr-defined] # noqa: SLF001
