@@ -1,0 +1,346 @@
+"""One registry server, asked until it answers: authentication, redirects, retries, limits.
+
+Owns the conversation behind one GET: who asks (once more after a 401 or 403), where redirects lead (no Authorization
+and no configured header for another origin, no downgrade to plain HTTP), and what errors are called. Bodies are never
+interpreted here. Each attempt is bounded by the timeouts, each `retrying` by its number of attempts.
+
+Concurrency: any number of tasks; at most `LANE` streams and, apart from these, `LANE` other requests are open at a
+time, so a range never waits behind whole layers. Every call may be cancelled at any time.
+"""
+
+from __future__ import annotations
+
+import random
+import ssl
+import time
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import httpx
+import trio
+
+from nsfs import __version__
+from nsfs.errors import CorruptError, DeniedError, NsfsError, UnreachableError
+from nsfs.model.oci import Traffic
+from nsfs.remote.auth import MAX_TOKEN_ANSWER, Authorizer, TokenRequest, parse_challenges
+from nsfs.remote.hosts import Endpoint, Tls
+from nsfs.remote.response import REDIRECTS, STALE, origin, plan_redirect, refusal
+from nsfs.remote.transport import Timeouts, body_of, create_client
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+
+    from nsfs.remote.credentials import Credentials
+
+
+T = TypeVar("T")
+
+LANE = 12
+MAX_REDIRECTS = 5
+
+_MAX_REASON = 4096
+_SHORT_BODY = 64 << 10
+_SLOWEST = 16 << 10
+"""Bytes a second: what comes in more slowly is given up."""
+_IDENTITY = {"Accept-Encoding": "identity", "User-Agent": f"nsfs/{__version__}"}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How often and how long one call tries before it gives up; seconds."""
+
+    attempts: int = 4
+    first_delay: float = 0.2
+    longest_delay: float = 10.0
+    """Also of a Retry-After: when asked to wait longer, the caller is told instead."""
+
+
+class Meter:
+    """Counts what one source costs."""
+
+    __slots__ = ("received", "requests")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.received = 0
+
+    def reading(self) -> Traffic:
+        """The counts now."""
+        return Traffic(self.requests, self.received)
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """One thing to ask a server for."""
+
+    path: str
+    """Below the API's base: /library/python/manifests/3.12."""
+    repository: str
+    what: str
+    """For people, in errors."""
+    headers: tuple[tuple[str, str], ...] = ()
+    target: str | None = None
+    """Where an earlier answer redirected to, to be tried first."""
+    stream: bool = False
+    """Takes a slot among the streams."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A successful response whose body is still to be read."""
+
+    response: httpx.Response
+    host: str
+    target: str | None
+    """The URL it came from, if a redirect led to another origin."""
+    meter: Meter
+    patience: float
+    """Seconds that the connection may be silent."""
+
+    async def receive(self) -> bytes:
+        """The next piece of the body, b"" at its end; raises UnreachableError when the connection breaks."""
+        with mapped_errors(self.host):
+            piece = await anext(body_of(self.response), b"")
+        self.meter.received += len(piece)
+        return piece
+
+    async def read(self, limit: int, what: str) -> bytes:
+        """The whole body; raises CorruptError if it is longer than `limit`."""
+        body = bytearray()
+        with self.deadline(limit):
+            while piece := await self.receive():
+                body += piece
+                if len(body) > limit:
+                    raise CorruptError(f"the registry's answer is longer than {limit} bytes: {what}")
+        return bytes(body)
+
+    @contextmanager
+    def deadline(self, length: int) -> Iterator[None]:
+        """Raise UnreachableError if what runs inside takes longer than `length` bytes do on a very slow line."""
+        with bounded(self.patience + length / _SLOWEST, self.host):
+            yield
+
+
+class Connections:
+    """The HTTP clients of a process, one per TLS configuration, and the number of requests they may have open."""
+
+    def __init__(self, environment: Mapping[str, str], timeouts: Timeouts) -> None:
+        self.timeouts = timeouts
+        self.streams = trio.Semaphore(LANE)
+        self.requests = trio.Semaphore(LANE)
+        self._environment = environment
+        self._clients: dict[Tls, httpx.AsyncClient] = {}
+
+    def client(self, tls: Tls) -> httpx.AsyncClient:
+        """The client for servers of this configuration."""
+        if tls not in self._clients:
+            self._clients[tls] = create_client(tls, self._environment, self.timeouts)
+        return self._clients[tls]
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        for client in self._clients.values():
+            await client.aclose()
+
+
+class Server:
+    """One endpoint of a registry."""
+
+    def __init__(self, endpoint: Endpoint, registry: str, connections: Connections, credentials: Credentials) -> None:
+        self.endpoint = endpoint
+        self._connections = connections
+        account = endpoint.host if endpoint.namespace else registry
+        self._authorizer = Authorizer(account, credentials, self._ask_token, plain=endpoint.plain)
+        self._down_until = 0.0
+
+    def is_down(self) -> bool:
+        """Whether it did not answer lately."""
+        return trio.current_time() < self._down_until
+
+    def rest(self, seconds: float) -> None:
+        """Ask others first for a while."""
+        self._down_until = trio.current_time() + seconds
+
+    @asynccontextmanager
+    async def open(self, get: Get, meter: Meter) -> AsyncIterator[Answer]:
+        """Ask once; the body can be read inside the block. Raises NsfsError for everything but a 2xx."""
+        async with self._connections.streams if get.stream else self._connections.requests:
+            with bounded(self._connections.timeouts.longest, self.endpoint.host):
+                response, url = await self._resolve(get, meter)
+            target = url if origin(url) != origin(self.endpoint.base) else None
+            answer = Answer(response, self.endpoint.host, target, meter, self._connections.timeouts.read)
+            try:
+                await self._refuse(answer, get)
+                yield answer
+            finally:
+                await response.aclose()
+
+    async def _resolve(self, get: Get, meter: Meter) -> tuple[httpx.Response, str]:
+        """The first answer that is no redirect, and where it came from."""
+        if get.target is not None:
+            response, url = await self._follow(None, get.target, None, get, meter)
+            if response.status_code not in STALE:
+                return response, url
+            await finish(response)
+        url = self.endpoint.base + get.path
+        if self.endpoint.namespace:
+            url += f"?ns={self.endpoint.namespace}"
+        response, authorization = await self._authorized(url, get, meter)
+        return await self._follow(response, url, authorization, get, meter)
+
+    async def _authorized(self, url: str, get: Get, meter: Meter) -> tuple[httpx.Response, str | None]:
+        authorization = await self._authorizer.get(get.repository)
+        response = await self._send(url, authorization, get, meter)
+        if response.status_code not in {401, 403}:
+            return response, authorization
+        challenges = parse_challenges(response.headers.get_list("www-authenticate"))
+        try:
+            better = await self._authorizer.answer(get.repository, challenges, authorization)
+        except BaseException:
+            await response.aclose()
+            raise
+        if better is None:
+            return response, authorization
+        await finish(response)
+        return await self._send(url, better, get, meter), better
+
+    async def _follow(
+        self, response: httpx.Response | None, url: str, authorization: str | None, get: Get, meter: Meter
+    ) -> tuple[httpx.Response, str]:
+        home = origin(self.endpoint.base)
+        for _ in range(MAX_REDIRECTS + 1):
+            if response is None:
+                response = await self._send(url, authorization if origin(url) == home else None, get, meter)
+            if response.status_code not in REDIRECTS:
+                return response, url
+            location = response.headers.get("location", "")
+            await finish(response)
+            url, response = plan_redirect(url, location, plain=self.endpoint.plain), None
+        raise UnreachableError(f"the registry redirects without end: {self.endpoint.host}")
+
+    async def _send(self, url: str, authorization: str | None, get: Get, meter: Meter) -> httpx.Response:
+        meter.requests += 1
+        at_home = origin(url) == origin(self.endpoint.base)
+        headers = [*_IDENTITY.items(), *get.headers]
+        if at_home:
+            headers += self.endpoint.headers
+        if authorization is not None:
+            headers.append(("Authorization", authorization))
+        client = self._connections.client(self._tls(url))
+        with mapped_errors(self.endpoint.host):
+            return await client.send(client.build_request("GET", url, headers=headers), stream=True)
+
+    def _tls(self, url: str) -> Tls:
+        """Another host gets no client certificate and is always checked."""
+        tls = self.endpoint.tls
+        return tls if origin(url)[1] == origin(self.endpoint.base)[1] else Tls(ca=tls.ca)
+
+    async def _refuse(self, answer: Answer, get: Get) -> None:
+        response = answer.response
+        if response.is_success:
+            return
+        body = b""
+        with answer.deadline(_MAX_REASON):
+            while len(body) < _MAX_REASON and (piece := await answer.receive()):
+                body += piece
+        what = f"{self.endpoint.host}: {get.what}"
+        raise refusal(response.status_code, response.headers, what, body[:_MAX_REASON], time.time())
+
+    async def _ask_token(self, request: TokenRequest) -> bytes:
+        host = origin(request.url)[1]
+        client = self._connections.client(self._tls(request.url))
+        headers = dict(_IDENTITY)
+        if request.authorization:
+            headers["Authorization"] = request.authorization
+        with mapped_errors(host):
+            built = _token_message(client, request, headers)
+            response = await client.send(built, stream=True)
+        try:
+            answer = Answer(response, host, None, Meter(), self._connections.timeouts.read)
+            body = await answer.read(MAX_TOKEN_ANSWER, "token")
+        finally:
+            await response.aclose()
+        if response.status_code in {400, 401, 403}:
+            raise DeniedError(f"the token server denies access: {host}: status {response.status_code}")
+        if response.status_code != 200:
+            raise refusal(response.status_code, response.headers, f"{host}: token", b"", time.time())
+        return body
+
+
+async def retrying(patience: Patience, attempt: Callable[[], Awaitable[T]]) -> T:
+    """The result of the first `attempt` that succeeds; raises the last one's error.
+
+    Tries again what is transient, and answers that contradict themselves (a damaged byte, a wrong range), which are as
+    often one broken proxy among several as a broken registry.
+    """
+    for number in range(1, patience.attempts + 1):
+        try:
+            return await attempt()
+        except NsfsError as error:
+            delay = plan_delay(patience, number, error)
+            if delay is None:
+                raise
+        await trio.sleep(delay * random.uniform(0.8, 1.0))  # noqa: S311  spreads load, hides nothing
+    raise AssertionError("unreachable")
+
+
+def plan_delay(patience: Patience, number: int, error: NsfsError) -> float | None:
+    """Seconds to wait after failed attempt `number` (1 is the first); None if `error` is the answer."""
+    if number >= patience.attempts or not (error.transient or isinstance(error, CorruptError)):
+        return None
+    asked = getattr(error, "retry_after", None)
+    if asked is not None:
+        return asked if asked <= patience.longest_delay else None
+    return min(patience.first_delay * 2.0 ** (number - 1), patience.longest_delay)
+
+
+@contextmanager
+def bounded(seconds: float, host: str) -> Iterator[None]:
+    """Raise UnreachableError if what runs inside takes longer."""
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise UnreachableError(f"the registry is too slow: {host}: gave up after {seconds:.0f} s")
+
+
+async def finish(response: httpx.Response) -> None:
+    """Close a response that nobody wants to read; a short body is read, so that its connection can be used again."""
+    length = response.headers.get("content-length", "")
+    try:
+        if length.isdigit() and int(length) <= _SHORT_BODY:
+            with suppress(httpx.TransportError):
+                async for _ in body_of(response):
+                    pass
+    finally:
+        await response.aclose()
+
+
+@contextmanager
+def mapped_errors(host: str) -> Iterator[None]:
+    """What httpx raises, as our errors."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        if certificate := _certificate_error(error):
+            raise UnreachableError(
+                f"the registry's certificate is not trusted: {host}: {certificate.verify_message}",
+                hint="name its CA in hosts.toml",
+            ) from None
+        reason = str(error) or type(error).__name__
+        raise UnreachableError(f"the registry does not answer: {host}: {reason}") from None
+    except (httpx.InvalidURL, httpx.HTTPError) as error:
+        raise CorruptError(f"the registry answers with something that is no HTTP: {host}: {error}") from None
+
+
+def _certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _token_message(client: httpx.AsyncClient, request: TokenRequest, headers: dict[str, str]) -> httpx.Request:
+    if request.form is not None:
+        return client.build_request("POST", request.url, headers=headers, data=dict(request.form))
+    url = httpx.URL(request.url)
+    return client.build_request("GET", url.copy_merge_params(dict(request.query)), headers=headers)
