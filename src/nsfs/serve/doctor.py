@@ -11,7 +11,6 @@ Blocking, one thread, some 50 ms.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import platform
 import re
@@ -81,7 +80,6 @@ FEATURES = (
     Feature("memfd", "3.17", "nothing works: presence bitmaps live there", needed=True),
     Feature("sparse 16 TiB file", "", "nothing works: the pool does not fit this filesystem", needed=True),
     Feature("punched holes", "2.6.38", "evicted content keeps its disk space"),
-    Feature("O_DIRECT", "2.4.10", "fetched bytes are dropped from the page cache by posix_fadvise only"),
     Feature("shared run directory", "", "other mount namespaces do not see new mounts", who="root"),
     Feature("XDG_RUNTIME_DIR", "", "the socket lies in /tmp", who="user"),
     Feature("open files", "", "fewer than 4,096: many mounts at once fail"),
@@ -392,15 +390,6 @@ def _probe_punch(host: _Host) -> Finding:
     return Finding(present=True, detail=host.state)
 
 
-def _probe_direct(host: _Host) -> Finding:
-    descriptor = os.open(host.state, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
-    finally:
-        os.close(descriptor)
-    return Finding(present=True, detail=host.state)
-
-
 def is_shared(mountinfo: str, path: str) -> bool:
     """Whether the mount that `path` lies on passes new mounts on (proc(5), mountinfo). Pure."""
     best, shared = "", False
@@ -452,7 +441,6 @@ PROBES: dict[str, Callable[[_Host], Finding]] = {
     "memfd": _probe_memfd,
     "sparse 16 TiB file": _probe_sparse,
     "punched holes": _probe_punch,
-    "O_DIRECT": _probe_direct,
     "shared run directory": _probe_shared,
     "XDG_RUNTIME_DIR": _probe_xdg,
     "open files": _probe_files,

@@ -1,0 +1,46 @@
+# Every target sets the machine up first (contrib/setup.sh; a blink when there is nothing to do), as root.
+SHELL := /bin/bash
+BIN := .venv/bin
+
+.PHONY: help demo test quick lint bench wheel pages clean
+
+help:
+	@echo 'make demo    mount a real image lazily from a real registry, and print what it cost'
+	@echo 'make test    lint, types, import contracts and the whole test suite'
+	@echo 'make quick   the same without the slow tests'
+	@echo 'make lint    lint, types and import contracts alone'
+	@echo 'make bench   the figures, as JSON and plots, in bench/results'
+	@echo 'make wheel   dist/nsfs-*.whl'
+	@echo 'make pages   manual pages and completions, in dist/'
+
+demo:
+	@contrib/setup.sh demo
+	@$(BIN)/python bench/demo.py
+
+test: lint
+	@$(BIN)/pytest
+
+quick: lint
+	@$(BIN)/pytest -m 'not slow'
+
+lint:
+	@contrib/setup.sh test
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench:
+	@contrib/setup.sh bench
+	@$(BIN)/python -m bench
+
+wheel:
+	@contrib/setup.sh
+	@$(BIN)/pip wheel -q --no-deps -w dist .
+
+pages:
+	@contrib/setup.sh
+	@contrib/pages.sh dist
+
+clean:
+	rm -rf dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
