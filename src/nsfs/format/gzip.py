@@ -14,18 +14,19 @@ fed, and belongs to one thread at a time. An object that raised is dead.
 from __future__ import annotations
 
 import functools
-import hashlib
 import zlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from isal import igzip_lib
 
 from nsfs.errors import CorruptError
 from nsfs.format.libz import BlockInflater, Stop
+from nsfs.format.openspan import OpenSpan, Piece
 from nsfs.model.layer import Span
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
+
 
 PIECE = 1 << 20
 """Bytes of the largest piece of stream that is handed out."""
@@ -166,13 +167,13 @@ class CheckpointScanner:
     def __init__(self, spacing: int = SPACING) -> None:
         self._spacing = spacing
         self._blocks = BlockInflater()
-        self._open: _OpenSpan | None = None
+        self._open: OpenSpan | None = None
         self._padding = False
 
     def feed(self, data: bytes) -> list[Span]:
         """Return the spans that have ended by now; raises CorruptError."""
         blocks, done = self._blocks, list[Span]()
-        piece = _Piece(memoryview(data), blocks.consumed)
+        piece = Piece(memoryview(data), blocks.consumed)
         if blocks.is_between_members and blocks.consumed and self._skip_padding(piece):
             return done
         blocks.give(data)
@@ -180,11 +181,11 @@ class CheckpointScanner:
             if stop is Stop.BLOCK:
                 done += self._pass_block(piece)
             elif stop is Stop.DATA_END and self._open:
-                self._open.settle(piece, blocks)
+                self._open.settle(piece, blocks.consumed, blocks.produced)
             elif stop is Stop.MEMBER_END and self._skip_padding(piece):
                 return done
         if self._open:
-            self._open.hash_to(piece, piece.offset + len(data))
+            self._open.digest_to(piece, piece.end)
         return done
 
     def finish(self) -> list[Span]:
@@ -193,65 +194,23 @@ class CheckpointScanner:
             raise CorruptError(f"the blob has no gzip member or ends inside one: {self._blocks.consumed} bytes")
         return self._open.close() if self._open else []
 
-    def _pass_block(self, piece: _Piece) -> list[Span]:
+    def _pass_block(self, piece: Piece) -> list[Span]:
         blocks, span = self._blocks, self._open
         if span and max(blocks.produced - span.start, blocks.consumed - span.offset) < self._spacing:
             return []
-        self._open = _OpenSpan(blocks)
+        bits = blocks.unused_bits
+        self._open = OpenSpan(blocks.consumed - (bits > 0), blocks.produced, bits=bits, window=blocks.window())
         if not span:
             return []
-        span.settle(piece, blocks)
+        span.settle(piece, blocks.consumed, blocks.produced)
         return span.close()
 
-    def _skip_padding(self, piece: _Piece) -> bool:
+    def _skip_padding(self, piece: Piece) -> bool:
         rest = piece.data[self._blocks.consumed - piece.offset :]
         self._padding = self._padding or bytes(rest[:1]) == b"\0"
         if self._padding:
             _check_padding(rest, self._blocks.consumed)
         return self._padding
-
-
-class _Piece(NamedTuple):
-    """`data` is the blob's at `offset`."""
-
-    data: memoryview
-    offset: int
-
-    def cut(self, start: int, end: int) -> memoryview:
-        assert start >= self.offset
-        return self.data[start - self.offset : end - self.offset]
-
-
-class _OpenSpan:
-    """A span that begins at the block where `blocks` stands, and whose end is yet to come."""
-
-    __slots__ = ("_digest", "_end", "_hash", "_hashed", "_stream_end", "bits", "offset", "start", "window")
-
-    def __init__(self, blocks: BlockInflater) -> None:
-        self.bits = blocks.unused_bits
-        self.offset = self._hashed = self._end = blocks.consumed - (self.bits > 0)
-        self.start = self._stream_end = blocks.produced
-        self.window = blocks.window()
-        self._hash = hashlib.sha256()
-        self._digest = b""
-
-    def hash_to(self, piece: _Piece, end: int) -> None:
-        """Digest compressed bytes up to `end`; never more than one piece behind the inflater."""
-        self._hash.update(piece.cut(self._hashed, end))
-        self._hashed = end
-
-    def settle(self, piece: _Piece, blocks: BlockInflater) -> None:
-        """Note that the span ends where `blocks` stands, unless it gave nothing since this was last noted."""
-        if blocks.produced > self._stream_end:
-            self.hash_to(piece, blocks.consumed)
-            self._end, self._stream_end, self._digest = blocks.consumed, blocks.produced, self._hash.digest()
-
-    def close(self) -> list[Span]:
-        """Return the span as it was last settled; none if it never gave anything."""
-        size = self._stream_end - self.start
-        window = zlib.compress(self.window, 1) if self.window else b""
-        span = Span(self.offset, self._end - self.offset, self.start, size, 0, self._digest, self.bits, window)
-        return [span] if size else []
 
 
 def _check_padding(rest: memoryview, end: int) -> None:
