@@ -103,7 +103,7 @@ DEMO = Recipe(
     (*_PYTHON, Step("echo 3 > /srv/app/version", links=(("srv/app/python", "usr/bin/python3.11"),))),
     ("python3", "-c", "import json, sys; print('hello from python', sys.version.split()[0])"),
 )
-"""Everything that layers say; containerd's overlayfs cannot unpack its last one, whose link leads into another layer."""
+"""All that layers say; containerd's overlayfs cannot unpack the last one, whose link leads into another layer."""
 
 PYTHON = Recipe("python", _PYTHON, DEMO.command)
 SCIPY = Recipe(
