@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
 
     from nsfs.model.digest import Digest
+    from nsfs.model.oci import Descriptor, Document, Traffic
 
 BLOCK = 4096
 """Bytes per block: the unit of presence, of alignment, and of every map's addresses."""
@@ -37,3 +38,27 @@ class Blob(Protocol):
 
         Resumes by range by itself when a connection breaks. Ends after exactly `size - offset` bytes.
         """
+
+
+@runtime_checkable
+class LocalBlob(Blob, Protocol):
+    """A blob that is a file of this machine."""
+
+    def open_fd(self) -> int:
+        """A descriptor to read it from, the caller's to close."""
+
+
+class Source(Protocol):
+    """One repository of a registry, or one image layout, as somebody with access to it sees it; raises NsfsError."""
+
+    async def manifest(self, identifier: str) -> Document:
+        """The manifest or index of a tag or digest, verified; of a layout, "" stands for its only one."""
+
+    def blob(self, descriptor: Descriptor) -> Blob:
+        """The blob that `descriptor` names; nothing is asked before it is read."""
+
+    async def read_blob(self, descriptor: Descriptor, limit: int) -> bytes:
+        """All of a small blob, verified by its digest; CorruptError if it is larger than `limit` bytes."""
+
+    def statistics(self) -> Traffic:
+        """What this source has cost so far."""

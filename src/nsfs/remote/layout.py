@@ -34,8 +34,8 @@ class LayoutSource:
     def __init__(self, directory: str) -> None:
         self.directory = directory
 
-    async def manifest(self, identifier: str | None) -> Document:
-        """The manifest or index of a tag or digest, verified; None means the only one. Raises NsfsError."""
+    async def manifest(self, identifier: str) -> Document:
+        """The manifest or index of a tag or digest, verified; "" means the only one. Raises NsfsError."""
         return await trio.to_thread.run_sync(self._manifest, identifier)
 
     def blob(self, descriptor: Descriptor) -> LayoutBlob:
@@ -54,11 +54,11 @@ class LayoutSource:
         """Nothing: no network is used."""
         return Traffic()
 
-    def _manifest(self, identifier: str | None) -> Document:
-        if identifier is not None and ":" in identifier:
+    def _manifest(self, identifier: str) -> Document:
+        if ":" in identifier:
             return self._document(Digest(identifier), "")
         named = self._named(self._index(), 0)
-        if identifier is None:
+        if not identifier:
             if len(named) != 1:
                 raise UsageError(f"the layout has {len(named)} images: {self.directory}", hint=_listing(named))
             chosen = named[0]

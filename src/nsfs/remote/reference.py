@@ -54,9 +54,9 @@ class LayoutReference:
     digest: Digest | None = None
 
     @property
-    def identifier(self) -> str | None:
-        """What to look for; None for the only manifest."""
-        return self.digest or self.tag
+    def identifier(self) -> str:
+        """What to look for; "" for the only manifest."""
+        return self.digest or self.tag or ""
 
     def __str__(self) -> str:
         if self.digest:
