@@ -284,7 +284,17 @@ class _Writer:
 
     def _write_superblock(self, uuid: bytes, volume: bytes) -> None:
         fields = (
-            *(MAGIC, 0, COMPAT, BLOCK.bit_length() - 1, 0, _FIRST_INODE // _SLOT, len(self._offsets), 0, 0),
+            *(
+                MAGIC,
+                0,
+                COMPAT,
+                BLOCK.bit_length() - 1,
+                0,
+                self._offsets[self._root] // _SLOT,
+                len(self._offsets),
+                0,
+                0,
+            ),
             *(len(self._buffer) // BLOCK, 0, 0, uuid, volume, INCOMPAT, 0, 1, DEVICE_SLOT_OFFSET // DEVICE_SLOT.size),
             *(0, 0, 0, 0),
         )
