@@ -1,0 +1,139 @@
+"""A daemon of our own, driven as a user drives it: through `nsfs` and its exit codes.
+
+Owns: one `nsfs serve` process with a configuration, root and run directory below a directory of the caller's, so that
+neither the host's daemon nor its state is touched. When the block ends everything below that directory is unmounted and
+the process is gone, also if it misbehaves: `sweep` aborts FUSE connections before it detaches mounts, so that nothing
+waits for a dead worker. A daemon that had to be killed, or left mounts behind a clean end, is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_DEADLINE = 20.0
+"""Seconds for the daemon to answer, and to end."""
+
+NSFS = (os.path.join(os.path.dirname(sys.executable), "nsfs"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A running daemon."""
+
+    socket: str
+    root: str
+    run: str
+    log: str
+    pid: int
+
+    def nsfs(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run the command line against this daemon."""
+        command = [*NSFS, "--socket", self.socket, *arguments]
+        done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if check and done.returncode != 0:
+            raise RuntimeError(f"nsfs {' '.join(arguments)}: exit {done.returncode}: {done.stderr}\n{self.tail()}")
+        return done
+
+    def json(self, *arguments: str) -> Any:
+        """What a command says with --json."""
+        return json.loads(self.nsfs(*arguments, "--json").stdout)
+
+    @contextlib.contextmanager
+    def mounted(self, reference: str, target: str, *options: str) -> Iterator[dict[str, Any]]:
+        """`reference` at `target`, which is made; gives what `nsfs mount` reports."""
+        os.makedirs(target, exist_ok=True)
+        report = self.json("mount", reference, target, *options)
+        try:
+            yield report
+        finally:
+            self.nsfs("umount", target)
+
+    def workers(self) -> dict[str, int]:
+        """Process ID of each domain's worker."""
+        return {domain["name"]: domain["pid"] for domain in self.json("status")["domains"] if domain["pid"]}
+
+    def tail(self) -> str:
+        """The end of the daemon's log."""
+        with open(self.log, errors="replace") as file:
+            return file.read()[-3000:]
+
+
+@contextlib.contextmanager
+def run_daemon(directory: str, settings: Mapping[str, Any] | None = None) -> Iterator[Daemon]:
+    """Start a daemon below `directory`; `settings` are TOML keys, a table's as a mapping."""
+    os.makedirs(directory, exist_ok=True)
+    keys = {"root": f"{directory}/root", "run": f"{directory}/run", **(settings or {})}
+    with open(f"{directory}/config.toml", "w") as file:
+        file.write(_render_toml(keys))
+    log = f"{directory}/log"
+    with open(log, "ab") as output:
+        command = [*NSFS, "serve", "--config", f"{directory}/config.toml"]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    daemon = Daemon(f"{directory}/run/nsfs.sock", f"{directory}/root", f"{directory}/run", log, process.pid)
+    try:
+        _wait_until_serving(process, daemon)
+        yield daemon
+    finally:
+        _end(process, directory, daemon)
+
+
+def _render_toml(keys: Mapping[str, Any]) -> str:
+    plain = [f"{key} = {json.dumps(value)}\n" for key, value in keys.items() if not isinstance(value, dict)]
+    tables = [f"[{key}]\n{_render_toml(value)}" for key, value in keys.items() if isinstance(value, dict)]
+    return "".join(plain + tables)
+
+
+def _wait_until_serving(process: subprocess.Popen[bytes], daemon: Daemon) -> None:
+    deadline = time.monotonic() + _DEADLINE
+    while not os.path.exists(daemon.socket) or daemon.nsfs("status", check=False).returncode != 0:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"nsfs serve does not start: {daemon.tail()}")
+        time.sleep(0.02)
+
+
+def _end(process: subprocess.Popen[bytes], directory: str, daemon: Daemon) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        status = process.wait(_DEADLINE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        status = process.wait()
+    left = sweep(directory)
+    if sys.exception() is None and (status != 0 or left):
+        raise RuntimeError(f"nsfs serve ended with {status} and left mounts: {left}\n{daemon.tail()}")
+
+
+def sweep(directory: str) -> list[str]:
+    """Unmount everything below `directory`, whatever state it is in; returns what there was."""
+    mounts = list(_mounts_below(directory))
+    for device, _ in mounts:
+        abort = f"/sys/fs/fuse/connections/{os.minor(device)}/abort"
+        if os.major(device) == 0 and os.path.exists(abort):
+            with open(abort, "w") as file:
+                file.write("1")
+    for _, target in reversed(mounts):
+        subprocess.run(["umount", "--lazy", target], check=False, capture_output=True)
+    return [target for _, target in mounts]
+
+
+def _mounts_below(directory: str) -> Iterator[tuple[int, str]]:
+    """(device, mount point) in the order of mounting (proc(5), mountinfo)."""
+    with open("/proc/self/mountinfo") as file:
+        for line in file:
+            fields = line.split()
+            target = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
+            if target.startswith(directory + "/"):
+                major, minor = fields[2].split(":")
+                yield os.makedev(int(major), int(minor)), target
