@@ -12,10 +12,9 @@ answered with EIO. A read gives all the bytes that were asked for, up to the end
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, StatvfsData
@@ -38,7 +37,7 @@ _BLOCK: Final = 4096
 _SECTOR: Final = 512
 _MAX_HANDLES: Final = 4096
 _NEVER: Final = EntryAttributes()
-_NEVER.st_ino = cast("InodeT", 0)
+_NEVER.st_ino = 0
 _NEVER.entry_timeout = FOREVER
 
 
@@ -47,7 +46,6 @@ def _answered(
 ) -> Callable[Concatenate[FuseOperations, P], Coroutine[Any, Any, R]]:
     """Every exception of `method` becomes the FUSEError that the kernel gets."""
 
-    @functools.wraps(method)
     async def wrapper(self: FuseOperations, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await method(self, *args, **kwargs)
@@ -89,7 +87,7 @@ class FuseOperations(pyfuse3.Operations):
     @_answered
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:  # noqa: ARG002
         """A symlink's target."""
-        return cast("FileNameT", self._vfs.readlink(inode))
+        return self._vfs.readlink(inode)
 
     @_answered
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:  # noqa: ARG002
@@ -102,18 +100,18 @@ class FuseOperations(pyfuse3.Operations):
     @_answered
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:  # noqa: ARG002
         """Names of all extended attributes."""
-        return cast("Sequence[XAttrNameT]", list(self._vfs.xattrs(inode)))
+        return list(self._vfs.xattrs(inode))
 
     @_answered
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:  # noqa: ARG002
         """No state."""
-        return cast("FileHandleT", inode)
+        return inode
 
     @_answered
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         """As many entries, with attributes, as fit."""
         for entry in self._vfs.readdir(fh, start_id):
-            if not pyfuse3.readdir_reply(token, cast("FileNameT", entry.name), _translate(entry.attr), entry.next):
+            if not pyfuse3.readdir_reply(token, entry.name, _translate(entry.attr), entry.next):
                 return
 
     @_answered
@@ -122,7 +120,7 @@ class FuseOperations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EROFS)
         handle = self._open(inode)
-        return FileInfo(fh=cast("FileHandleT", inode), keep_cache=not handle.direct, direct_io=handle.direct)
+        return FileInfo(fh=inode, keep_cache=not handle.direct, direct_io=handle.direct)
 
     @_answered
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -161,8 +159,8 @@ class FuseOperations(pyfuse3.Operations):
 
 def _translate(attr: Attr) -> EntryAttributes:
     entry = EntryAttributes()
-    entry.st_ino = cast("InodeT", attr.inode)
-    entry.st_mode = cast("pyfuse3.ModeT", attr.mode)
+    entry.st_ino = attr.inode
+    entry.st_mode = attr.mode
     entry.st_nlink = attr.links
     entry.st_uid = attr.uid
     entry.st_gid = attr.gid

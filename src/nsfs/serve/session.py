@@ -47,6 +47,8 @@ _INIT_REPLY: Final = struct.Struct("<IiQIIIIHHIIHHII")
 """len, error, unique; major, minor, max_readahead, flags, max_background, congestion_threshold, max_write, time_gran,
 max_pages, map_alignment, flags2, max_stack_depth."""
 _CACHE_SYMLINKS: Final = 1 << 23
+_ANY_READAHEAD: Final = 0xFFFFFFFF
+"""The kernel takes the lower one of this and the mount's read_ahead_kb, which somebody may have raised already."""
 _NOTIFY_RESEND: Final = struct.pack("<IiQ", 16, 7, 0)
 
 
@@ -69,6 +71,7 @@ def plan_reply(reply: bytes, request: bytes, limits: Limits) -> bytes:
         return reply
     fields = list(_INIT_REPLY.unpack_from(reply))
     (offered,) = struct.unpack_from("<I", request, _IN_HEADER.size + 12)
+    fields[5] = _ANY_READAHEAD
     fields[6] |= offered & _CACHE_SYMLINKS
     fields[7], fields[8] = limits.max_background, limits.congestion_threshold
     return _INIT_REPLY.pack(*fields) + reply[_INIT_REPLY.size :]

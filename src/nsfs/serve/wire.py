@@ -242,6 +242,11 @@ class Peer:
         assert isinstance(end, Result)
         return msgspec.msgpack.decode(end.body, type=result_type)
 
+    @property
+    def is_closed(self) -> bool:
+        """The other side is gone."""
+        return self._closed.is_set()
+
     async def wait_closed(self) -> None:
         """Until the other side is gone."""
         await self._closed.wait()

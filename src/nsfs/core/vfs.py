@@ -1,0 +1,501 @@
+"""What a FUSE session shows: the Protocol that adapters serve, and the two trees that nsfs has.
+
+Owns: inode numbers, and which inode is backed by which bytes. `DomainFs` is the inside of a domain, for the kernel and
+for root: `disks/<view>`, `maps/<map>`, `trees/<tree>/…` and a hidden `.nsfs/`. `TreeFs` is one image, the union of its
+layers' maps. Both translate reads of contents into (view, address, size) and leave them to a `Reader`.
+
+Everything but `Handle.read` is synchronous and quick, served from memory maps; nothing is kept per file, and of merged
+directories a bounded number. All methods raise NsfsError only; its errno is what a process sees.
+
+Invariants: an inode number is a function of names (a map's, a tree's) and of positions in maps, never of the order of
+requests, so that a process that takes over a session understands the numbers which its predecessor gave out. The same
+number always has the same attributes and bytes; so ids of maps and trees are never used again for something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+
+from msgspec import Struct
+
+from nsfs.core.ports import BLOCK
+from nsfs.core.union import UnionNode
+from nsfs.errors import CorruptError, ExistsError, NotFoundError, UsageError
+from nsfs.format.erofs import FILE_TYPES
+from nsfs.model.layer import Kind
+from nsfs.model.policy import Patience, parse_view_name, view_name
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+
+    from nsfs.core.union import UnionTree
+    from nsfs.format.erofs_image import ErofsImage
+
+ROOT: Final = 1
+"""The inode number of every root."""
+FOREVER: Final = 86400.0
+"""Seconds for which the kernel may keep what cannot change."""
+DISK_SIZE: Final = (16 << 40) - BLOCK
+
+Reader: TypeAlias = "Callable[[str, int, int], Awaitable[bytes]]"
+"""`await reader(view name, address, size)`: exactly that many bytes of the disk, as that view sees it."""
+
+
+class Attr(Struct, frozen=True, gc=False, kw_only=True):
+    """What stat(2) tells of an inode, and for how many seconds that is true."""
+
+    inode: int
+    mode: int
+    """With the file type's bits."""
+    size: int = 0
+    links: int = 1
+    uid: int = 0
+    gid: int = 0
+    device: tuple[int, int] = (0, 0)
+    mtime_ns: int = 0
+    timeout: float = FOREVER
+    """For the attributes and for the name under which they were found."""
+
+
+class Entry(Struct, frozen=True, gc=False):
+    """One name of a directory. `next` is the position to go on from, never 0, stable for as long as the inode is."""
+
+    name: bytes
+    attr: Attr
+    next: int
+
+
+class Handle(Protocol):
+    """An open file's content."""
+
+    @property
+    def direct(self) -> bool:
+        """Nothing of it may be cached, and its size is not what the attributes say."""
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """Bytes from `offset`, `size` of them unless the file ends before."""
+
+
+class Vfs(Protocol):
+    """A read-only tree of files, as a FUSE session needs it. Its root is inode 1."""
+
+    def lookup(self, parent: int, name: bytes) -> Attr | None:
+        """The entry of a directory; None if there never will be one, NotFoundError if there is none now."""
+
+    def getattr(self, inode: int) -> Attr:
+        """Attributes."""
+
+    def readdir(self, inode: int, start: int) -> Iterator[Entry]:
+        """Entries after position `start` (0: all), without `.` and `..`."""
+
+    def readlink(self, inode: int) -> bytes:
+        """A symlink's target."""
+
+    def xattrs(self, inode: int) -> Mapping[bytes, bytes]:
+        """All extended attributes."""
+
+    def open(self, inode: int) -> Handle:
+        """The content of a regular file."""
+
+
+class BytesHandle:
+    """Content that lies in memory."""
+
+    def __init__(self, data: bytes | memoryview, *, direct: bool) -> None:
+        self._data = data
+        self.direct = direct
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """See Handle."""
+        return bytes(self._data[offset : offset + size])
+
+
+class ExtentHandle:
+    """Content that lies on the disk from `address` on, as `view` sees it."""
+
+    direct = False
+
+    def __init__(self, reader: Reader, view: str, address: int, size: int) -> None:
+        self._reader = reader
+        self._view = view
+        self._address = address
+        self._size = size
+
+    async def read(self, offset: int, size: int) -> bytes:
+        """See Handle."""
+        size = min(size, self._size - offset)
+        return await self._reader(self._view, self._address + offset, size) if size > 0 else b""
+
+
+# Numbers: 4 zero bits (overlay's xino wants some), 2 bits of kind, then 58 that the kind explains.
+
+_KIND_SHIFT: Final = 58
+_KIND_DISK, _KIND_MAP, _KIND_TREE = 1, 2, 3
+_MAP_BITS: Final = 38
+"""Of a disk and a map: 20 bits of patience, 38 of the map's id."""
+_MAP_MASK: Final = (1 << _MAP_BITS) - 1
+_PATIENCE_MASK: Final = (1 << 20) - 1
+_NO_PATIENCE: Final = _PATIENCE_MASK
+"""Stands for waiting without end."""
+_NID_BITS: Final = 27
+_TREE_SHIFT: Final = 35
+"""Of a file in a tree: 23 bits of the tree's id, 8 of layer, 27 of nid."""
+_TREE_MASK: Final = (1 << _KIND_SHIFT - _TREE_SHIFT) - 1
+_NID_MASK: Final = (1 << _NID_BITS) - 1
+MAX_LAYERS: Final = 1 << _TREE_SHIFT - _NID_BITS
+
+_DIRECTORY: Final = stat.S_IFDIR | 0o555
+_FILE: Final = stat.S_IFREG | 0o444
+_HIDDEN: Final = b".nsfs"
+_KEPT_DIRECTORIES: Final = 4096
+_MAX_DEPTH: Final = 4096
+
+
+def _hash_bits(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+
+
+class StateFiles:
+    """The hidden directory `.nsfs/`: files whose content is made when they are asked for.
+
+    Its inode number is `first`, those of the files follow; that is stable for as long as the names are the same.
+    """
+
+    def __init__(self, files: Mapping[str, Callable[[], bytes]], first: int) -> None:
+        self.inode = first
+        self._numbers = {name.encode(): first + 1 + i for i, name in enumerate(sorted(files))}
+        self._makers = {self._numbers[name.encode()]: make for name, make in files.items()}
+
+    def owns(self, inode: int) -> bool:
+        """The inode is the directory or in it."""
+        return inode == self.inode or inode in self._makers
+
+    def lookup(self, name: bytes) -> Attr | None:
+        """One file."""
+        return self.getattr(self._numbers[name]) if name in self._numbers else None
+
+    def getattr(self, inode: int) -> Attr:
+        """The directory or one file; sizes are as of now."""
+        if inode == self.inode:
+            return Attr(inode=inode, mode=_DIRECTORY, links=2)
+        return Attr(inode=inode, mode=_FILE, size=len(self._makers[inode]()), timeout=0)
+
+    def readdir(self, start: int) -> Iterator[Entry]:
+        """All files."""
+        for position, (name, inode) in enumerate(self._numbers.items(), 1):
+            if position > start:
+                yield Entry(name, self.getattr(inode), position)
+
+    def open(self, inode: int) -> Handle:
+        """The content as of now."""
+        return BytesHandle(self._makers[inode](), direct=True)
+
+
+class TreeFs:
+    """`tree`, whose contents are read as `views` (one for each of its images, top first).
+
+    `base` is the part of the inode numbers that tells trees of one filesystem apart; with 0 the tree is a filesystem of
+    its own, whose root is inode 1 and has the hidden `.nsfs/` with `state`, unless the image has that name itself.
+    """
+
+    def __init__(
+        self,
+        tree: UnionTree,
+        views: Sequence[str],
+        reader: Reader,
+        *,
+        base: int = 0,
+        state: Mapping[str, Callable[[], bytes]] | None = None,
+    ) -> None:
+        if len(tree.images) > MAX_LAYERS:
+            raise UsageError(f"too many layers for one tree: {len(tree.images)}")
+        self._tree = tree
+        self._views = tuple(views)
+        self._reader = reader
+        self._base = base
+        self._state = None if state is None else StateFiles(state, ROOT + 1)
+        self._directories: dict[int, UnionNode] = {}
+        self.root = self._number(tree.root)
+
+    def lookup(self, parent: int, name: bytes) -> Attr | None:
+        """See Vfs."""
+        if self._state is not None:
+            if parent == self._state.inode:
+                return self._state.lookup(name)
+            if parent == ROOT and name == _HIDDEN and self._tree.lookup(self._tree.root, name) is None:
+                return self._state.getattr(self._state.inode)
+        node = self._tree.lookup(self._directory(parent), name)
+        return None if node is None else self._attr(node)
+
+    def getattr(self, inode: int) -> Attr:
+        """See Vfs."""
+        if self._state is not None and self._state.owns(inode):
+            return self._state.getattr(inode)
+        return self._attr(self._node(inode))
+
+    def readdir(self, inode: int, start: int) -> Iterator[Entry]:
+        """See Vfs."""
+        if self._state is not None and inode == self._state.inode:
+            yield from self._state.readdir(start)
+            return
+        for entry in self._tree.readdir(self._directory(inode), start):
+            yield Entry(entry.name, self._attr(entry.node), entry.next)
+
+    def readlink(self, inode: int) -> bytes:
+        """See Vfs."""
+        return self._tree.readlink(self._node(inode))
+
+    def xattrs(self, inode: int) -> Mapping[bytes, bytes]:
+        """See Vfs."""
+        if self._state is not None and self._state.owns(inode):
+            return {}
+        return dict(self._tree.xattrs(self._node(inode)))
+
+    def open(self, inode: int) -> Handle:
+        """See Vfs."""
+        if self._state is not None and self._state.owns(inode):
+            return self._state.open(inode)
+        node = self._node(inode)
+        return ExtentHandle(self._reader, self._views[node.layer], *self._tree.extent(node))
+
+    def _number(self, node: UnionNode) -> int:
+        if node == self._tree.root and not self._base:
+            return ROOT
+        if node.nid > _NID_MASK:
+            raise CorruptError(f"map is too large: nid {node.nid}")
+        return self._base | node.layer << _NID_BITS | node.nid
+
+    def _attr(self, node: UnionNode) -> Attr:
+        inode = self._tree.inode(node)
+        number = self._number(node)
+        if node.kind is Kind.DIRECTORY:
+            self._keep(number, node)
+        return Attr(
+            inode=number,
+            mode=FILE_TYPES[inode.kind] | inode.mode,
+            size=inode.size,
+            links=inode.links,
+            uid=inode.uid,
+            gid=inode.gid,
+            device=inode.device,
+            mtime_ns=inode.mtime_ns,
+        )
+
+    def _node(self, inode: int) -> UnionNode:
+        """The file of that number; what merges into a directory from below is left out."""
+        if inode == self.root:
+            return self._tree.root
+        layer, nid = inode >> _NID_BITS & MAX_LAYERS - 1, inode & _NID_MASK
+        if inode ^ self._base >= MAX_LAYERS << _NID_BITS or layer >= len(self._tree.images):
+            raise NotFoundError(f"no such inode: {inode}")
+        return UnionNode(layer, nid, self._tree.images[layer].kind(nid))
+
+    def _directory(self, inode: int) -> UnionNode:
+        """The directory of that number with all that merges into it."""
+        if inode == self.root:
+            return self._tree.root
+        node = self._directories.get(inode)
+        if node is None:
+            node = self._find_again(self._node(inode))
+            self._keep(inode, node)
+        return node
+
+    def _keep(self, number: int, node: UnionNode) -> None:
+        if number not in self._directories and len(self._directories) >= _KEPT_DIRECTORIES:
+            del self._directories[next(iter(self._directories))]
+        self._directories[number] = node
+
+    def _find_again(self, node: UnionNode) -> UnionNode:
+        """The merged directory whose top is `node`, by its path in its layer, which is its path in the tree."""
+        found: UnionNode | None = self._tree.root
+        for name in self._path(node):
+            found = found and self._tree.lookup(found, name)
+        if found is None or (found.layer, found.nid) != (node.layer, node.nid):
+            raise CorruptError(f"no directory of this tree: layer {node.layer}, nid {node.nid}")
+        return found
+
+    def _path(self, node: UnionNode) -> list[bytes]:
+        """Names from the layer's root to directory `node`."""
+        image, nid, names = self._tree.images[node.layer], node.nid, list[bytes]()
+        while nid != image.root and len(names) < _MAX_DEPTH:
+            parent = image.lookup(nid, b"..")
+            name = None if parent is None else _name_of(image, parent, nid)
+            if parent is None or name is None:
+                raise CorruptError(f"directory without a place: layer {node.layer}, nid {nid}")
+            names.append(name)
+            nid = parent
+        return names[::-1]
+
+
+def _name_of(image: ErofsImage, directory: int, nid: int) -> bytes | None:
+    return next((entry.name for entry in image.readdir(directory) if entry.nid == nid), None)
+
+
+_FOLDERS: Final = {b"disks": 2, b"maps": 3, b"trees": 4, _HIDDEN: 5}
+_DISKS, _MAPS, _TREES, _STATE = _FOLDERS.values()
+
+
+class DomainFs:
+    """The inside of a domain, for root. Maps and trees are shown from `add_*` to `remove_*`.
+
+    `open_map(map id)` gives the bytes of a map when they are first asked for; they are kept until it is removed.
+    """
+
+    def __init__(
+        self, reader: Reader, open_map: Callable[[str], memoryview], state: Mapping[str, Callable[[], bytes]]
+    ) -> None:
+        self._reader = reader
+        self._open_map = open_map
+        self._state = StateFiles(state, _STATE)
+        self._maps: dict[int, str] = {}
+        self._images: dict[str, memoryview] = {}
+        self._trees: dict[int, tuple[str, TreeFs]] = {}
+
+    def add_map(self, map_id: str) -> None:
+        """Show `maps/<map_id>` and `disks/<view>` for every view of it. Nothing happens if it is there.
+
+        Raises ExistsError if another map has its number (one chance in 10^11 for each pair of maps).
+        """
+        bits = _hash_bits(map_id) & _MAP_MASK
+        if self._maps.setdefault(bits, map_id) != map_id:
+            raise ExistsError(f"two maps have one number: {map_id}, {self._maps[bits]}")
+
+    def remove_map(self, map_id: str) -> None:
+        """Take it away; what is open goes on failing with ENOENT."""
+        self._maps.pop(_hash_bits(map_id) & _MAP_MASK, None)
+        self._images.pop(map_id, None)
+
+    def add_tree(self, tree_id: str, tree: UnionTree, views: Sequence[str]) -> None:
+        """Show `trees/<tree_id>`, read as `views` (top first). Nothing happens if it is there.
+
+        Raises ExistsError if another tree has its number (one chance in eight million for each): take another id.
+        """
+        bits = _hash_bits(tree_id) & _TREE_MASK
+        if bits in self._trees:
+            if self._trees[bits][0] != tree_id:
+                raise ExistsError(f"two trees have one number: {tree_id}, {self._trees[bits][0]}")
+            return
+        base = _KIND_TREE << _KIND_SHIFT | bits << _TREE_SHIFT
+        self._trees[bits] = tree_id, TreeFs(tree, views, self._reader, base=base)
+
+    def remove_tree(self, tree_id: str) -> None:
+        """Take it away."""
+        self._trees.pop(_hash_bits(tree_id) & _TREE_MASK, None)
+
+    def lookup(self, parent: int, name: bytes) -> Attr | None:
+        """See Vfs."""
+        if parent == ROOT:
+            return self.getattr(_FOLDERS[name]) if name in _FOLDERS else None
+        if parent == _STATE:
+            return self._state.lookup(name)
+        if parent >> _KIND_SHIFT == _KIND_TREE:
+            return self._tree(parent).lookup(parent, name)
+        return self.getattr(self._number(parent, name))
+
+    def _number(self, folder: int, name: bytes) -> int:
+        """The inode of a name in disks/, maps/ or trees/, whether it exists or not."""
+        text = name.decode("utf-8", "surrogateescape")
+        if folder == _TREES:
+            bits = _hash_bits(text) & _TREE_MASK
+            if bits in self._trees and self._trees[bits][0] == text:
+                return self._trees[bits][1].root
+            raise NotFoundError(f"no such tree: {text[:300]!r}")
+        try:
+            map_id, patience = parse_view_name(text)
+        except UsageError as error:
+            raise NotFoundError(error.message) from None
+        bits = _hash_bits(map_id) & _MAP_MASK
+        if folder == _MAPS:
+            if patience.seconds is not None:
+                raise NotFoundError(f"no such map: {text}")
+            return _KIND_MAP << _KIND_SHIFT | bits
+        seconds = _NO_PATIENCE if patience.seconds is None else int(patience.seconds)
+        return _KIND_DISK << _KIND_SHIFT | seconds << _MAP_BITS | bits
+
+    def getattr(self, inode: int) -> Attr:
+        """See Vfs."""
+        match inode >> _KIND_SHIFT:
+            case 3:
+                return self._tree(inode).getattr(inode)
+            case 2:
+                return Attr(inode=inode, mode=_FILE, size=len(self._image(inode)))
+            case 1:
+                self._map_id(inode)
+                return Attr(inode=inode, mode=_FILE, size=DISK_SIZE)
+        if self._state.owns(inode):
+            return self._state.getattr(inode)
+        if inode not in (ROOT, _DISKS, _MAPS, _TREES):
+            raise NotFoundError(f"no such inode: {inode}")
+        return Attr(inode=inode, mode=_DIRECTORY, links=2)
+
+    def readdir(self, inode: int, start: int) -> Iterator[Entry]:
+        """See Vfs. `.nsfs` is not listed, nor are views that are no map's plain name."""
+        if inode >> _KIND_SHIFT == _KIND_TREE:
+            return self._tree(inode).readdir(inode, start)
+        if inode == _STATE:
+            return self._state.readdir(start)
+        return self._list(inode, start)
+
+    def _list(self, folder: int, start: int) -> Iterator[Entry]:
+        # Positions follow from names, so that a listing goes on where it was while maps come and go.
+        names = sorted(
+            (_hash_bits(name) >> 2 | 1, name.encode("utf-8", "surrogateescape")) for name in self._names(folder)
+        )
+        for position, name in names:
+            attr = self.lookup(folder, name) if position > start else None
+            if attr is not None:
+                yield Entry(name, attr, position)
+
+    def _names(self, folder: int) -> Iterable[str]:
+        match folder:
+            case 1:
+                return [name.decode() for name in _FOLDERS if name != _HIDDEN]
+            case 4:
+                return [name for name, _ in self._trees.values()]
+        return list(self._maps.values())
+
+    def readlink(self, inode: int) -> bytes:
+        """See Vfs."""
+        return self._tree(inode).readlink(inode)
+
+    def xattrs(self, inode: int) -> Mapping[bytes, bytes]:
+        """See Vfs."""
+        return self._tree(inode).xattrs(inode) if inode >> _KIND_SHIFT == _KIND_TREE else {}
+
+    def open(self, inode: int) -> Handle:
+        """See Vfs."""
+        match inode >> _KIND_SHIFT:
+            case 3:
+                return self._tree(inode).open(inode)
+            case 2:
+                return BytesHandle(self._image(inode), direct=False)
+            case 1:
+                return ExtentHandle(self._reader, self._view(inode), 0, DISK_SIZE)
+        if not self._state.owns(inode):
+            raise NotFoundError(f"no such inode: {inode}")
+        return self._state.open(inode)
+
+    def _view(self, inode: int) -> str:
+        seconds = inode >> _MAP_BITS & _PATIENCE_MASK
+        return view_name(self._map_id(inode), Patience(None if seconds == _NO_PATIENCE else seconds))
+
+    def _map_id(self, inode: int) -> str:
+        try:
+            return self._maps[inode & _MAP_MASK]
+        except KeyError:
+            raise NotFoundError(f"no such inode: {inode}") from None
+
+    def _image(self, inode: int) -> memoryview:
+        map_id = self._map_id(inode)
+        image = self._images.get(map_id)
+        if image is None:
+            image = self._images[map_id] = self._open_map(map_id)
+        return image
+
+    def _tree(self, inode: int) -> TreeFs:
+        try:
+            return self._trees[inode >> _TREE_SHIFT & _TREE_MASK][1]
+        except KeyError:
+            raise NotFoundError(f"no such inode: {inode}") from None

@@ -1,0 +1,163 @@
+"""The front: one process for each mount of a user who is not root, between the kernel and the domain's worker.
+
+Owns the FUSE session at the user's directory. It maps the layers' maps, reads what is in the pool by itself, and asks
+the worker over its socket to make the rest present; it never writes. The worker may die and come back: a front waits
+for it as long as its mount waits for a registry.
+
+Concurrency: one trio run; reads of the pool in its threads. One connection to the worker, made when it is first needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import trio
+from msgspec import Struct
+
+from nsfs.core import worker_api
+from nsfs.core.union import UnionTree
+from nsfs.core.vfs import TreeFs
+from nsfs.errors import UnreachableError
+from nsfs.format.erofs_image import ErofsImage
+from nsfs.model.policy import parse_view_name
+from nsfs.serve.fuse import FuseOperations
+from nsfs.serve.session import Session
+from nsfs.serve.wire import Peer, open_peer
+from nsfs.store.layout import DomainLayout
+from nsfs.store.pool import Pool, open_pool
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE: Final = 0.05
+_LONGEST_PAUSE: Final = 1.0
+"""Seconds between two attempts to reach a worker that is being started again."""
+
+
+class FrontArgs(Struct, frozen=True, kw_only=True):
+    """What a front is started with. Its descriptors: /dev/fuse, mounted already, and the domain's live bitmap."""
+
+    domain: str
+    """The domain's directory."""
+    worker: str
+    """Path of the worker's socket."""
+    maps: tuple[str, ...]
+    """Files of the layers' maps, top first."""
+    views: tuple[str, ...]
+    """Names of the views, as the worker knows them, in the same order."""
+    info: dict[str, str] = {}
+    """What `.nsfs/mount.json` says: reference, digest, …"""
+
+
+class WorkerLine:
+    """The line to the worker, made again whenever it is asked for and broken. Made by `open_worker_line`."""
+
+    def __init__(self, path: str, nursery: trio.Nursery) -> None:
+        self._path = path
+        self._nursery = nursery
+        self._peer: Peer | None = None
+        self._lock = trio.Lock()
+
+    async def fetch(self, view: str, address: int, size: int) -> None:
+        """Have blocks made present. Raises what the worker raises; while there is no worker, waits as `view` says."""
+        request = worker_api.Fetch(view=view, address=address, size=size)
+        patience = parse_view_name(view)[1].seconds
+        give_up = trio.current_time() + (float("inf") if patience is None else patience)
+        pause = _FIRST_PAUSE
+        while True:
+            peer = None
+            try:
+                peer = await self._connected()
+                await peer.call("Fetch", request, worker_api.Empty)
+            except UnreachableError:
+                if (peer is not None and not peer.is_closed) or trio.current_time() + pause > give_up:
+                    raise
+            else:
+                return
+            await trio.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _connected(self) -> Peer:
+        async with self._lock:
+            if self._peer is None or self._peer.is_closed:
+                self._peer = await self._nursery.start(self._hold)
+            return self._peer
+
+    async def _hold(self, task_status: trio.TaskStatus[Peer]) -> None:
+        """Keep one connection for as long as it lasts; a failure to connect is the starter's."""
+        started = False
+        try:
+            stream = await trio.open_unix_socket(self._path)
+            async with open_peer(stream, {}, name=f"front {os.getpid()}") as peer:
+                started = True
+                task_status.started(peer)
+                await peer.wait_closed()
+        except OSError as error:
+            raise UnreachableError(f"the domain's worker does not answer: {self._path}") from error
+        finally:
+            if started:
+                log.info("worker is gone: %s", self._path)
+
+
+@asynccontextmanager
+async def open_worker_line(path: str) -> AsyncIterator[WorkerLine]:
+    """A line to the worker that listens at `path`, now or later."""
+    async with trio.open_nursery() as nursery:
+        yield WorkerLine(path, nursery)
+        nursery.cancel_scope.cancel()
+
+
+class FrontReader:
+    """Reads of views: from the pool what is there, the rest when the worker has put it there."""
+
+    def __init__(self, pool: Pool, line: WorkerLine) -> None:
+        self._pool = pool
+        self._line = line
+
+    async def read(self, view: str, address: int, size: int) -> bytes:
+        """See `core.vfs.Reader`."""
+        while (data := await trio.to_thread.run_sync(self._pool.read_present, address, size)) is None:
+            await self._line.fetch(view, address, size)
+        return data
+
+
+def open_images(paths: Sequence[str]) -> list[ErofsImage]:
+    """Map the maps; their pages are the page cache's, not ours."""
+    images = []
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            images.append(ErofsImage(mmap.mmap(fd, 0, access=mmap.ACCESS_READ)))
+        finally:
+            os.close(fd)
+    return images
+
+
+def _state_files(args: FrontArgs) -> dict[str, Callable[[], bytes]]:
+    described = {**args.info, "pid": os.getpid(), "worker": args.worker, "views": args.views}
+    content = json.dumps(described, indent=2).encode() + b"\n"
+    return {"mount.json": lambda: content}
+
+
+async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
+    """Serve the mount until it is taken away."""
+    tree = UnionTree(open_images(args.maps))
+    pool = open_pool(DomainLayout(args.domain), bitmap_fd, readonly=True)
+    async with open_worker_line(args.worker) as line:
+        reader = FrontReader(pool, line)
+        vfs = TreeFs(tree, args.views, reader.read, state=_state_files(args))
+        await Session(FuseOperations(vfs), fuse_fd).serve()
+
+
+def main(args: bytes, fds: list[int]) -> None:
+    """Entry point for a fork server."""
+    fuse_fd, bitmap_fd = fds
+    trio.run(serve, msgspec.msgpack.decode(args, type=FrontArgs), fuse_fd, bitmap_fd)
