@@ -38,7 +38,7 @@ def _list(session: Session, method: str, request: PathRequest) -> list[EntryRepo
 
 def _echo_json(entries: Iterable[EntryReport]) -> None:
     """One array, an entry a line."""
-    click.echo("[" + ",\n ".join(map(render.render_json_item, entries)) + "]")
+    click.echo("[" + ",\n ".join(render.render_json(entry, None) for entry in entries) + "]")
 
 
 @click.command()

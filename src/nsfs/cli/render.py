@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from nsfs.model.report import EntryReport, ImageReport, LayerReport
     from nsfs.serve import api
+    from nsfs.serve.config import Duration, Size
 
 _KINDS = {
     "file": (stat.S_IFREG, "regular file"),
@@ -208,14 +209,13 @@ def _domain_row(domain: api.DomainReport) -> tuple[str, ...]:
     return (domain.name, str(domain.pid or "-"), str(domain.layers), *sizes, domain.state)
 
 
-def render_json(report: msgspec.Struct) -> str:
-    """One JSON document, with bytes as text (see above)."""
-    return json.dumps(_plain(msgspec.to_builtins(report, builtin_types=(bytes,))), indent=2)
+def render_json(report: msgspec.Struct, indent: int | None = 2) -> str:
+    """One JSON document, with bytes as text (see above); on one line where `indent` is None."""
+    return json.dumps(_plain(msgspec.to_builtins(report, builtin_types=(bytes,), enc_hook=_number)), indent=indent)
 
 
-def render_json_item(report: msgspec.Struct) -> str:
-    """The same on one line."""
-    return json.dumps(_plain(msgspec.to_builtins(report, builtin_types=(bytes,))))
+def _number(value: Size | Duration) -> float:
+    return value.real
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  any JSON value
