@@ -12,6 +12,7 @@ committed exactly if a layer was committed with it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import struct
@@ -23,7 +24,7 @@ import msgspec
 
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, NsfsError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
-from nsfs.model.pool import Extent, LayerKey, LayerRecord, MapRecord, Slab
+from nsfs.model.pool import Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -84,6 +85,8 @@ class _Databases(NamedTuple):
     """map ID -> MapRecord as a msgpack map."""
     origins: _Database
     """blob digest -> names of repositories as a msgpack array, the latest first."""
+    images: _Database
+    """raw sha256 of (complete reference, b" ", platform) -> ImageRecord as a msgpack map."""
 
 
 def _decode_hook(kind: type, value: object) -> object:
@@ -95,6 +98,7 @@ def _decode_hook(kind: type, value: object) -> object:
 _encode = msgspec.msgpack.Encoder(enc_hook=str).encode
 _decode_layer = msgspec.msgpack.Decoder(LayerRecord, dec_hook=_decode_hook).decode
 _decode_map = msgspec.msgpack.Decoder(MapRecord, dec_hook=_decode_hook).decode
+_decode_image = msgspec.msgpack.Decoder(ImageRecord).decode
 _decode_names = msgspec.msgpack.Decoder(list[str]).decode
 
 
@@ -306,6 +310,18 @@ class DomainIndex:
             with self._transaction(self._db.origins, write=True) as txn:
                 txn.put(blob.encode(), _encode(names))
 
+    def image(self, key: str) -> ImageRecord | None:
+        """What an image was when it was last resolved; `key` is its complete reference, a space and its platform."""
+        with self._transaction(self._db.images) as txn:
+            value = txn.get(_image_key(key))
+        return None if value is None else self._decoded(value, _decode_image)
+
+    def put_image(self, key: str, record: ImageRecord) -> None:
+        """Remember an image. Writes only what is new."""
+        if self.image(key) != record:
+            with self._transaction(self._db.images, write=True) as txn:
+                txn.put(_image_key(key), _encode(record))
+
     def _decoded(self, value: bytes, decode: Callable[[bytes], T]) -> T:
         try:
             return decode(value)
@@ -318,6 +334,11 @@ def _next_address(txn: _Transaction) -> int:
     if not cursor.last():
         return FIRST_ADDRESS
     return int(_ADDRESS.unpack(cursor.key())[0] + _SLAB.unpack(cursor.value())[0])
+
+
+def _image_key(key: str) -> bytes:
+    """LMDB's keys end at 511 bytes, the directory of a layout does not."""
+    return hashlib.sha256(key.encode()).digest()
 
 
 def _layer_key(key: LayerKey) -> bytes:

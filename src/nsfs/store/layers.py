@@ -82,7 +82,8 @@ def _parse_header(data: bytes | memoryview, magic: bytes, path: str) -> _Header:
     return _Header(kind, (counts[0], counts[1], counts[2], counts[3]))
 
 
-def _replace_file(path: str, pieces: Iterable[bytes | memoryview]) -> None:
+def replace_file(path: str, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
+    """Write a file whole and durably, or leave what was there; raises NoSpaceError."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb", opener=_open_private) as file:
@@ -124,7 +125,7 @@ def store_index(directory: str, index: LayerIndex, addresses: Sequence[int]) -> 
     packed = msgspec.msgpack.encode(_StoredIndex(index, list(addresses)))
     body = zstandard.ZstdCompressor(level=1).compress(packed)
     header = _render_header(_INDEX_MAGIC, 0, len(index.entries), len(packed), len(body), zlib.crc32(body))
-    _replace_file(os.path.join(directory, INDEX_FILE), [header, body])
+    replace_file(os.path.join(directory, INDEX_FILE), [header, body])
 
 
 def load_index(directory: str) -> tuple[LayerIndex, list[int]]:
@@ -173,7 +174,7 @@ def store_segments(directory: str, rows: Iterable[Row], extents: Iterable[tuple[
     starts, sizes = ([extent[column] for extent in ranges] for column in range(2))
     header = _render_header(_SEGMENTS_MAGIC, 0, len(kept), len(ranges))
     columns = (addresses, lengths, streams, order, starts, sizes)
-    _replace_file(os.path.join(directory, SEGMENTS_FILE), [header, *map(_column, columns)])
+    replace_file(os.path.join(directory, SEGMENTS_FILE), [header, *map(_column, columns)])
 
 
 def plan_rows(rows: Iterable[Row]) -> list[Row]:
@@ -210,7 +211,7 @@ def store_spans(directory: str, spans: Spans) -> None:
     kind = spans.codec << 8 | spans.covers
     header = _render_header(_SPANS_MAGIC, kind, len(table), ends[-1])
     body = [b"".join(span.digest for span in table), b"".join(span.window for span in table)]
-    _replace_file(os.path.join(directory, SPANS_FILE), [header, *columns, _column(ends), *body])
+    replace_file(os.path.join(directory, SPANS_FILE), [header, *columns, _column(ends), *body])
 
 
 def open_table(directory: str) -> LayerTable:
@@ -379,6 +380,16 @@ class LayerTable:
         """The spans that come out of one decompression with this one: those that begin at the same byte of the blob."""
         offset = self._known_spans().offset
         return range(bisect_left(offset, offset[number]), bisect_right(offset, offset[number]))
+
+    def compressed_range(self, group: range) -> tuple[int, int]:
+        """Where the blob has what a group is decompressed from: (offset, length)."""
+        columns = self._known_spans()
+        return columns.offset[group.start], max(columns.length[group.start : group.stop])
+
+    def stream_range(self, group: range) -> tuple[int, int]:
+        """What of the stream neighbouring spans give: (start, end)."""
+        columns, last = self._known_spans(), group.stop - 1
+        return columns.start[group.start], columns.start[last] + columns.size[last]
 
     def __len__(self) -> int:
         """How many spans there are."""

@@ -148,6 +148,15 @@ class Layout:
         """Held by the daemon that lives, so that two never share a root."""
         return os.path.join(self.root, "lock")
 
-    def lower(self, number: int) -> str:
-        """Where a view is mounted: short, so that 128 of them fit into a page of overlay's options."""
-        return os.path.join(self.run, "l", format(number, "x"))
+    @property
+    def lowers(self) -> str:
+        """Holds every mounted view under a short name, so that 128 of them fit into a page of overlay's options."""
+        return os.path.join(self.run, "l")
+
+    def upper(self, mount_id: str) -> str:
+        """What was written to a writable mount."""
+        return os.path.join(self.root, "uppers", escape_component(mount_id), "fs")
+
+    def work(self, mount_id: str) -> str:
+        """Overlay's own directory beside `upper`."""
+        return os.path.join(self.root, "uppers", escape_component(mount_id), "work")

@@ -4,9 +4,9 @@ Owns `disk`, `present` (the durable bitmap) and the memory behind the live bitma
 workers and is shared by a worker, its jobs and its fronts. All three begin with a header that names the pool: the
 addresses below 1 GiB are never given out, so neither file needs its first blocks for anything else.
 
-Invariants: a live bit is set only after its block was written; a durable bit only after its block was synced, and never
-while the live one is not set; a block is punched only after both are cleared and the durable one is synced. So neither
-a crash nor a power loss nor a concurrent reader gets a hole for data.
+Invariants: a live bit is set only after its block was written, a durable one only after its block was synced; a block is
+punched only after the live bit is cleared, and then the durable one, and that is synced. So neither a crash nor a power
+loss nor a concurrent reader gets a hole for data.
 
 Concurrency: any number of threads. At most one process at a time writes to the blocks behind one byte of the bitmap
 (a job to the slabs it reserved, the worker to those of committed layers); `flush` and `evict` exclude each other
@@ -53,7 +53,11 @@ _HEADER = struct.Struct("<8sII16sI")
 _DISK_MAGIC = b"nsfsdisk"
 _BITS_MAGIC = b"nsfsbits"
 _EPOCH_AT = 512
-"""Of the live bitmap: a counter of evictions, u64 in the host's order."""
+"""Of the live bitmap: a counter, u64 in the host's order, that is odd while somebody evicts and even between.
+
+While it is odd no bit is set; so bytes were there if the counter was even before and after they were read, or if it was
+the same odd number and their bits were set before and after.
+"""
 
 _TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# nsfs can fetch again what is in this directory\n"
 
@@ -251,6 +255,8 @@ class Pool:
         self._dirty: set[int] = set() if readonly else _pages_with_data(bitmap_fd)
         """Pages of the bitmap with bits that the durable one may lack."""
         os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        if not readonly:
+            self._end_interrupted()
 
     def close(self) -> None:
         """Close both files and unmap the bitmap. Flushes nothing."""
@@ -305,14 +311,13 @@ class Pool:
 
     def read_present(self, address: int, size: int) -> bytes | None:
         """The bytes if every block of them is there, also while somebody evicts; else None."""
-        while self.is_present(address, size):
+        while True:
             epoch = self._epoch[0]
             if not self.is_present(address, size):
                 return None
             data = self.read(address, size)
-            if self._epoch[0] == epoch:
+            if self._epoch[0] == epoch and (not epoch & 1 or self.is_present(address, size)):
                 return data
-        return None
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store verified bytes, whole blocks of them, and then say that they are there.
@@ -393,7 +398,7 @@ class Pool:
             with self._bits_lock:
                 self._epoch[0] |= 1
                 for start, step in _steps(address, size):
-                    self._put(start, step, self._get(start, step) & 0)
+                    self._put(start, step, 0)
             try:
                 self._clear_durable(first, count)
                 self._punch(first * BLOCK, count * BLOCK)
@@ -411,6 +416,11 @@ class Pool:
                 yield
             finally:
                 fcntl.flock(self._present, fcntl.LOCK_UN)
+
+    def _end_interrupted(self) -> None:
+        """Close the eviction that a process died in; the bits that it did clear stay cleared."""
+        with self._exclusive():
+            self._epoch[0] += self._epoch[0] & 1
 
     def _clear_durable(self, first: int, count: int) -> None:
         lo, hi = first >> 3, (first + count + 7) >> 3

@@ -1,0 +1,106 @@
+"""Who asks a fetcher for bytes, and where each of its sequences of reads is.
+
+Owns the recognition of sequential access: in the stream of a layer, where files that are read in order lie in order.
+Concurrency: one event loop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from nsfs.core.fetchplan import Table
+    from nsfs.core.ports import Blob
+
+_SLACK = 256 << 10
+"""Bytes of stream that a sequence of reads may leave out, or read twice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchConfig:
+    """Limits of a domain's fetcher. Times in seconds, sizes in bytes."""
+
+    fetches_per_layer: int = 4
+    decode_threads: int = 2
+    range_limit: int = 4 << 20
+    """The most that is asked for at once, unless one span is larger."""
+    range_slack: int = 16 << 10
+    """What is fetched for nothing rather than to make two ranges."""
+    read_ahead_least: int = 512 << 10
+    read_ahead_most: int = 4 << 20
+    kept_bytes: int = 16 << 20
+    """Decoded spans that are kept for blocks which straddle two, and for a pool that cannot take any."""
+    retry_least: float = 0.1
+    retry_most: float = 10.0
+    retry_permanent: float = 60.0
+    """Where trying again is not expected to help, but a reader waits for ever."""
+    retry_after_most: float = 3600.0
+
+
+@dataclass(eq=False, slots=True)
+class LayerSource:
+    """One layer as a view asks it: where its bytes are, and who can fetch them.
+
+    `table` may be exchanged at any time for a later one of the same layer; a table without spans gets them by
+    `make_spans`, which returns the new table.
+    """
+
+    key: str
+    table: Table
+    blob: Blob
+    make_spans: Callable[[], Awaitable[Table]] | None = None
+
+
+class View:
+    """Who asks: a map's own layer first, then the lower layers whose addresses it has.
+
+    At most `waiting` of its misses are worked on at a time; further ones queue, in order.
+    """
+
+    def __init__(self, name: str, sources: Sequence[LayerSource], *, waiting: int = 64) -> None:
+        self.name = name
+        self.sources = tuple(sources)
+        self.limiter = trio.CapacityLimiter(waiting)
+        self.heads: deque[Head] = deque(maxlen=4)
+        """Its sequences of reads, the latest last."""
+
+    def passed(self, address: int, size: int) -> Head | None:
+        """The sequence whose read-ahead a hit has caught up with; mostly None."""
+        for head in self.heads:
+            if address <= head.mark < address + size:
+                return head
+        return None
+
+    def missed(self, layer: int, start: int, end: int) -> Head | None:
+        """The sequence that a miss continues, which takes the stream's [start, end); None for the first of one."""
+        for head in self.heads:
+            if head.layer == layer and abs(start - head.end) <= _SLACK:
+                head.end = max(end, head.end)
+                return head
+        self.heads.append(Head(layer, end))
+        return None
+
+
+@dataclass(eq=False, slots=True)
+class Head:
+    """Where a sequence of reads is, in the stream of one layer of a view."""
+
+    layer: int
+    end: int
+    """Up to here it is fetched, or on its way."""
+    window: int = 0
+    mark: int = -1
+    """Who reads this address has come so far that more is to be fetched."""
+
+    def advance(self, config: FetchConfig) -> range:
+        """The stream's next part, twice as long as the last."""
+        self.window = min(max(self.window * 2, config.read_ahead_least), config.read_ahead_most)
+        self.mark = -1
+        start, self.end = self.end, self.end + self.window
+        return range(start, self.end)

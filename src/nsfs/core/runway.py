@@ -1,0 +1,168 @@
+"""What is in the air, what came down and what did not: the state behind a fetcher, without a decision about readers.
+
+Concurrency: one event loop, and no function here is async: each leaves its state consistent.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import trio
+
+from nsfs.errors import NsfsError, UnreachableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from nsfs.core.fetchplan import Batch
+    from nsfs.core.fetchview import FetchConfig, LayerSource
+    from nsfs.core.landing import Decoded
+
+NO_SPANS = -1
+"""Stands for the spans themselves of a layer that has none yet, where a group's first span would stand."""
+
+_KEPT_FAILURES = 4096
+
+GroupKey = tuple[str, int]
+"""Layer, and the first span of a group."""
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """One range on its way. When `landed` is set, each of its groups is in `decoded` or has a failure."""
+
+    source: LayerSource
+    batch: Batch | None
+    is_urgent: bool
+    started: float
+    landed: trio.Event = field(default_factory=trio.Event)
+    decoded: dict[GroupKey, Decoded] = field(default_factory=dict)
+    was_given_up: bool = False
+    """Somebody's patience ended with it in the air."""
+    departs: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def firsts(self) -> list[int]:
+        """Its groups' first spans."""
+        return [NO_SPANS] if self.batch is None else [group.spans.start for group in self.batch.groups]
+
+
+class Runway:
+    """Who may fetch from a layer's blob: `limit` at a time, urgent ones first, one place kept free for them."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._busy = 0
+        self._queues: tuple[deque[Flight], deque[Flight]] = (deque(), deque())
+
+    def enter(self, flight: Flight) -> None:
+        """Queue up; `departs` is set when it is the flight's turn."""
+        self._queues[0 if flight.is_urgent else 1].append(flight)
+        self._go()
+
+    def promote(self, flight: Flight) -> None:
+        """Make a flight urgent that may still be queued."""
+        flight.is_urgent = True
+        if flight in self._queues[1]:
+            self._queues[1].remove(flight)
+            self.enter(flight)
+
+    def leave(self) -> None:
+        """A flight that departed needs its place no more."""
+        self._busy -= 1
+        self._go()
+
+    def _go(self) -> None:
+        urgent, background = self._queues
+        while (urgent and self._busy < self._limit) or (background and self._busy < max(1, self._limit - 1)):
+            self._busy += 1
+            (urgent or background).popleft().departs.set()
+
+
+class Kept:
+    """Decoded groups, the least recently used dropped first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self._groups: OrderedDict[GroupKey, Decoded] = OrderedDict()
+
+    def get(self, key: GroupKey) -> Decoded | None:
+        """A group, if it is still kept."""
+        found = self._groups.get(key)
+        if found is not None:
+            self._groups.move_to_end(key)
+        return found
+
+    def put(self, key: GroupKey, decoded: Decoded) -> None:
+        """Keep a group for a while."""
+        self._drop(key)
+        self._groups[key] = decoded
+        self._size += _size_of(decoded)
+        while self._size > self._limit:
+            self._drop(next(iter(self._groups)))
+
+    def _drop(self, key: GroupKey) -> None:
+        if key in self._groups:
+            self._size -= _size_of(self._groups.pop(key))
+
+
+def _size_of(decoded: Decoded) -> int:
+    return sum(len(data) for _, data in decoded.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What is known of a group that could not be had."""
+
+    error: NsfsError
+    attempts: int
+    since: float
+    due: float
+
+
+class Failures:
+    """The groups whose last attempt failed."""
+
+    def __init__(self, config: FetchConfig, jitter: Callable[[], float]) -> None:
+        self._config = config
+        self._jitter = jitter
+        self._failures: dict[GroupKey, Failure] = {}
+
+    def get(self, key: GroupKey) -> Failure | None:
+        """What is known of a group's trouble."""
+        return self._failures.get(key)
+
+    def __contains__(self, key: GroupKey) -> bool:
+        """Whether a group's last attempt failed."""
+        return key in self._failures
+
+    def drop(self, key: GroupKey) -> None:
+        """The trouble is over."""
+        self._failures.pop(key, None)
+
+    def why(self, keys: Iterable[GroupKey]) -> str:
+        """For people."""
+        return "; ".join(sorted({str(self._failures[key].error) for key in keys if key in self._failures}))
+
+    def add(self, key: GroupKey, error: NsfsError, started: float, now: float) -> None:
+        """An attempt that began at `started` failed now. One long after it was due begins a new trouble."""
+        before = self._failures.pop(key, None)
+        if before is not None and started - before.due > self._config.retry_most:
+            before = None
+        attempts = before.attempts + 1 if before else 1
+        if len(self._failures) >= _KEPT_FAILURES:
+            self._failures = {kept: failure for kept, failure in self._failures.items() if failure.due > now}
+        delay = plan_delay(self._config, error, attempts, self._jitter())
+        self._failures[key] = Failure(error, attempts, before.since if before else started, now + delay)
+
+
+def plan_delay(config: FetchConfig, error: NsfsError, attempts: int, jitter: float) -> float:
+    """Seconds until an attempt may follow number `attempts`, which failed with `error`."""
+    if not error.transient:
+        return config.retry_permanent
+    doubled = min(config.retry_least * 2 ** min(attempts - 1, 30), config.retry_most)
+    asked = error.retry_after or 0.0 if isinstance(error, UnreachableError) else 0.0
+    return max(doubled * (0.5 + jitter / 2), min(asked, config.retry_after_most))
