@@ -15,7 +15,7 @@ help:
 
 demo:
 	@contrib/setup.sh demo
-	@$(BIN)/python bench/demo.py
+	@$(BIN)/python -m bench.demo
 
 test: lint
 	@$(BIN)/pytest

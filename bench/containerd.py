@@ -47,6 +47,16 @@ class Containerd:
         self._ctr("images", "pull", "--snapshotter", "overlayfs", "--plain-http", reference)
         return time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def rootfs(self, reference: str, target: str) -> Iterator[None]:
+        """Pull the image and show its root at `target`, read-only."""
+        self.pull(reference)
+        self._ctr("images", "mount", "--snapshotter", "overlayfs", reference, target)
+        try:
+            yield
+        finally:
+            self._ctr("images", "unmount", "--snapshotter", "overlayfs", "--rm", target)
+
     def remove(self, reference: str) -> None:
         """Forget the image, its blobs and its snapshots, so that the next pull is a first one."""
         self._ctr("images", "remove", "--sync", reference)

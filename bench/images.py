@@ -167,8 +167,7 @@ def build(recipe: Recipe, cache: str = CACHE) -> Built:
         fcntl.flock(lock, fcntl.LOCK_EX)
         directories = [_base(cache)]
         packing = [pool.submit(_pack, directories[0], Step(""))]
-        for number, step in enumerate(recipe.steps, 2):
-            _say(f"{recipe.name}: layer {number} of {len(recipe.steps) + 1}")
+        for step in recipe.steps:
             directories.append(_run_step(step, directories, cache))
             packing.append(pool.submit(_pack, directories[-1], step))
         layers = tuple(future.result() for future in packing)
@@ -234,15 +233,16 @@ def _isolated(command: list[str], log: str) -> None:
 
 def _run_step(step: Step, below: list[str], cache: str) -> str:
     """Run a step on top of the steps in `below`; returns its directory."""
-    script = textwrap.dedent(step.script)
+    script = "\n" + textwrap.dedent(step.script).strip() + "\n"
     directory = f"{cache}/steps/{_key(os.path.basename(below[-1]), script, repr(step.links))}"
     if os.path.exists(directory):
         return directory
+    _say(f"layer {len(below) + 1}: {script.split(chr(10))[1][:60]}")
     partial = _fresh(directory)
     os.mkdir(f"{partial}/work")
     os.mkdir(f"{partial}/root")
     with open(f"{partial}/script", "w") as file:
-        file.write("set -e\n" + script)
+        file.write("set -e" + script)
     lowers = ":".join(f"{lower}/upper" for lower in reversed(below))
     options = (
         f"lowerdir={lowers},upperdir={partial}/upper,workdir={partial}/work,redirect_dir=off,metacopy=off,index=off"

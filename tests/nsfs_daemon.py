@@ -79,8 +79,11 @@ def run_daemon(directory: str, settings: Mapping[str, Any] | None = None) -> Ite
         file.write(_render_toml(keys))
     log = f"{directory}/log"
     with open(log, "ab") as output:
-        command = [*NSFS, "serve", "--config", f"{directory}/config.toml"]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        # Ctrl-C is for us, who unmount first; should we die, the kernel ends the daemon.
+        command = ["setpriv", "--pdeathsig", "TERM", *NSFS, "serve", "--config", f"{directory}/config.toml"]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
     daemon = Daemon(f"{directory}/run/nsfs.sock", f"{directory}/root", f"{directory}/run", log, process.pid)
     try:
         _wait_until_serving(process, daemon)
