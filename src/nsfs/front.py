@@ -93,18 +93,14 @@ class WorkerLine:
 
     async def _hold(self, task_status: trio.TaskStatus[Peer]) -> None:
         """Keep one connection for as long as it lasts; a failure to connect is the starter's."""
-        started = False
         try:
             stream = await trio.open_unix_socket(self._path)
-            async with open_peer(stream, {}, name=f"front {os.getpid()}") as peer:
-                started = True
-                task_status.started(peer)
-                await peer.wait_closed()
         except OSError as error:
             raise UnreachableError(f"the domain's worker does not answer: {self._path}") from error
-        finally:
-            if started:
-                log.info("worker is gone: %s", self._path)
+        async with open_peer(stream, {}, name=f"front {os.getpid()}") as peer:
+            task_status.started(peer)
+            await peer.wait_closed()
+        log.info("worker is gone: %s", self._path)
 
 
 @asynccontextmanager

@@ -227,7 +227,7 @@ class TreeFs:
             if parent == ROOT and name == _HIDDEN and self._tree.lookup(self._tree.root, name) is None:
                 return self._state.getattr(self._state.inode)
         node = self._tree.lookup(self._directory(parent), name)
-        return None if node is None else self._attr(node)
+        return None if node is None else self._found(node)
 
     def getattr(self, inode: int) -> Attr:
         """See Vfs."""
@@ -241,7 +241,7 @@ class TreeFs:
             yield from self._state.readdir(start)
             return
         for entry in self._tree.readdir(self._directory(inode), start):
-            yield Entry(entry.name, self._attr(entry.node), entry.next)
+            yield Entry(entry.name, self._found(entry.node), entry.next)
 
     def readlink(self, inode: int) -> bytes:
         """See Vfs."""
@@ -261,19 +261,22 @@ class TreeFs:
         return ExtentHandle(self._reader, self._views[node.layer], *self._tree.extent(node))
 
     def _number(self, node: UnionNode) -> int:
-        if node == self._tree.root and not self._base:
+        if not self._base and (node.layer, node.nid) == (self._tree.root.layer, self._tree.root.nid):
             return ROOT
         if node.nid > _NID_MASK:
             raise CorruptError(f"map is too large: nid {node.nid}")
         return self._base | node.layer << _NID_BITS | node.nid
 
+    def _found(self, node: UnionNode) -> Attr:
+        """Attributes of what the tree gave; a directory is kept, since it is likely to be opened next."""
+        if node.kind is Kind.DIRECTORY:
+            self._keep(self._number(node), node)
+        return self._attr(node)
+
     def _attr(self, node: UnionNode) -> Attr:
         inode = self._tree.inode(node)
-        number = self._number(node)
-        if node.kind is Kind.DIRECTORY:
-            self._keep(number, node)
         return Attr(
-            inode=number,
+            inode=self._number(node),
             mode=FILE_TYPES[inode.kind] | inode.mode,
             size=inode.size,
             links=inode.links,

@@ -46,7 +46,7 @@ def _answered(
 ) -> Callable[Concatenate[FuseOperations, P], Coroutine[Any, Any, R]]:
     """Every exception of `method` becomes the FUSEError that the kernel gets."""
 
-    async def wrapper(self: FuseOperations, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def wrapper(self: FuseOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await method(self, *args, **kwargs)
         except FUSEError:

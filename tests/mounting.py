@@ -1,0 +1,79 @@
+"""Mounts of tests, and their removal whatever happens: no mount, connection or loop device outlives its test."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nsfs.serve import mounts
+
+_LOOP_CLR_FD = 0x4C01
+_DETACH = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def below(top: Path) -> list[mounts.MountInfo]:
+    """What is mounted below `top`, last mounted first."""
+    prefix = str(top) + "/"
+    return [mount for mount in reversed(mounts.load_mounts()) if f"{mount.target}/".startswith(prefix)]
+
+
+def sweep(top: Path) -> None:
+    """End every FUSE connection below `top`, so that nothing waits for it, then take every mount away."""
+    found = below(top)
+    if any(mount.fstype.startswith("fuse") for mount in found):
+        mounts.ensure_fusectl()
+    for mount in found:
+        if mount.fstype.startswith("fuse"):
+            with contextlib.suppress(Exception):
+                mounts.abort_connection(mount.connection)
+    for mount in found:
+        _libc.umount2(os.fsencode(mount.target), _DETACH)
+    _detach_loops(top)
+
+
+def loops(top: Path) -> list[str]:
+    """Loop devices over files below `top`."""
+    found = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if path.read_text().startswith(str(top) + "/"):
+                found.append(path.parts[3])
+    return found
+
+
+def _detach_loops(top: Path) -> None:
+    for name in loops(top):
+        with contextlib.suppress(OSError):
+            fd = os.open(f"/dev/{name}", os.O_RDONLY)
+            try:
+                fcntl.ioctl(fd, _LOOP_CLR_FD)
+            finally:
+                os.close(fd)
+
+
+@contextlib.contextmanager
+def swept(top: Path) -> Iterator[Path]:
+    """Sweep `top` before and after."""
+    sweep(top)
+    try:
+        yield top
+    finally:
+        sweep(top)
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Iterator[Path]:
+    """A directory to mount in."""
+    with swept(tmp_path):
+        yield tmp_path
+
+
+def make_directory(path: Path) -> Path:
+    """A directory for a mount."""
+    path.mkdir(parents=True)
+    return path
