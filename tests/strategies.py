@@ -108,11 +108,20 @@ def _devices() -> st.SearchStrategy[Entry]:
     )
 
 
-def layers(max_size: int = 12) -> st.SearchStrategy[list[Entry]]:
-    """One layer's entries."""
-    links = st.builds(hardlink, paths(), paths())
-    entry = st.one_of(_directories(), _directories(), _files(), _files(), _symlinks(), _marks(), links, _devices())
-    return st.lists(entry, max_size=max_size)
+@st.composite
+def layers(draw: st.DrawFn, max_size: int = 12) -> list[Entry]:
+    """One layer's entries. Most hard links lead to an earlier entry."""
+    link = st.builds(hardlink, paths(), paths())
+    entry = st.one_of(_directories(), _directories(), _files(), _files(), _symlinks(), _marks(), link, _devices())
+    entries = draw(st.lists(entry, max_size=max_size))
+    return [_aimed(draw, entry, entries[:index]) for index, entry in enumerate(entries)]
+
+
+def _aimed(draw: st.DrawFn, entry: Entry, earlier: list[Entry]) -> Entry:
+    targets = [other.path for other in earlier if other.kind is not Kind.DIRECTORY and b".wh." not in other.path]
+    if entry.kind is not Kind.HARDLINK or not targets or not draw(st.integers(0, 9)):
+        return entry
+    return hardlink(entry.path, draw(st.sampled_from(targets)))
 
 
 def images(max_layers: int = 4) -> st.SearchStrategy[list[list[Entry]]]:

@@ -46,8 +46,8 @@ class UnionNode(Struct, frozen=True, gc=False):
     """The image that its attributes come from, 0 for the top."""
     nid: int
     kind: Kind
-    below: tuple[tuple[int, int], ...] = ()
-    """Of a directory: layer and nid of the other directories that merge into it."""
+    parts: tuple[tuple[int, int], ...] = ()
+    """Of a merged directory: layer and nid of all directories that its names come from, top first."""
     open: bool = False
     """Of a directory in a partial tree: layers that are not known yet may add to it."""
 
@@ -174,15 +174,14 @@ class UnionTree:
                 pending.append((child, self.readdir(entry.node)))
 
     def _merge_roots(self) -> UnionNode:
-        roots = self._merge(
+        """Names down to the first opaque root; attributes of the topmost layer that says what they are."""
+        root = self._merge(
             (_Part(b"", layer, image.root, Kind.DIRECTORY, 0) for layer, image in enumerate(self.images)),
             partial=self._partial,
         )
-        assert roots is not None
-        named = [part for part in _directories(roots) if self.images[part[0]].volume != UNNAMED_ROOT]
-        layer, nid = named[0] if named else (roots.layer, roots.nid)
-        others = [part for part in _directories(roots) if part[0] != layer]
-        return UnionNode(layer, nid, Kind.DIRECTORY, tuple(others), roots.open)
+        assert root is not None
+        named = next((layer for layer, image in enumerate(self.images) if image.volume != UNNAMED_ROOT), 0)
+        return UnionNode(named, self.images[named].root, Kind.DIRECTORY, _directories(root), root.open)
 
     def _merge(self, parts: Iterable[_Part], *, partial: bool) -> UnionNode | None:
         """What overlay makes of one name's entries, top first; `partial` if unknown layers may have it, too."""
@@ -198,7 +197,8 @@ class UnionTree:
                 partial = False
                 break
         if directories:
-            return UnionNode(*directories[0], Kind.DIRECTORY, tuple(directories[1:]), partial)
+            merged = tuple(directories) if len(directories) > 1 else ()
+            return UnionNode(*directories[0], Kind.DIRECTORY, merged, partial)
         if partial:
             raise DeeperError
         return None
@@ -260,13 +260,12 @@ def decide(images: Sequence[ErofsImage], path: bytes, *, follow_last: bool = Tru
     except NotFoundError:
         return True
     if node == tree.root and images[node.layer].volume == UNNAMED_ROOT:
-        return not node.open
+        return False
     return not (listing and node.open)
 
 
-def _directories(node: UnionNode) -> list[tuple[int, int]]:
-    """The layers' directories that make up `node`, top first."""
-    return sorted([(node.layer, node.nid), *node.below])
+def _directories(node: UnionNode) -> tuple[tuple[int, int], ...]:
+    return node.parts or ((node.layer, node.nid),)
 
 
 def _copy(tree: UnionTree, node: UnionNode) -> Node:
