@@ -179,9 +179,9 @@ def test_an_image_may_have_the_hidden_name_itself() -> None:
 
 
 def domain_fs() -> DomainFs:
-    fs = DomainFs(no_reader, lambda map_id: memoryview(map_id.encode()), {"status.json": lambda: b"{}"})
-    fs.add_map(MAP)
-    fs.add_map(MAP)
+    fs = DomainFs(no_reader, {"status.json": lambda: b"{}"})
+    fs.add_map(MAP, memoryview(MAP.encode()))
+    fs.add_map(MAP, memoryview(b"not taken"))
     fs.add_tree("one", UnionTree(layers()), [MAP, OTHER])
     return fs
 
@@ -197,13 +197,6 @@ def test_a_domain_shows_disks_maps_and_trees() -> None:
     assert read(fs, find(fs, "trees/one/bin/ping"), 0, 9000) == f"{OTHER}@{2 << 30}+9000".encode()
     assert read(fs, find(fs, ".nsfs/status.json"), 0, 100) == b"{}"
     assert len(list(walk(fs, find(fs, "trees/one")))) == 11
-
-
-@pytest.mark.parametrize("suffix", ["", "~0", "~60", "~999999"])
-def test_a_disk_is_read_with_the_patience_of_its_name(suffix: str) -> None:
-    inode = find(domain_fs(), f"disks/{MAP}{suffix}")
-    assert read(domain_fs(), inode, 0, 1) == f"{MAP}{suffix}@0+1".encode()
-    assert inode < 1 << 60
 
 
 @pytest.mark.parametrize(

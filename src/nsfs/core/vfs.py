@@ -1,15 +1,15 @@
 """What a FUSE session shows: the Protocol that adapters serve, and the two trees that nsfs has.
 
 Owns: inode numbers, and which inode is backed by which bytes. `DomainFs` is the inside of a domain, for the kernel and
-for root: `disks/<view>`, `maps/<map>`, `trees/<tree>/…` and a hidden `.nsfs/`. `TreeFs` is one image, the union of its
+for root: `disks/<view>`, `maps/<view>`, `trees/<tree>/…` and a hidden `.nsfs/`. `TreeFs` is one image, the union of its
 layers' maps. Both translate reads of contents into (view, address, size) and leave them to a `Reader`.
 
 Everything but `Handle.read` is synchronous and quick, served from memory maps; nothing is kept per file, and of merged
 directories a bounded number. All methods raise NsfsError only; its errno is what a process sees.
 
-Invariants: an inode number is a function of names (a map's, a tree's) and of positions in maps, never of the order of
+Invariants: an inode number is a function of names (a view's, a tree's) and of positions in maps, never of the order of
 requests, so that a process that takes over a session understands the numbers which its predecessor gave out. The same
-number always has the same attributes and bytes; so ids of maps and trees are never used again for something else.
+number always has the same attributes and bytes; so names of views and trees are never used again for something else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from nsfs.core.union import UnionNode
 from nsfs.errors import CorruptError, ExistsError, NotFoundError, UsageError
 from nsfs.format.erofs import FILE_TYPES
 from nsfs.model.layer import Kind
-from nsfs.model.policy import Patience, parse_view_name, view_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -133,12 +132,8 @@ class ExtentHandle:
 
 _KIND_SHIFT: Final = 58
 _KIND_DISK, _KIND_MAP, _KIND_TREE = 1, 2, 3
-_MAP_BITS: Final = 38
-"""Of a disk and a map: 20 bits of patience, 38 of the map's id."""
-_MAP_MASK: Final = (1 << _MAP_BITS) - 1
-_PATIENCE_MASK: Final = (1 << 20) - 1
-_NO_PATIENCE: Final = _PATIENCE_MASK
-"""Stands for waiting without end."""
+_NAME_MASK: Final = (1 << _KIND_SHIFT) - 1
+"""Of a disk and a map: a hash of the view's name."""
 _NID_BITS: Final = 27
 _TREE_SHIFT: Final = 35
 """Of a file in a tree: 23 bits of the tree's id, 8 of layer, 27 of nid."""
@@ -343,32 +338,24 @@ _DISKS, _MAPS, _TREES, _STATE = _FOLDERS.values()
 class DomainFs:
     """The inside of a domain, for root. Maps and trees are shown from `add_*` to `remove_*`.
 
-    `open_map(map id)` gives the bytes of a map when they are first asked for; they are kept until it is removed.
+    A successor must have added all that its predecessor showed before it takes requests.
     """
 
-    def __init__(
-        self, reader: Reader, open_map: Callable[[str], memoryview], state: Mapping[str, Callable[[], bytes]]
-    ) -> None:
+    def __init__(self, reader: Reader, state: Mapping[str, Callable[[], bytes]]) -> None:
         self._reader = reader
-        self._open_map = open_map
         self._state = StateFiles(state, _STATE)
-        self._maps: dict[int, str] = {}
-        self._images: dict[str, memoryview] = {}
+        self._maps: dict[int, tuple[str, memoryview]] = {}
         self._trees: dict[int, tuple[str, TreeFs]] = {}
 
-    def add_map(self, map_id: str) -> None:
-        """Show `maps/<map_id>` and `disks/<view>` for every view of it. Nothing happens if it is there.
+    def add_map(self, view: str, image: memoryview) -> None:
+        """Show `maps/<view>`, whose bytes are `image`, and `disks/<view>`. Nothing happens if it is there."""
+        known, _ = self._maps.setdefault(_hash_bits(view) & _NAME_MASK, (view, image))
+        if known != view:
+            raise ExistsError(f"two views have one number: {view}, {known}")
 
-        Raises ExistsError if another map has its number (one chance in 10^11 for each pair of maps).
-        """
-        bits = _hash_bits(map_id) & _MAP_MASK
-        if self._maps.setdefault(bits, map_id) != map_id:
-            raise ExistsError(f"two maps have one number: {map_id}, {self._maps[bits]}")
-
-    def remove_map(self, map_id: str) -> None:
+    def remove_map(self, view: str) -> None:
         """Take it away; what is open goes on failing with ENOENT."""
-        self._maps.pop(_hash_bits(map_id) & _MAP_MASK, None)
-        self._images.pop(map_id, None)
+        self._maps.pop(_hash_bits(view) & _NAME_MASK, None)
 
     def add_tree(self, tree_id: str, tree: UnionTree, views: Sequence[str]) -> None:
         """Show `trees/<tree_id>`, read as `views` (top first). Nothing happens if it is there.
@@ -398,24 +385,17 @@ class DomainFs:
         return self.getattr(self._number(parent, name))
 
     def _number(self, folder: int, name: bytes) -> int:
-        """The inode of a name in disks/, maps/ or trees/, whether it exists or not."""
+        """The inode of a name in disks/, maps/ or trees/."""
         text = name.decode("utf-8", "surrogateescape")
+        bits = _hash_bits(text)
         if folder == _TREES:
-            bits = _hash_bits(text) & _TREE_MASK
-            if bits in self._trees and self._trees[bits][0] == text:
-                return self._trees[bits][1].root
-            raise NotFoundError(f"no such tree: {text[:300]!r}")
-        try:
-            map_id, patience = parse_view_name(text)
-        except UsageError as error:
-            raise NotFoundError(error.message) from None
-        bits = _hash_bits(map_id) & _MAP_MASK
-        if folder == _MAPS:
-            if patience.seconds is not None:
-                raise NotFoundError(f"no such map: {text}")
-            return _KIND_MAP << _KIND_SHIFT | bits
-        seconds = _NO_PATIENCE if patience.seconds is None else int(patience.seconds)
-        return _KIND_DISK << _KIND_SHIFT | seconds << _MAP_BITS | bits
+            known, tree = self._trees.get(bits & _TREE_MASK, (None, None))
+            if tree is not None and known == text:
+                return tree.root
+        elif folder in (_DISKS, _MAPS) and self._maps.get(bits & _NAME_MASK, (None,))[0] == text:
+            kind = _KIND_DISK if folder == _DISKS else _KIND_MAP
+            return kind << _KIND_SHIFT | bits & _NAME_MASK
+        raise NotFoundError(f"no such file: {text[:300]!r}")
 
     def getattr(self, inode: int) -> Attr:
         """See Vfs."""
@@ -423,9 +403,9 @@ class DomainFs:
             case 3:
                 return self._tree(inode).getattr(inode)
             case 2:
-                return Attr(inode=inode, mode=_FILE, size=len(self._image(inode)))
+                return Attr(inode=inode, mode=_FILE, size=len(self._map(inode)[1]))
             case 1:
-                self._map_id(inode)
+                self._map(inode)
                 return Attr(inode=inode, mode=_FILE, size=DISK_SIZE)
         if self._state.owns(inode):
             return self._state.getattr(inode)
@@ -434,7 +414,7 @@ class DomainFs:
         return Attr(inode=inode, mode=_DIRECTORY, links=2)
 
     def readdir(self, inode: int, start: int) -> Iterator[Entry]:
-        """See Vfs. `.nsfs` is not listed, nor are views that are no map's plain name."""
+        """See Vfs. `.nsfs` is not listed."""
         if inode >> _KIND_SHIFT == _KIND_TREE:
             return self._tree(inode).readdir(inode, start)
         if inode == _STATE:
@@ -457,7 +437,7 @@ class DomainFs:
                 return [name.decode() for name in _FOLDERS if name != _HIDDEN]
             case 4:
                 return [name for name, _ in self._trees.values()]
-        return list(self._maps.values())
+        return [name for name, _ in self._maps.values()]
 
     def readlink(self, inode: int) -> bytes:
         """See Vfs."""
@@ -473,29 +453,18 @@ class DomainFs:
             case 3:
                 return self._tree(inode).open(inode)
             case 2:
-                return BytesHandle(self._image(inode), direct=False)
+                return BytesHandle(self._map(inode)[1], direct=False)
             case 1:
-                return ExtentHandle(self._reader, self._view(inode), 0, DISK_SIZE)
+                return ExtentHandle(self._reader, self._map(inode)[0], 0, DISK_SIZE)
         if not self._state.owns(inode):
             raise NotFoundError(f"no such inode: {inode}")
         return self._state.open(inode)
 
-    def _view(self, inode: int) -> str:
-        seconds = inode >> _MAP_BITS & _PATIENCE_MASK
-        return view_name(self._map_id(inode), Patience(None if seconds == _NO_PATIENCE else seconds))
-
-    def _map_id(self, inode: int) -> str:
+    def _map(self, inode: int) -> tuple[str, memoryview]:
         try:
-            return self._maps[inode & _MAP_MASK]
+            return self._maps[inode & _NAME_MASK]
         except KeyError:
             raise NotFoundError(f"no such inode: {inode}") from None
-
-    def _image(self, inode: int) -> memoryview:
-        map_id = self._map_id(inode)
-        image = self._images.get(map_id)
-        if image is None:
-            image = self._images[map_id] = self._open_map(map_id)
-        return image
 
     def _tree(self, inode: int) -> TreeFs:
         try:
