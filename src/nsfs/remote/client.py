@@ -281,8 +281,13 @@ async def retrying(patience: Patience, attempt: Callable[[], Awaitable[T]]) -> T
             delay = plan_delay(patience, number, error)
             if delay is None:
                 raise
-        await trio.sleep(delay * random.uniform(0.8, 1.0))  # noqa: S311  spreads load, hides nothing
-    raise AssertionError("unreachable")
+        await pause(delay)
+    raise AssertionError("the last attempt raises")
+
+
+async def pause(delay: float) -> None:
+    """Wait `delay` seconds or a little longer, so that those who failed together do not come back together."""
+    await trio.sleep(delay * random.uniform(1.0, 1.25))  # noqa: S311  spreads load, hides nothing
 
 
 def plan_delay(patience: Patience, number: int, error: NsfsError) -> float | None:

@@ -20,7 +20,7 @@ import trio
 from nsfs.errors import CorruptError, NsfsError, UnreachableError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Descriptor, Document, Traffic
-from nsfs.remote.client import Answer, Get, Meter, Patience, Server, plan_delay, retrying
+from nsfs.remote.client import Answer, Get, Meter, Patience, Server, pause, plan_delay, retrying
 from nsfs.remote.hosts import PULL, RESOLVE
 from nsfs.remote.response import Wanted, plan_skip
 
@@ -145,7 +145,7 @@ class RegistryBlob:
                 delay = plan_delay(self._patience, failures, error)
                 if delay is None:
                     raise
-                await trio.sleep(delay)
+                await pause(delay)
 
     @asynccontextmanager
     async def _opened(self, wanted: Wanted, *, stream: bool) -> AsyncIterator[_Part]:
