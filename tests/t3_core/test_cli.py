@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from nsfs.model.report import Data, EntryReport, ImageReport, Item, LayerReport,
 from nsfs.serve import api
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -217,7 +219,12 @@ def test_targets_and_layouts_are_absolute(daemon: FakeDaemon, tmp_path: Path, mo
 
 def test_a_mount_in_the_foreground_ends_with_a_signal(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     daemon.answers["Mount"] = [MOUNTED]
-    monkeypatch.setattr("threading.Event.wait", lambda event: os.kill(os.getpid(), 15) or event.is_set())
+
+    def wait(event: threading.Event) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return event.is_set()
+
+    monkeypatch.setattr("threading.Event.wait", wait)
     result = run("mount", "a", "/mnt", "--foreground")
     assert result.exit_code == 0, result.output
     assert daemon.requests[1] == ("Umount", api.UmountRequest(target="/mnt"))
@@ -305,7 +312,8 @@ def test_ls_json_is_one_array_that_keeps_every_byte(daemon: FakeDaemon) -> None:
     assert listed[0].keys() == msgspec.to_builtins(item).keys()
 
 
-def test_an_empty_directory(daemon: FakeDaemon) -> None:
+@pytest.mark.usefixtures("daemon")
+def test_an_empty_directory() -> None:
     assert run("ls", "a:/empty").stdout == ""
     assert run("ls", "-l", "a:/empty").stdout == ""
     assert json.loads(run("ls", "--json", "a:/empty").stdout) == []

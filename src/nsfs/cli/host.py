@@ -10,13 +10,13 @@ import msgspec
 from click.shell_completion import get_completion_class
 
 from nsfs import __version__
-from nsfs.cli.logs import start_logging
 from nsfs.cli.manual import render_pages
 from nsfs.cli.options import json_option
 from nsfs.cli.render import render_columns, render_json
 from nsfs.cli.session import Session, pass_session
 from nsfs.errors import DeniedError, UnsupportedError, UsageError
 from nsfs.serve.config import SYSTEM_CONFIG, Config, load_config, load_private_config, load_system_config
+from nsfs.serve.logs import start_logging
 
 
 @click.command()

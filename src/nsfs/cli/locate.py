@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import stat
+import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
@@ -97,29 +97,28 @@ def make_private_directory(path: str, uid: int) -> None:
         raise DeniedError(f"not a directory of yours alone: {path}", hint=_RUN_HINT)
 
 
-def _spawn(command: tuple[str, ...], log: str) -> int:
-    """Start `command` in a session of its own, and give its process ID."""
+def _spawn(command: tuple[str, ...], log: str) -> subprocess.Popen[bytes]:
+    """Start `command` detached: a session of its own, and nothing open but its log."""
     os.makedirs(os.path.dirname(log), 0o700, exist_ok=True)
-    actions = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
-        (os.POSIX_SPAWN_DUP2, 1, 2),
-    ]
-    return os.posix_spawn(command[0], command, os.environ, file_actions=actions, setsid=True)
+    with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd="/", start_new_session=True
+        )
 
 
-def _wait_for_daemon(pid: int, socket: str, log: str) -> None:
+def _wait_for_daemon(daemon: subprocess.Popen[bytes], socket: str, log: str) -> None:
     deadline = time.monotonic() + _DEADLINE
     while not answers(socket):
-        if os.waitpid(pid, os.WNOHANG)[0]:
+        if daemon.poll() is not None:
             raise UnreachableError(f"the private daemon ended at its start{_tail(log)}", hint=f"its log is {log}")
         if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            daemon.kill()
+            daemon.wait()
             raise UnreachableError(
                 f"the private daemon does not answer after {_DEADLINE:g} s{_tail(log)}", hint=f"its log is {log}"
             )
         time.sleep(0.02)
+    daemon.returncode = 0  # it outlives us: from here on its end is not ours to wait for
 
 
 def _tail(log: str) -> str:

@@ -32,6 +32,8 @@ R = TypeVar("R", bound=msgspec.Struct)
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_metadata_size", 64 << 10),  # an error travels there, and may name long paths
+    ("grpc.absolute_max_metadata_size", 64 << 10),
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
 ]
