@@ -14,7 +14,6 @@ import pytest
 
 from nsfs.cli import locate
 from nsfs.errors import DeniedError, UnreachableError
-from nsfs.serve import client
 from nsfs.serve.config import Config, parse_config
 
 if TYPE_CHECKING:
