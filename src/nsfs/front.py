@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 import trio
-from msgspec import Struct
 
 from nsfs.core import worker_api
 from nsfs.core.union import UnionTree
@@ -26,6 +25,7 @@ from nsfs.core.vfs import TreeFs
 from nsfs.errors import UnreachableError
 from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.policy import parse_view_name
+from nsfs.serve.fronts import FrontArgs
 from nsfs.serve.fuse import FuseOperations
 from nsfs.serve.session import Session
 from nsfs.serve.wire import Peer, open_peer
@@ -40,21 +40,6 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 """Seconds between two attempts to reach a worker that is being started again."""
-
-
-class FrontArgs(Struct, frozen=True, kw_only=True):
-    """What a front is started with. Its descriptors: /dev/fuse, mounted already, and the domain's live bitmap."""
-
-    domain: str
-    """The domain's directory."""
-    worker: str
-    """Path of the worker's socket."""
-    maps: tuple[str, ...]
-    """Files of the layers' maps, top first."""
-    views: tuple[str, ...]
-    """Names of the views, as the worker knows them, in the same order."""
-    info: dict[str, str] = {}
-    """What `.nsfs/mount.json` says: reference, digest, …"""
 
 
 class WorkerLine:

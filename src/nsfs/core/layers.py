@@ -27,18 +27,16 @@ from nsfs.model import oci
 from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 
-    from nsfs.core.images import Image, Layer, Sources
+    from nsfs.core.blobs import Blobs, OriginBlob
+    from nsfs.core.images import Image, Layer
     from nsfs.core.jobs import Jobs
-    from nsfs.core.ports import Blob
     from nsfs.model.digest import Digest
 
 log = logging.getLogger(__name__)
 
 _PIPE = 1 << 20
-_TOC_GUESS = 1 << 20
-"""Bytes of a blob's tail that are asked for first: mostly footer and TOC in one request."""
 
 
 class Catalog(Protocol):
@@ -52,12 +50,6 @@ class Catalog(Protocol):
 
     def put_map(self, record: MapRecord) -> None:
         """Remember one."""
-
-    def put_origin(self, blob: Digest, repository: str) -> None:
-        """Remember that a repository has a blob."""
-
-    def origins(self, blob: Digest) -> list[str]:
-        """Repositories that have it, the latest first."""
 
 
 class Paths(Protocol):
@@ -90,6 +82,7 @@ class TocArgs(Struct, kw_only=True):
     media_type: str
     toc_digest: str
     toc_offset: int
+    toc_size: int
 
 
 class SpanArgs(Struct, kw_only=True):
@@ -102,13 +95,13 @@ class SpanArgs(Struct, kw_only=True):
 
 
 class MapArgs(Struct, kw_only=True):
-    """For `build_map`: `lowers` are the maps below, top first; empty means that none is known."""
+    """For `build_map`: `lowers` are the maps below, top first; None means that they are not known."""
 
     domain: str
     blob: str
     index: str
     map_id: str
-    lowers: list[str]
+    lowers: list[str] | None
 
 
 class LayerMade(Struct, kw_only=True):
@@ -123,6 +116,9 @@ class MapMade(Struct, kw_only=True):
 
     needs_lower: bool
     marks: bool = False
+    opaque: bool = False
+    borrowed: list[int] = []
+    """Which of the maps below have addresses that this one uses."""
 
 
 class LayerProgress:
@@ -141,7 +137,7 @@ class Layers:
         self,
         catalog: Catalog,
         paths: Paths,
-        sources: Sources,
+        blobs: Blobs,
         jobs: Jobs,
         nursery: trio.Nursery,
         *,
@@ -151,7 +147,7 @@ class Layers:
     ) -> None:
         self._catalog = catalog
         self._paths = paths
-        self._sources = sources
+        self._blobs = blobs
         self._jobs = jobs
         self._nursery = nursery
         self._domain = domain_dir
@@ -176,27 +172,26 @@ class Layers:
         """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
         self.check(layer)
         key = key_of(layer)
-        self._catalog.put_origin(layer.digest, image.repository)
+        self._blobs.add(layer.digest, image.repository)
         if self._catalog.layer(key) is not None:
             return key
-        return await self._indexing.join(str(key), lambda: self._index(image, layer, key))
+        return await self._indexing.join(str(key), lambda: self._index(layer, key))
 
-    async def _index(self, image: Image, layer: Layer, key: LayerKey) -> LayerKey:
-        source = await self._sources.open(image.repository)
+    async def _index(self, layer: Layer, key: LayerKey) -> LayerKey:
         progress = self.running[key] = LayerProgress(layer)
         try:
-            blob = source.blob(layer.descriptor)
+            blob = self._blobs.blob(layer.digest, layer.descriptor.size)
             made = await (self._read_toc(layer, blob) if layer.format.toc else self._read_all(layer, blob, progress))
         finally:
             del self.running[key]
         self._written(made.ranges)
         if made.map is not None:
-            self._remember_map(key, map_id_of(key), made.map, [])
+            self._remember_map(key, map_id_of(key), made.map, None)
         if not layer.format.toc:
             self._nursery.start_soon(self._make_spans_quietly, key)
         return key
 
-    async def _read_all(self, layer: Layer, blob: Blob, progress: LayerProgress) -> LayerMade:
+    async def _read_all(self, layer: Layer, blob: OriginBlob, progress: LayerProgress) -> LayerMade:
         args = PlainArgs(
             domain=self._domain,
             blob=layer.digest,
@@ -220,14 +215,12 @@ class Layers:
         await _feed(blob, min(have, blob.size), work)
         return result[0]
 
-    async def _read_toc(self, layer: Layer, blob: Blob) -> LayerMade:
+    async def _read_toc(self, layer: Layer, blob: OriginBlob) -> LayerMade:
         assert layer.format.toc is not None
-        tail_start = max(0, blob.size - _TOC_GUESS)
-        tail = await blob.fetch(tail_start, blob.size - tail_start)
+        offset, length = estargz.plan_footer(blob.size)
+        tail = await blob.fetch(offset, length)
         found = estargz.parse_footer(tail, blob.size)
-        if found.offset < tail_start:
-            tail = await blob.fetch(found.offset, tail_start - found.offset) + tail
-            tail_start = found.offset
+        toc = found.cut(tail, offset) or await blob.fetch(*found)
         args = TocArgs(
             domain=self._domain,
             blob=layer.digest,
@@ -235,8 +228,8 @@ class Layers:
             media_type=layer.descriptor.media_type,
             toc_digest=layer.format.toc,
             toc_offset=found.offset,
+            toc_size=found.size,
         )
-        toc = tail[found.offset - tail_start : found.offset - tail_start + found.length]
         with _memory_file(toc) as fd:
             return await self._jobs.run("nsfs.layer_jobs:read_toc", args, [fd], LayerMade)
 
@@ -246,7 +239,7 @@ class Layers:
         first: dict[LayerKey, MapRecord] = {}
 
         async def alone(key: LayerKey) -> None:
-            first[key] = await self._map(key, [])
+            first[key] = await self._map(key, None)
 
         async with trio.open_nursery() as nursery:
             for key in dict.fromkeys(keys):
@@ -257,34 +250,40 @@ class Layers:
             made.append(await self._map(key, made) if record.needs_lower else record)
         return made
 
-    async def _map(self, key: LayerKey, lowers: Sequence[MapRecord]) -> MapRecord:
-        """The map of a layer over `lowers` (lowest first); with none of them it may only say that it needs some."""
+    async def map_alone(self, layer: Layer) -> MapRecord:
+        """The map of an indexed layer; one that `needs_lower` has none without the layers below."""
+        return await self._map(key_of(layer), None)
+
+    async def _map(self, key: LayerKey, lowers: Sequence[MapRecord] | None) -> MapRecord:
+        """The map of a layer over `lowers` (lowest first); without, it may only say that it needs them."""
         map_id = map_id_of(key, lowers)
         found = self._catalog.map(map_id)
         if found is not None:
             return found
-        return await self._mapping.join(map_id, lambda: self._build_map(key, map_id, list(lowers)))
+        return await self._mapping.join(map_id, lambda: self._build_map(key, map_id, lowers and lowers[::-1]))
 
-    async def _build_map(self, key: LayerKey, map_id: str, lowers: list[MapRecord]) -> MapRecord:
+    async def _build_map(self, key: LayerKey, map_id: str, lowers: Sequence[MapRecord] | None) -> MapRecord:
+        """Make a map; `lowers` are top first."""
         args = MapArgs(
             domain=self._domain,
             blob=key.blob,
             index=key.index,
             map_id=map_id,
-            lowers=[record.path for record in reversed(lowers)],
+            lowers=None if lowers is None else [record.path for record in lowers],
         )
         made = await self._jobs.run("nsfs.layer_jobs:build_map", args, [], MapMade)
         return self._remember_map(key, map_id, made, lowers)
 
-    def _remember_map(self, key: LayerKey, map_id: str, made: MapMade, lowers: list[MapRecord]) -> MapRecord:
+    def _remember_map(self, key: LayerKey, map_id: str, made: MapMade, lowers: Sequence[MapRecord] | None) -> MapRecord:
         record = MapRecord(
             id=map_id,
             blob=key.blob,
             index=key.index,
             path=self._paths.map(key, map_id),
-            needs_lower=made.needs_lower and not lowers,
+            needs_lower=made.needs_lower,
             marks=made.marks,
-            lowers=[(lower.blob, lower.index) for lower in reversed(lowers)],
+            opaque=made.opaque,
+            lowers=tuple(_sources_of([lowers[number] for number in made.borrowed])) if lowers else (),
         )
         self._catalog.put_map(record)
         return record
@@ -298,8 +297,7 @@ class Layers:
             await self._spanning.join(str(key), lambda: self._make_spans(record))
 
     async def _make_spans(self, record: LayerRecord) -> LayerKey:
-        blob = await self.blob(record.blob, record.blob_size)
-        await _spool(blob, self._paths.spool(record.blob))
+        await _spool(self._blobs.blob(record.blob, record.blob_size), self._paths.spool(record.blob))
         args = SpanArgs(
             domain=self._domain, blob=record.blob, index=record.index, compression=_compression_of(record.media_type)
         )
@@ -312,13 +310,6 @@ class Layers:
         except Exception:
             log.exception("no checkpoints for layer %s; it cannot be evicted until there are", short(key.blob))
 
-    async def blob(self, digest: Digest, size: int) -> Blob:
-        """The blob from the repository that had it last."""
-        for repository in self._catalog.origins(digest):
-            source = await self._sources.open(repository)
-            return source.blob_by_digest(digest, size)
-        raise NotFoundError(f"no repository is known to have blob {short(digest)}")
-
 
 def key_of(layer: Layer) -> LayerKey:
     """Under which the domain keeps the layer: the blob, and the index that it is read by."""
@@ -326,10 +317,15 @@ def key_of(layer: Layer) -> LayerKey:
     return LayerKey(layer.digest, f"estargz-{toc.hex}" if toc else "plain")
 
 
-def map_id_of(key: LayerKey, lowers: Sequence[MapRecord] = ()) -> str:
+def map_id_of(key: LayerKey, lowers: Sequence[MapRecord] | None = None) -> str:
     """A map's name: a function of the blob and its index and, where it depends on them, of the maps below."""
-    names = [f"{key.blob}/{key.index}", *(lower.id for lower in lowers)]
+    names = [f"{key.blob}/{key.index}", *([] if lowers is None else ["over", *(lower.id for lower in lowers)])]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+
+
+def _sources_of(maps: Sequence[MapRecord]) -> Iterable[LayerKey]:
+    """The layers whose tables know the addresses in `maps`, each once."""
+    return dict.fromkeys(key for record in maps for key in (record.key, *record.lowers))
 
 
 def short(digest: Digest) -> str:
@@ -348,12 +344,12 @@ def _size_of(path: str) -> int:
         return 0
 
 
-async def _feed(blob: Blob, offset: int, work: Callable[[int], Awaitable[None]]) -> None:
+async def _feed(blob: OriginBlob, offset: int, work: Callable[[int], Awaitable[None]]) -> None:
     """Run `work` with a pipe that gives the blob's bytes from `offset` on; a layout's file is given as it is.
 
     Where both fail, the registry's error is the cause and the one that leaves.
     """
-    if (fd := blob.open_fd()) is not None:
+    if (fd := await blob.open_fd()) is not None:
         try:
             os.lseek(fd, offset, os.SEEK_SET)
             await work(fd)
@@ -389,15 +385,14 @@ async def _feed(blob: Blob, offset: int, work: Callable[[int], Awaitable[None]])
             raise failure[0]
 
 
-async def _spool(blob: Blob, path: str) -> None:
+async def _spool(blob: OriginBlob, path: str) -> None:
     """Complete the spool file, from wherever it ends."""
     have = _size_of(path)
     if have >= blob.size:
         return
-    with open(path, "ab") as file:
-        async with blob.stream(have) as pieces:
-            async for piece in pieces:
-                await trio.to_thread.run_sync(file.write, piece)
+    async with await trio.open_file(path, "ab") as file, blob.stream(have) as pieces:
+        async for piece in pieces:
+            await file.write(piece)
 
 
 @contextmanager

@@ -133,8 +133,9 @@ class Wish:
 class Lowers:
     """Which views are mounted under which short names, and by how many mounts they are stacked."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, workers: Workers) -> None:
         self._kernel = kernel
+        self._workers = workers
         self._names: dict[Lower, str] = {}
         self._users: dict[Lower, int] = {}
 
@@ -143,6 +144,7 @@ class Lowers:
         taken = set(self._names.values())
         free = (name for name in (f"{number:x}" for number in itertools.count()) if name not in taken)
         fresh = {lower: next(free) for lower in lowers if lower not in self._names}
+        await self._tell("ShowViews", list(fresh))
         await self._kernel.mount_lowers([(lower, self._kernel.lower_path(name)) for lower, name in fresh.items()])
         self._names |= fresh
         for lower in lowers:
@@ -151,14 +153,22 @@ class Lowers:
 
     async def release(self, lowers: Sequence[Lower]) -> None:
         """Count down; unmount what nobody stacks any more."""
-        idle = []
+        idle: list[Lower] = []
         for lower in lowers:
             self._users[lower] -= 1
             if not self._users[lower]:
                 del self._users[lower]
-                idle.append(self._kernel.lower_path(self._names.pop(lower)))
+                idle.append(lower)
         if idle:
-            await self._kernel.unmount(idle, force=True)
+            paths = [self._kernel.lower_path(self._names.pop(lower)) for lower in idle]
+            await self._kernel.unmount(paths, force=True)
+            await self._tell("HideViews", idle)
+
+    async def _tell(self, method: str, lowers: Sequence[Lower]) -> None:
+        for domain in {lower.domain for lower in lowers}:
+            names = [lower.view for lower in lowers if lower.domain == domain]
+            params = worker_api.Views(names=names)
+            await self._workers.call(Domain(domain, Isolation.SHARED), method, params, worker_api.Empty)
 
 
 class ManualMounts:
@@ -172,7 +182,7 @@ class ManualMounts:
         self._kernel = kernel
         self._host = host
         self._default = default
-        self._lowers = Lowers(kernel)
+        self._lowers = Lowers(kernel, workers)
         self._lock = trio.Lock()
         self._claimed: set[str] = set()
 

@@ -46,6 +46,12 @@ class Prepared(Struct, kw_only=True):
     config: dict[str, Any] = field(default_factory=dict)
 
 
+class Views(Struct, kw_only=True):
+    """Show (ShowViews) or take away (HideViews) `maps/<view>` and `disks/<view>` for each name."""
+
+    names: list[str]
+
+
 class Tree(Struct, kw_only=True):
     """Show (or take away) `trees/<id>`: the union of maps, top first, read with the patience of `suffix`."""
 

@@ -385,8 +385,9 @@ def _variant_number(platform: Platform) -> int:
 
 
 def _listing(descriptors: Sequence[Descriptor]) -> str:
-    names = sorted({str(descriptor.platform) for descriptor in descriptors if descriptor.platform})
-    return ", ".join(names[:50]) if names else "none that names a platform"
+    names = sorted({str(descriptor.platform)[:100] for descriptor in descriptors if descriptor.platform})
+    listing = ", ".join(names[:50]) or "none that names a platform"
+    return "".join(character if character.isprintable() else "?" for character in listing)
 
 
 def _toc(compression: Compression, annotations: Annotations) -> Digest | None:

@@ -88,7 +88,7 @@ class Patience:
     @property
     def suffix(self) -> str:
         """What a view's name carries, so that the file handle of a read says how long it may wait."""
-        return "" if self.seconds is None else f"+{self.seconds:g}"
+        return "" if self.seconds is None else f"~{self.seconds:g}"
 
 
 def parse_patience(text: str) -> Patience:
@@ -109,7 +109,7 @@ def view_name(map_id: str, patience: Patience) -> str:
 
 def parse_view_name(name: str) -> tuple[str, Patience]:
     """The map ID and patience of `view_name`; raises UsageError for anything that it does not give."""
-    map_id, plus, seconds = name.partition("+")
-    if re.fullmatch(r"[0-9a-f]{32}", map_id) is None or (plus and re.fullmatch(r"\d{1,6}", seconds) is None):
+    map_id, mark, seconds = name.partition("~")
+    if re.fullmatch(r"[0-9a-f]{32}", map_id) is None or (mark and re.fullmatch(r"\d{1,6}", seconds) is None):
         raise UsageError(f"not a view: {name[:100]!r}")
-    return map_id, Patience(int(seconds) if plus else None)
+    return map_id, Patience(int(seconds) if mark else None)

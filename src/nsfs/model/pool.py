@@ -69,12 +69,28 @@ class MapRecord(Struct, frozen=True, kw_only=True):
     """A layer's map, or the finding that it cannot be made without the layers below."""
 
     id: str
-    blob: str
+    blob: Digest
     index: str
     path: str
     needs_lower: bool
     """There is no file: the map depends on the layers below, and is made under another ID for each stack of them."""
     marks: bool
     """Has whiteouts or opaque marks."""
-    lowers: list[tuple[str, str]] = []
-    """Blob and index of the layers below, top first, where the map has addresses of theirs."""
+    opaque: bool = False
+    """Its root hides all layers below, which overlay does not understand: leave them out."""
+    lowers: tuple[LayerKey, ...] = ()
+    """The layers below, top first, where the map may have addresses of theirs."""
+
+    @property
+    def key(self) -> LayerKey:
+        """The layer whose tree it is."""
+        return LayerKey(self.blob, self.index)
+
+
+class ImageRecord(Struct, frozen=True, kw_only=True):
+    """A resolved image as a domain remembers it: its documents, as they were served."""
+
+    repository: str
+    manifest: bytes
+    media_type: str
+    config: bytes

@@ -53,23 +53,23 @@ class WorkerArgs(Struct, kw_only=True):
     """`serve.config.pack_config`."""
     fuse: bool
     init: bytes = b""
-    """The INIT request to replay; empty for a new connection."""
+    """The connection's INIT request."""
+    views: list[str] = msgspec.field(default_factory=list)
     trees: list[worker_api.Tree] = msgspec.field(default_factory=list)
 
 
-class Greeted(Struct, kw_only=True):
-    """Worker to daemon: the INIT that the kernel sent, to be kept for the next worker."""
-
-    init: bytes
+class Ready(Struct, kw_only=True):
+    """Worker to daemon: requests are being served."""
 
 
+@dataclass(frozen=True, slots=True)
 class Connection:
     """A domain's FUSE connection, as the daemon opened it."""
 
-    def __init__(self, fd: int, mountpoint: str) -> None:
-        self.fd = fd
-        self.mountpoint = mountpoint
-        self.init = b""
+    fd: int
+    mountpoint: str
+    init: bytes
+    """The INIT request that the kernel sent; every worker has libfuse answer it."""
 
 
 @dataclass(slots=True)
@@ -85,8 +85,20 @@ class _Kept:
     peer: Peer | None = None
     pid: int = 0
     starts: int = 0
+    views: set[str] = field(default_factory=set)
     trees: dict[str, worker_api.Tree] = field(default_factory=dict)
-    failure: str = ""
+
+    def note(self, method: str, params: Struct) -> None:
+        """Remember what a worker shows, so that the next one shows it from its start."""
+        match method, params:
+            case "ShowViews", worker_api.Views():
+                self.views.update(params.names)
+            case "HideViews", worker_api.Views():
+                self.views.difference_update(params.names)
+            case "ShowTree", worker_api.Tree():
+                self.trees[params.id] = params
+            case "HideTree", worker_api.TreeGone():
+                self.trees.pop(params.id, None)
 
 
 class Supervisor:
@@ -124,15 +136,8 @@ class Supervisor:
         """Ask the worker of `domain`; raises what it raises, UnreachableError where it dies meanwhile."""
         kept = await self._keep(domain.name)
         peer = await self._wait_peer(kept)
-        self._note_tree(kept, params)
+        kept.note(method, params)
         return await peer.call(method, params, result, report, worker_api.OnTheWay)
-
-    def _note_tree(self, kept: _Kept, params: Struct) -> None:
-        match params:
-            case worker_api.Tree():
-                kept.trees[params.id] = params
-            case worker_api.TreeGone():
-                kept.trees.pop(params.id, None)
 
     async def end(self, domain: Domain) -> None:
         """End the worker, its connection, and delete the domain's directory."""
@@ -165,7 +170,7 @@ class Supervisor:
             await kept.ready.wait()
         if kept.peer is None:
             raise UnreachableError(
-                f"the worker of domain {kept.domain} does not start: {kept.failure or 'no answer'}",
+                f"the worker of domain {kept.domain} does not start: no answer within {_START_DEADLINE:g} s",
                 hint="the daemon's log says more",
             )
         return kept.peer
@@ -209,13 +214,11 @@ class Supervisor:
             child.close()
 
     async def _serve(self, kept: _Kept, stream: trio.SocketStream) -> None:
-        async def greeted(params: Greeted, _report: object) -> worker_api.Empty:
-            if kept.connection is not None and params.init:
-                kept.connection.init = params.init
+        async def ready(_params: Ready, _report: object) -> worker_api.Empty:
             kept.ready.set()
             return worker_api.Empty()
 
-        async with open_peer(stream, {"Greeted": (Greeted, greeted)}, name="daemon") as peer:
+        async with open_peer(stream, {"Ready": (Ready, ready)}, name="daemon") as peer:
             kept.peer = peer
             try:
                 await peer.wait_closed()
@@ -230,6 +233,7 @@ class Supervisor:
             config=pack_config(self._config),
             fuse=connection is not None,
             init=connection.init if connection else b"",
+            views=sorted(kept.views),
             trees=list(kept.trees.values()),
         )
 

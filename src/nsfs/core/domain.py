@@ -1,0 +1,264 @@
+"""A domain as its worker serves it: what the daemon may ask, and how the services answer together.
+
+Owns nothing but the composition: images are resolved, layers indexed, maps made and views read by the services that it
+was given.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import trio
+
+from nsfs.core import worker_api
+from nsfs.core.layers import key_of, short
+from nsfs.model.report import EntryReport, ImageReport, LayerReport, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from msgspec import Struct
+
+    from nsfs.core.blobs import Blobs
+    from nsfs.core.images import Image, Images, Layer
+    from nsfs.core.layers import Layers
+    from nsfs.core.looking import Looking
+    from nsfs.core.views import Views
+    from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+
+    Report: TypeAlias = Callable[[Struct], Awaitable[None]]
+
+_PROGRESS_EVERY = 0.2
+
+
+class Catalog(Protocol):
+    """The domain's records."""
+
+    def layer(self, key: LayerKey) -> LayerRecord | None:
+        """A layer whose index is complete."""
+
+    def layers(self) -> list[LayerRecord]:
+        """All of them."""
+
+    def map(self, map_id: str) -> MapRecord | None:
+        """A map."""
+
+
+class Shown(Protocol):
+    """What the domain's FUSE filesystem shows."""
+
+    def show_views(self, names: Sequence[str]) -> None:
+        """Show `maps/<view>` and `disks/<view>`."""
+
+    def hide_views(self, names: Sequence[str]) -> None:
+        """Take them away."""
+
+    def show_tree(self, tree: worker_api.Tree) -> None:
+        """Show `trees/<id>`."""
+
+    def hide_tree(self, tree_id: str) -> None:
+        """Take it away."""
+
+
+class Domain:
+    """The service."""
+
+    def __init__(
+        self,
+        images: Images,
+        layers: Layers,
+        blobs: Blobs,
+        views: Views,
+        looking: Looking,
+        catalog: Catalog,
+        shown: Shown,
+    ) -> None:
+        self._images = images
+        self._layers = layers
+        self._blobs = blobs
+        self._views = views
+        self._looking = looking
+        self._catalog = catalog
+        self._shown = shown
+
+    def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
+        """What the daemon may call, by name."""
+        return {
+            "Prepare": (worker_api.Prepare, self._prepare),
+            "Inspect": (worker_api.Name, self._inspect),
+            "List": (worker_api.PathName, self._list),
+            "Tree": (worker_api.PathName, self._tree),
+            "Stat": (worker_api.PathName, self._stat),
+            "Read": (worker_api.PathName, self._read),
+            "Evict": (worker_api.Name, self._evict),
+            "Usage": (worker_api.Usage, self._usage),
+            "Status": (worker_api.Empty, self._status),
+            "ShowViews": (worker_api.Views, self._show_views),
+            "HideViews": (worker_api.Views, self._hide_views),
+            "ShowTree": (worker_api.Tree, self._show_tree),
+            "HideTree": (worker_api.TreeGone, self._hide_tree),
+        }
+
+    async def _prepare(self, params: worker_api.Prepare, report: Report) -> worker_api.Prepared:
+        image = await self._images.resolve(params.reference, params.platform)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._tell, image, report)
+            try:
+                maps = await self._looking.all_maps(image, report)
+            finally:
+                nursery.cancel_scope.cancel()
+        records = [self._record(layer) for layer in image.layers]
+        return worker_api.Prepared(
+            reference=image.reference,
+            digest=image.digest,
+            platform=str(image.config.platform),
+            files=sum(record.files for record in records),
+            size=sum(record.content_bytes for record in records),
+            maps=[worker_api.MapInfo(id=each.id, path=each.path, marks=each.marks) for each in visible(maps)],
+            config=image.config.config,
+        )
+
+    async def _tell(self, image: Image, report: Report) -> None:
+        """Report how far the layers of `image` are."""
+        ours = {key_of(layer) for layer in image.layers}
+        while True:
+            await trio.sleep(_PROGRESS_EVERY)
+            for key, progress in list(self._layers.running.items()):
+                if key in ours:
+                    await report(
+                        Progress(stage="index", what=short(key.blob), done=progress.done, total=progress.total)
+                    )
+
+    def _record(self, layer: Layer) -> LayerRecord:
+        record = self._catalog.layer(key_of(layer))
+        assert record is not None, "indexed layers have records"
+        return record
+
+    async def _inspect(self, params: worker_api.Name, _report: Report) -> ImageReport:
+        image = await self._images.resolve(params.reference, params.platform)
+        return ImageReport(
+            reference=image.reference,
+            digest=image.digest,
+            platform=str(image.config.platform),
+            size=image.size,
+            domain="",
+            layers=[self._layer_report(layer) for layer in image.layers],
+            config=image.config.config,
+        )
+
+    def _layer_report(self, layer: Layer) -> LayerReport:
+        record = self._catalog.layer(key_of(layer))
+        lazy, why = _laziness(layer, record)
+        return LayerReport(
+            digest=layer.digest,
+            media_type=layer.descriptor.media_type,
+            size=layer.descriptor.size,
+            diff_id=layer.diff_id,
+            format=layer.format.name,
+            lazy=lazy,
+            why=why,
+            verified=_verified(layer, record),
+            indexed=record is not None,
+            stream_size=record.stream_size if record else 0,
+            files=record.files if record else 0,
+            local=self._views.local_bytes([key_of(layer)]) if record else 0,
+        )
+
+    async def _list(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
+        image = await self._images.resolve(params.reference, params.platform)
+        await self._looking.list_names(image, params.path, report)
+        return worker_api.Empty()
+
+    async def _tree(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
+        image = await self._images.resolve(params.reference, params.platform)
+        await self._looking.tree(image, params.path, report)
+        return worker_api.Empty()
+
+    async def _stat(self, params: worker_api.PathName, report: Report) -> EntryReport:
+        image = await self._images.resolve(params.reference, params.platform)
+        return await self._looking.stat(image, params.path, report)
+
+    async def _read(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
+        image = await self._images.resolve(params.reference, params.platform)
+        await self._looking.read(image, params.path, params.offset, params.length, report)
+        return worker_api.Empty()
+
+    async def _evict(self, params: worker_api.Name, report: Report) -> worker_api.Evicted:
+        image = await self._images.resolve(params.reference, params.platform)
+        keys = [key for key in dict.fromkeys(map(key_of, image.layers)) if self._catalog.layer(key)]
+        freed = 0
+        for number, key in enumerate(keys):
+            await report(Progress(stage="evict", what=short(key.blob), done=number, total=len(keys)))
+            await self._layers.ensure_spans(key)
+            freed += await self._views.evict(key)
+        return worker_api.Evicted(layers=len(keys), freed=freed)
+
+    async def _usage(self, params: worker_api.Usage, _report: Report) -> worker_api.UsageReport:
+        records = [record for map_id in params.maps if (record := self._catalog.map(map_id))]
+        return worker_api.UsageReport(
+            local=self._views.local_bytes([record.key for record in records]),
+            fetched=sum(self._blobs.fetched[blob] for blob in {record.blob for record in records}),
+            state=self._views.state(set(params.maps)),
+        )
+
+    async def _status(self, _params: worker_api.Empty, _report: Report) -> worker_api.WorkerStatus:
+        records = self._catalog.layers()
+        return worker_api.WorkerStatus(
+            layers=len(records),
+            local=self._views.local_bytes([record.key for record in records]),
+            fetched=self._blobs.fetched.total(),
+            waiting=self._views.waiting(),
+            state=self._views.state(None),
+        )
+
+    async def _show_views(self, params: worker_api.Views, _report: Report) -> worker_api.Empty:
+        self._shown.show_views(params.names)
+        return worker_api.Empty()
+
+    async def _hide_views(self, params: worker_api.Views, _report: Report) -> worker_api.Empty:
+        self._shown.hide_views(params.names)
+        return worker_api.Empty()
+
+    async def _show_tree(self, params: worker_api.Tree, _report: Report) -> worker_api.Empty:
+        self._shown.show_tree(params)
+        return worker_api.Empty()
+
+    async def _hide_tree(self, params: worker_api.TreeGone, _report: Report) -> worker_api.Empty:
+        self._shown.hide_tree(params.id)
+        return worker_api.Empty()
+
+    async def fetch(self, params: worker_api.Fetch, _report: Report) -> worker_api.Empty:
+        """Make blocks present for a front, which cannot."""
+        await self._views.make_present(params.view, params.address, params.size)
+        return worker_api.Empty()
+
+
+def visible(maps: Sequence[MapRecord]) -> list[MapRecord]:
+    """The maps (given lowest first) that a stack needs, top first: down to one whose root hides the rest."""
+    shown: list[MapRecord] = []
+    for record in reversed(maps):
+        shown.append(record)
+        if record.opaque:
+            break
+    return shown
+
+
+def _laziness(layer: Layer, record: LayerRecord | None) -> tuple[bool, str]:
+    """Whether the layer's content can come by ranges now, and why."""
+    if layer.format.refused:
+        return False, layer.format.refused
+    if layer.format.toc:
+        return True, "its manifest names the digest of its table of contents"
+    if record is None:
+        return False, "nobody has indexed it: its first use reads all of it once"
+    if record.has_spans:
+        return True, "this domain has an index of its own"
+    return False, "its first use has read all of it; checkpoints are still being made"
+
+
+def _verified(layer: Layer, record: LayerRecord | None) -> str:
+    if record is not None and record.verified == "diff-id":
+        return f"blob digest and diff ID, in one pass over all of it: {layer.diff_id}"
+    if layer.format.toc:
+        return f"table of contents {layer.format.toc}, each chunk by its digest there when it is read"
+    return "nothing yet; blob digest and diff ID will be"

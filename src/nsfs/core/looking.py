@@ -1,0 +1,189 @@
+"""Looking into an image without mounting it: `nsfs ls`, `cat`, `tree` and `stat`.
+
+Owns how much of an image is read for that: layers are indexed one by one from the top, until those known decide what is
+at the path; contents are read like a mount's. Says what a download will cost before it begins.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from nsfs.core.union import UnionTree, decide
+from nsfs.errors import UsageError
+from nsfs.format.erofs_image import ErofsImage
+from nsfs.model.layer import Kind
+from nsfs.model.policy import Patience, view_name
+from nsfs.model.report import Data, EntryReport, Item, Note
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from msgspec import Struct
+
+    from nsfs.core.images import Image, Layer
+    from nsfs.core.layers import Layers
+    from nsfs.core.union import UnionNode
+    from nsfs.core.vfs import Reader
+    from nsfs.model.pool import MapRecord
+
+    Report = Callable[[Struct], Awaitable[None]]
+
+_PIECE: Final = 1 << 20
+_PATIENCE: Final = Patience(60)
+KINDS: Final = {
+    Kind.REGULAR: "file",
+    Kind.DIRECTORY: "directory",
+    Kind.SYMLINK: "symlink",
+    Kind.CHARACTER: "character",
+    Kind.BLOCK: "block",
+    Kind.FIFO: "fifo",
+    Kind.SOCKET: "socket",
+}
+"""Kinds as reports call them."""
+
+
+def open_map(path: str) -> ErofsImage:
+    """The map in a file; its pages are the kernel's, not ours."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return ErofsImage(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """As many layers of an image as were needed."""
+
+    tree: UnionTree
+    maps: Sequence[MapRecord]
+    """One for each of the tree's images, top first."""
+
+
+class Looking:
+    """The service."""
+
+    def __init__(self, layers: Layers, reader: Reader) -> None:
+        self._layers = layers
+        self._reader = reader
+
+    async def stat(self, image: Image, path: bytes, report: Report) -> EntryReport:
+        """What is at `path`; a symlink itself."""
+        async with self._stack(image, path, report, follow=False) as stack:
+            return _entry(stack, _normal(path), stack.tree.resolve(path, follow_last=False))
+
+    async def list_names(self, image: Image, path: bytes, report: Report) -> None:
+        """Report the names in a directory, or the one file."""
+        async with self._stack(image, path, report, listing=True) as stack:
+            node = stack.tree.resolve(path)
+            if node.kind is not Kind.DIRECTORY:
+                await report(Item(_entry(stack, _normal(path), node)))
+                return
+            for entry in stack.tree.readdir(node):
+                await report(Item(_entry(stack, _normal(path + b"/" + entry.name), entry.node)))
+
+    async def tree(self, image: Image, path: bytes, report: Report) -> None:
+        """Report a directory and everything below it; this needs every layer."""
+        async with self._stack(image, path, report, whole=True) as stack:
+            for found, node in stack.tree.walk(path):
+                await report(Item(_entry(stack, b"/" + found, node)))
+
+    async def read(self, image: Image, path: bytes, offset: int, length: int | None, report: Report) -> None:
+        """Report a file's bytes in pieces."""
+        async with self._stack(image, path, report) as stack:
+            node = stack.tree.resolve(path)
+            if node.kind is not Kind.REGULAR:
+                raise UsageError(f"not a regular file but a {KINDS[node.kind]}: {os.fsdecode(path)}")
+            address, size = stack.tree.extent(node)
+            view = view_name(stack.maps[node.layer].id, _PATIENCE)
+            end = size if length is None else min(size, offset + length)
+            while offset < end:
+                piece = min(_PIECE, end - offset)
+                await report(Data(await self._reader(view, address + offset, piece)))
+                offset += piece
+
+    @asynccontextmanager
+    async def _stack(
+        self,
+        image: Image,
+        path: bytes,
+        report: Report,
+        *,
+        follow: bool = True,
+        listing: bool = False,
+        whole: bool = False,
+    ) -> AsyncIterator[Stack]:
+        """The layers that decide what is at `path`, from the top."""
+        maps: list[MapRecord] = []
+        with ExitStack() as files:
+            images: list[ErofsImage] = []
+            for depth in range(1, len(image.layers) + 1):
+                record = None if whole else await self._top_map(image, depth, report)
+                if record is None or record.needs_lower:
+                    maps = (await self.all_maps(image, report))[::-1]
+                    images = [_opened(files, each) for each in maps]
+                    break
+                maps.append(record)
+                images.append(_opened(files, record))
+                if decide(images, path, follow_last=follow, listing=listing):
+                    break
+            partial = len(images) < len(image.layers)
+            yield Stack(UnionTree(images, partial=partial), maps)
+
+    async def _top_map(self, image: Image, depth: int, report: Report) -> MapRecord:
+        layer = image.layers[-depth]
+        await self.announce([layer], report)
+        await self._layers.index(image, layer)
+        return await self._layers.map_alone(layer)
+
+    async def all_maps(self, image: Image, report: Report) -> list[MapRecord]:
+        """Every layer's map, lowest first; layers that are not indexed are, all at once."""
+        for layer in image.layers:
+            self._layers.check(layer)
+        await self.announce(image.layers, report)
+        async with trio.open_nursery() as nursery:
+            for layer in {layer.digest: layer for layer in image.layers}.values():
+                nursery.start_soon(self._layers.index, image, layer)
+        return await self._layers.maps(image.layers)
+
+    async def announce(self, layers: Sequence[Layer], report: Report) -> None:
+        """Say what indexing `layers` will download."""
+        plain = {layer.digest: layer for layer in layers if not layer.format.toc and not self._layers.is_indexed(layer)}
+        if plain:
+            size = sum(layer.descriptor.size for layer in plain.values())
+            what = "1 plain layer" if len(plain) == 1 else f"{len(plain)} plain layers"
+            await report(Note(text=f"reading {what} once, whole, to index: {size / 1e6:.1f} MB to download"))
+
+
+def _opened(files: ExitStack, record: MapRecord) -> ErofsImage:
+    image = open_map(record.path)
+    files.callback(image.close)
+    return image
+
+
+def _normal(path: bytes) -> bytes:
+    return b"/" + b"/".join(part for part in path.split(b"/") if part not in {b"", b"."})
+
+
+def _entry(stack: Stack, path: bytes, node: UnionNode) -> EntryReport:
+    inode = stack.tree.inode(node)
+    return EntryReport(
+        path=path,
+        kind=KINDS[inode.kind],
+        mode=inode.mode,
+        uid=inode.uid,
+        gid=inode.gid,
+        size=inode.size,
+        mtime_ns=inode.mtime_ns,
+        links=inode.links,
+        target=stack.tree.readlink(node) if inode.kind is Kind.SYMLINK else b"",
+        device=inode.device,
+        xattrs=dict(stack.tree.xattrs(node)),
+        layer=stack.maps[node.layer].blob,
+    )

@@ -1,0 +1,144 @@
+"""Views: from the name under which a disk was opened to the bytes that its reader gets.
+
+Owns the table and the blob of each layer that somebody reads, opened when first wanted, and what of a layer is local. A
+view's name says which map asks and how long its readers wait; nothing has to be registered, so a worker that takes over
+from one that was killed serves every view at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from nsfs.core.fetchplan import Table
+from nsfs.core.fetchview import LayerSource, View
+from nsfs.errors import NotFoundError
+from nsfs.model.policy import parse_view_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+    from nsfs.core.blobs import Blobs
+    from nsfs.core.fetcher import Fetcher
+    from nsfs.core.layers import Layers
+    from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+
+
+class Catalog(Protocol):
+    """The domain's records."""
+
+    def layer(self, key: LayerKey) -> LayerRecord | None:
+        """A layer whose index is complete."""
+
+    def map(self, map_id: str) -> MapRecord | None:
+        """A map."""
+
+
+class LayerTable(Table, Protocol):
+    """A layer's tables, for more than reading."""
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Addresses of all its files, in whole blocks."""
+
+
+class Pool(Protocol):
+    """What of the pool is asked here."""
+
+    def local_bytes(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """How many bytes of `ranges` are there."""
+
+    def evict(self, address: int, size: int) -> int:
+        """Drop blocks; how many bytes that freed."""
+
+
+class Views:
+    """The service."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        open_table: Callable[[LayerKey], LayerTable],
+        blobs: Blobs,
+        layers: Layers,
+        pool: Pool,
+        fetcher: Fetcher,
+    ) -> None:
+        self._catalog = catalog
+        self._open_table = open_table
+        self._blobs = blobs
+        self._layers = layers
+        self._pool = pool
+        self._fetcher = fetcher
+        self._views: dict[str, tuple[View, float | None]] = {}
+        self._sources: dict[LayerKey, LayerSource] = {}
+
+    async def read(self, name: str, address: int, size: int) -> bytes:
+        """Exactly these bytes of the disk as the view sees it; raises as its mount's patience says."""
+        view, patience = self._view(name)
+        return await self._fetcher.read(view, address, size, patience=patience)
+
+    async def make_present(self, name: str, address: int, size: int) -> None:
+        """Have these blocks in the pool."""
+        view, patience = self._view(name)
+        await self._fetcher.make_present(view, address, size, patience=patience)
+
+    async def evict(self, key: LayerKey) -> int:
+        """Drop a layer's contents, which can come back by ranges; gives the bytes freed."""
+        ranges = self._table(key).ranges()
+        return await trio.to_thread.run_sync(lambda: sum(self._pool.evict(*each) for each in ranges))
+
+    def local_bytes(self, keys: Iterable[LayerKey]) -> int:
+        """Bytes of these layers' contents that are in the pool; what two of them share counts once."""
+        return self._pool.local_bytes({each for key in set(keys) for each in self._table(key).ranges()})
+
+    def waiting(self) -> int:
+        """Readers that wait for the network now."""
+        return len(self._fetcher.statistics().waiting)
+
+    def state(self, maps: Collection[str] | None) -> str:
+        """What readers of these maps (None: of any) wait for longest; "ready" where nobody waits for a second."""
+        waiting = [
+            each
+            for each in self._fetcher.statistics().waiting
+            if each.seconds > 1 and (maps is None or each.view.partition("~")[0] in maps)
+        ]
+        if not waiting:
+            return "ready"
+        longest = max(waiting, key=lambda each: each.seconds)
+        return f"{len(waiting)} reads wait, the longest for {longest.seconds:.0f} s, for {longest.reason}"
+
+    def _view(self, name: str) -> tuple[View, float | None]:
+        found = self._views.get(name)
+        return found or self._open(name)
+
+    def _open(self, name: str) -> tuple[View, float | None]:
+        map_id, patience = parse_view_name(name)
+        record = self._catalog.map(map_id)
+        if record is None or record.needs_lower:
+            raise NotFoundError(f"no such view in this domain: {name}")
+        keys = [record.key, *record.lowers]
+        view = View(name, [self._source(key) for key in dict.fromkeys(keys)])
+        self._views[name] = view, patience.seconds
+        return self._views[name]
+
+    def _table(self, key: LayerKey) -> LayerTable:
+        return self._open_table(key)
+
+    def _source(self, key: LayerKey) -> LayerSource:
+        if key not in self._sources:
+            record = self._catalog.layer(key)
+            if record is None:
+                raise NotFoundError(f"no such layer in this domain: {key.blob}")
+
+            async def make_spans() -> Table:
+                await self._layers.ensure_spans(key)
+                return self._open_table(key)
+
+            self._sources[key] = LayerSource(
+                key=f"{key.blob}/{key.index}",
+                table=self._open_table(key),
+                blob=self._blobs.blob(record.blob, record.blob_size),
+                make_spans=make_spans,
+            )
+        return self._sources[key]

@@ -1,0 +1,154 @@
+"""The daemon: composition root of mounts, workers and the control socket.
+
+One daemon owns one `root` and one `run` directory, by a lock on the first. It starts its fork server before anything
+here starts a thread. A private daemon belongs to one user and ends with its last mount, once nobody has called for a
+moment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+from contextlib import AsyncExitStack, contextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from nsfs import __version__
+from nsfs.core.manual import ManualMounts
+from nsfs.errors import BusyError, DeniedError, UnsupportedError
+from nsfs.model.mounts import Host
+from nsfs.serve import doctor, mounts
+from nsfs.serve.control import Control
+from nsfs.serve.control_rpc import serve_control
+from nsfs.serve.forkserver import launch_server, open_fork_server
+from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
+from nsfs.serve.session import read_init
+from nsfs.serve.supervisor import Connection, open_supervisor
+from nsfs.store.layout import Layout
+from nsfs.store.meta import open_meta
+from nsfs.store.pool import create_bitmap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from nsfs.serve.config import Config
+    from nsfs.serve.forkserver import ServerProcess
+
+log = logging.getLogger(__name__)
+
+_WARM: Final = ["nsfs.worker", "nsfs.layer_jobs", "nsfs.front", "nsfs.serve.mounts"]
+_TIDY_EVERY: Final = 1.0
+"""Seconds between looks for mounts that others took away."""
+_LINGER: Final = 5
+"""So many looks without a mount or a call end a private daemon."""
+
+
+def run(config: Config, *, private: bool) -> None:
+    """Serve until SIGTERM or SIGINT, or, a private daemon, until nobody needs it; raises BusyError, DeniedError."""
+    layout = Layout(config.root, config.run)
+    with _owned(layout):
+        zygote = launch_server(_WARM)
+        trio.run(_serve, config, layout, zygote, private)
+
+
+@contextmanager
+def _owned(layout: Layout) -> Iterator[None]:
+    """The directories, ours alone."""
+    for path in (layout.root, layout.run):
+        try:
+            os.makedirs(path, 0o700, exist_ok=True)
+            os.chmod(path, 0o700)
+        except OSError as error:
+            raise DeniedError(
+                f"cannot make {path}: {error.strerror}", hint="run as root, or set root and run"
+            ) from None
+    fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BusyError(f"another daemon owns {layout.root}", hint="set another root, run and socket") from None
+    finally:
+        os.close(fd)
+
+
+async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private: bool) -> None:  # noqa: FBT001
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(open_fork_server(zygote))
+        meta = stack.enter_context(open_meta(layout.meta))
+        host = await trio.to_thread.run_sync(host_of, config, os.environ, os.geteuid())
+        domains = _Domains(layout)
+        supervisor = await stack.enter_async_context(
+            open_supervisor(
+                config,
+                server,
+                connect=domains.connect if host.root else None,
+                disconnect=domains.disconnect,
+                bitmap=lambda name: create_bitmap(layout.domain(name)),
+                domain_dir=lambda name: layout.domain(name).path,
+            )
+        )
+        kernel = (
+            HostKernel(layout, config, server) if host.root else UserKernel(layout, config, server, supervisor.bitmap)
+        )
+        manual = ManualMounts(meta, supervisor, kernel, host, config.isolation)
+        await manual.sweep()
+        control = Control(config, manual, supervisor, private=private)
+        await stack.enter_async_context(serve_control(config.socket, control.handlers()))
+        log.info("nsfs %s serves at %s", __version__, config.socket)
+        await _wait_end(manual, control, private=private)
+        await manual.end_all()
+
+
+def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
+    """What this host can do and the configuration allows."""
+    report = doctor.examine(config, environ, uid)
+    if not report.usable:
+        raise UnsupportedError(f"this host lacks what nsfs needs: {', '.join(report.missing)}", hint="see nsfs doctor")
+    used = {feature.name for feature in report.features if feature.used}
+    return Host(root=uid == 0, erofs="erofs" in used, file_backed="erofs from files" in used)
+
+
+class _Domains:
+    """Domains' FUSE connections."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    async def connect(self, domain: str) -> Connection:
+        """Open and mount the connection of `domain`."""
+        target = self._layout.domain_run(domain).fuse
+        mounts.unmount(target, detach=True)
+        os.makedirs(target, 0o700, exist_ok=True)
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        mounts.mount_fuse(target, fd)
+        mounts.set_read_ahead(mounts.find_mount(target).device, READ_AHEAD_KB)
+        return Connection(fd, target, await read_init(fd))
+
+    async def disconnect(self, connection: Connection) -> None:
+        """Take it away; readers that wait get an error."""
+        mounts.unmount(connection.mountpoint, detach=True)
+
+
+async def _wait_end(manual: ManualMounts, control: Control, *, private: bool) -> None:
+    """Until a signal, or until a private daemon is not needed; tidies up meanwhile."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_tidy, manual, control, private, nursery.cancel_scope)
+            async for number in signals:
+                log.info("ends by %s", signal.Signals(number).name)
+                break
+            nursery.cancel_scope.cancel()
+
+
+async def _tidy(manual: ManualMounts, control: Control, private: bool, scope: trio.CancelScope) -> None:  # noqa: FBT001
+    idle, handled = 0, 0
+    while not private or idle < _LINGER:
+        await trio.sleep(_TIDY_EVERY)
+        used = await manual.forget_gone() > 0 or control.running > 0 or control.handled != handled
+        idle, handled = 0 if used else idle + 1, control.handled
+    log.info("ends, because nobody needs it")
+    scope.cancel()

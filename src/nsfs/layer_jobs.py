@@ -1,0 +1,205 @@
+"""The jobs of `core.layers`: entry points of short-lived processes, where services meet the store.
+
+Owns the composition of one job: which files, pool and index it opens, and in which order what it made becomes visible.
+Each function is started by a fork server as "nsfs.layer_jobs:<name>"; it opens everything anew, as nothing that LMDB or
+a memory map made may cross a fork. What a job leaves behind when it is killed is cleared at the worker's next start.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from nsfs.core import firstpass
+from nsfs.core.jobs import run_job
+from nsfs.core.layers import LayerMade, MapArgs, MapMade, PlainArgs, SpanArgs, TocArgs, map_id_of
+from nsfs.core.looking import open_map
+from nsfs.core.union import LowerTree
+from nsfs.format import estargz
+from nsfs.format.erofs import render_erofs
+from nsfs.model.digest import Digest
+from nsfs.model.layer import Kind
+from nsfs.model.oci import Compression
+from nsfs.model.pool import LayerKey, LayerRecord
+from nsfs.model.tree import plan_tree
+from nsfs.store import layers as files
+from nsfs.store.index import END_ADDRESS, open_index
+from nsfs.store.layout import DomainLayout
+from nsfs.store.pool import BLOCK, open_pool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from nsfs.core.jobs import Channel
+    from nsfs.format.erofs_image import ErofsImage
+    from nsfs.model.layer import Entry, LayerIndex, Spans
+    from nsfs.store.index import DomainIndex
+    from nsfs.store.pool import Pool
+
+
+def first_pass(args: bytes, fds: list[int]) -> int:
+    """Read a plain layer once: digests, index, contents, and its map where that depends on no other layer."""
+    return run_job(PlainArgs, _first_pass, args, fds)
+
+
+def read_toc(args: bytes, fds: list[int]) -> int:
+    """Index an eStargz layer by its table of contents; its contents come when they are read."""
+    return run_job(TocArgs, _read_toc, args, fds)
+
+
+def make_checkpoints(args: bytes, fds: list[int]) -> int:
+    """Make a plain layer's spans from its spooled blob, and drop the spool."""
+    return run_job(SpanArgs, _make_checkpoints, args, fds)
+
+
+def build_map(args: bytes, fds: list[int]) -> int:
+    """Write a layer's EROFS image from its index and, where it needs them, the maps below."""
+    return run_job(MapArgs, _build_map, args, fds)
+
+
+class _Files:
+    """One layer's directory, as the first pass writes it."""
+
+    def __init__(self, directory: str) -> None:
+        os.makedirs(directory, 0o700, exist_ok=True)
+        self._directory = directory
+
+    def store_index(self, index: LayerIndex, addresses: Sequence[int]) -> None:
+        files.store_index(self._directory, index, addresses)
+
+    def store_segments(self, rows: Iterable[tuple[int, int, int]], extents: Iterable[tuple[int, int]]) -> None:
+        files.store_segments(self._directory, rows, extents)
+
+    def store_spans(self, spans: Spans) -> None:
+        files.store_spans(self._directory, spans)
+
+
+@contextmanager
+def _opened_index(layout: DomainLayout) -> Iterator[DomainIndex]:
+    with open_index(layout.index) as index:
+        yield index
+
+
+@contextmanager
+def _opened_pool(layout: DomainLayout, bitmap: int) -> Iterator[Pool]:
+    pool = open_pool(layout, bitmap)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerMade:
+    layout = DomainLayout(args.domain)
+    key = LayerKey(Digest(args.blob), "plain")
+    directory = layout.layer_dir(key)
+    job = firstpass.FirstPassJob(
+        blob=key.blob,
+        blob_size=args.blob_size,
+        media_type=args.media_type,
+        compression=Compression(args.compression),
+        diff_id=Digest(args.diff_id),
+        spool=layout.spool(key.blob),
+    )
+    with _opened_pool(layout, fds[0]) as pool, _opened_index(layout) as index:
+        result = firstpass.run_first_pass(
+            job, source_fd=fds[1], disk=pool, catalog=index, files=_Files(directory), progress=channel.progress
+        )
+    made = _write_map(layout, key, map_id_of(key), result.index.entries, result.addresses, None)
+    return LayerMade(ranges=list(result.written), map=made)
+
+
+def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
+    layout = DomainLayout(args.domain)
+    toc = Digest(args.toc_digest)
+    key = LayerKey(Digest(args.blob), f"estargz-{toc.hex}")
+    with open(fds[0], "rb", closefd=False) as file:
+        index, spans = estargz.parse_toc(file.read(), estargz.TocLocation(args.toc_offset, args.toc_size), toc)
+    regular = [entry for entry in index.entries if entry.kind is Kind.REGULAR]
+    with _opened_index(layout) as catalog:
+        slab = catalog.reserve(sum(-(-entry.size // BLOCK) * BLOCK for entry in regular))
+        addresses = _give_out(index.entries, slab.address)
+        directory = _Files(layout.layer_dir(key))
+        directory.store_index(index, addresses)
+        directory.store_segments(*firstpass.plan_tables(index.entries, addresses))
+        directory.store_spans(spans)
+        record = LayerRecord(
+            blob=key.blob,
+            index=key.index,
+            blob_size=args.blob_size,
+            media_type=args.media_type,
+            diff_id=None,
+            verified="toc",
+            stream_size=index.stream_size,
+            files=len(regular),
+            content_bytes=sum(entry.size for entry in regular),
+            slabs=(slab,),
+            has_spans=True,
+        )
+        catalog.commit_layer(record, [])
+    made = _write_map(layout, key, map_id_of(key), index.entries, addresses, None)
+    return LayerMade(map=made)
+
+
+def _give_out(entries: Sequence[Entry], address: int) -> list[int]:
+    """An address for the content of each entry, from `address` on; 0 for what has none."""
+    addresses = []
+    for entry in entries:
+        addresses.append(address if entry.size else 0)
+        address += -(-entry.size // BLOCK) * BLOCK
+    return addresses
+
+
+def _make_checkpoints(args: SpanArgs, _fds: Sequence[int], _channel: Channel) -> LayerMade:
+    layout = DomainLayout(args.domain)
+    key = LayerKey(Digest(args.blob), args.index)
+    with _opened_index(layout) as index:
+        record = index.layer(key)
+        assert record is not None, "only layers that were committed get checkpoints"
+        job = firstpass.CheckpointJob(
+            key=key,
+            blob_size=record.blob_size,
+            stream_size=record.stream_size,
+            compression=Compression(args.compression),
+            spool=layout.spool(key.blob),
+        )
+        firstpass.make_checkpoints(job, catalog=index, files=_Files(layout.layer_dir(key)))
+    return LayerMade()
+
+
+def _build_map(args: MapArgs, _fds: Sequence[int], _channel: Channel) -> MapMade:
+    layout = DomainLayout(args.domain)
+    key = LayerKey(Digest(args.blob), args.index)
+    index, addresses = files.load_index(layout.layer_dir(key))
+    return _write_map(layout, key, args.map_id, index.entries, addresses, args.lowers)
+
+
+def _write_map(
+    layout: DomainLayout,
+    key: LayerKey,
+    map_id: str,
+    entries: Sequence[Entry],
+    addresses: Sequence[int],
+    lowers: Sequence[str] | None,
+) -> MapMade:
+    """Plan and write; `lowers` are the maps below, top first, None where they are not known."""
+    with ExitStack() as stack:
+        images = [stack.enter_context(_closing_map(path)) for path in lowers or ()]
+        planned = plan_tree(entries, addresses, None if lowers is None else LowerTree(images))
+    if planned.needs_lower and lowers is None:
+        return MapMade(needs_lower=True)
+    image = render_erofs(
+        planned.root, disk_blocks=END_ADDRESS // BLOCK, uuid=bytes.fromhex(map_id), volume=planned.volume
+    )
+    files.replace_file(layout.map(key, map_id), [image])
+    return MapMade(needs_lower=False, marks=planned.marks, opaque=planned.opaque, borrowed=sorted(planned.borrowed))
+
+
+@contextmanager
+def _closing_map(path: str) -> Iterator[ErofsImage]:
+    image = open_map(path)
+    try:
+        yield image
+    finally:
+        image.close()

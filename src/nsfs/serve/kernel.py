@@ -1,0 +1,173 @@
+"""The mounts of a host, as `core.manual` asks for them.
+
+Owns the translation of lowers, stacks and fronts into steps of `serve.mounts`, and where they go. Whatever may wait for
+a view's bytes is done by processes of the fork server and given up at a deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from nsfs.core.manual import Kernel
+from nsfs.errors import NotFoundError, UnreachableError, UsageError
+from nsfs.model.mounts import Bind, Driver
+from nsfs.serve import mounts
+from nsfs.serve.fronts import FrontArgs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from nsfs.core import worker_api
+    from nsfs.core.manual import Lower
+    from nsfs.model.mounts import MountRecord, Overlay
+    from nsfs.serve.config import Config
+    from nsfs.serve.forkserver import ForkServer
+    from nsfs.store.layout import Layout
+
+READ_AHEAD_KB = 2048
+"""Of FUSE and EROFS: sequential reads of local content reach 1 GB/s with it, 0.3 with the kernel's 128."""
+_DEADLINE = 60.0
+_CHECK_DEADLINE = 5.0
+_EMPTY = "empty"
+_FRONT = "nsfs.front:main"
+
+
+class HostKernel(Kernel):
+    """The kernel of a host where we are root."""
+
+    def __init__(self, layout: Layout, config: Config, server: ForkServer) -> None:
+        self._layout = layout
+        self._config = config
+        self._server = server
+        os.makedirs(self.empty, 0o755, exist_ok=True)
+
+    @property
+    def empty(self) -> str:
+        """See Kernel."""
+        return self.lower_path(_EMPTY)
+
+    def lower_path(self, name: str) -> str:
+        """See Kernel."""
+        return os.path.join(self._layout.lowers, name)
+
+    def tree_path(self, domain: str, tree: str) -> str:
+        """See Kernel."""
+        return self._layout.domain_run(domain).fuse_tree(tree)
+
+    def make_upper(self, mount_id: str) -> tuple[str, str]:
+        """See Kernel."""
+        upper, work = self._layout.upper(mount_id), self._layout.work(mount_id)
+        for path in (upper, work):
+            os.makedirs(path, 0o755)
+        return upper, work
+
+    def drop_upper(self, mount_id: str) -> None:
+        """See Kernel."""
+        shutil.rmtree(os.path.dirname(self._layout.upper(mount_id)), ignore_errors=True)
+
+    def mounted(self) -> set[str]:
+        """See Kernel."""
+        return {mount.target for mount in mounts.load_mounts()}
+
+    async def check_target(self, target: str) -> None:
+        """See Kernel."""
+        with trio.move_on_after(_CHECK_DEADLINE):
+            await trio.to_thread.run_sync(_check_directory, target, abandon_on_cancel=True)
+            return
+        raise UnreachableError(f"the directory does not answer: {target}", hint="is it below a mount that hangs?")
+
+    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]]) -> None:
+        """See Kernel."""
+        if not lowers:
+            return
+        for _, path in lowers:
+            os.makedirs(path, 0o755, exist_ok=True)
+        steps = tuple(self._step(lower, path) for lower, path in lowers)
+        try:
+            await self._carry_out(steps)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.unmount([path for _, path in lowers], force=True)
+            raise
+
+    def _step(self, lower: Lower, path: str) -> mounts.Step:
+        run = self._layout.domain_run(lower.domain)
+        return mounts.Erofs(
+            target=path,
+            image=run.fuse_map(lower.view),
+            device=run.fuse_disk(lower.view),
+            direct=self._config.kernel.directio,
+            loop=lower.driver is Driver.EROFS_LOOP,
+            read_ahead_kb=READ_AHEAD_KB,
+        )
+
+    async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
+        """See Kernel."""
+        if isinstance(plan, Bind):
+            await self._carry_out((mounts.Bind(target=target, source=plan.source, guarded=True),))
+            return
+        base = self._layout.lowers
+        lowers = tuple(path.removeprefix(base + "/") for path in plan.lowers)
+        step = mounts.Overlay(target=target, base=base, lowers=lowers, upper=plan.upper, work=plan.work, guarded=True)
+        await self._carry_out((step,))
+
+    async def mount_front(self, record: MountRecord, maps: Sequence[worker_api.MapInfo]) -> None:
+        """See Kernel."""
+        raise NotImplementedError("root mounts trees of its domains, and needs no front")
+
+    async def unmount(self, paths: Sequence[str], *, force: bool) -> None:
+        """See Kernel."""
+        await self._carry_out(tuple(mounts.Umount(target=path, detach=force) for path in paths))
+
+    async def _carry_out(self, steps: tuple[mounts.Step, ...]) -> None:
+        await mounts.carry_out(self._server, mounts.MountPlan(steps), deadline=_DEADLINE)
+
+
+class UserKernel(HostKernel):
+    """The kernel of a host where we are somebody: one FUSE mount per image, by fusermount3, and nothing else."""
+
+    def __init__(self, layout: Layout, config: Config, server: ForkServer, bitmap: Callable[[str], int]) -> None:
+        super().__init__(layout, config, server)
+        self._bitmap = bitmap
+
+    async def mount_front(self, record: MountRecord, maps: Sequence[worker_api.MapInfo]) -> None:
+        """See Kernel."""
+        args = FrontArgs(
+            domain=self._layout.domain(record.domain).path,
+            worker=self._layout.domain_run(record.domain).socket,
+            maps=tuple(info.path for info in maps),
+            views=tuple(info.id + record.suffix for info in maps),
+            info={"id": record.id, "reference": record.reference, "digest": record.digest, "domain": record.domain},
+        )
+        fd = await trio.to_thread.run_sync(mounts.mount_fuse_as_user, record.target)
+        try:
+            front = await self._server.spawn(_FRONT, args, [fd, self._bitmap(record.domain)])
+            front.close()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.unmount([record.target], force=True)
+            raise
+        finally:
+            os.close(fd)
+
+    async def unmount(self, paths: Sequence[str], *, force: bool) -> None:
+        """See Kernel."""
+        for path in paths:
+            await trio.to_thread.run_sync(partial(mounts.unmount_as_user, path, detach=force))
+
+
+def _check_directory(path: str) -> None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        raise NotFoundError(f"no such directory: {path}", hint=f"mkdir -p {path}") from None
+    except OSError as error:
+        raise UsageError(f"cannot be mounted on: {path}: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise UsageError(f"not a directory: {path}")

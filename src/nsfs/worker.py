@@ -1,0 +1,264 @@
+"""The worker of one domain: composition root of everything that serves a tenant's reads.
+
+Started by the daemon's fork server with the socket to the daemon, the live bitmap and, for root, the FUSE connection.
+It forks its own fork server, for jobs, before anything here starts a thread. It ends when the daemon is gone or its
+FUSE filesystem is unmounted; dying at any other time loses nothing but time.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import platform
+import socket
+from contextlib import AsyncExitStack, suppress
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import trio
+
+from nsfs.core import worker_api
+from nsfs.core.blobs import Blobs
+from nsfs.core.domain import Domain
+from nsfs.core.fetcher import open_fetcher
+from nsfs.core.fetchview import FetchConfig
+from nsfs.core.images import Images, Located
+from nsfs.core.jobs import Jobs
+from nsfs.core.layers import Layers
+from nsfs.core.looking import Looking, open_map
+from nsfs.core.union import UnionTree
+from nsfs.core.vfs import DomainFs
+from nsfs.core.views import Views
+from nsfs.errors import NotFoundError, UnreachableError
+from nsfs.model.oci import Platform
+from nsfs.model.policy import parse_view_name
+from nsfs.remote.credentials import DockerConfig
+from nsfs.remote.reference import LayoutReference, parse_reference
+from nsfs.remote.source import Remote, open_remote
+from nsfs.remote.transport import Timeouts
+from nsfs.serve.config import unpack_config
+from nsfs.serve.forkserver import fork_server, open_fork_server
+from nsfs.serve.fuse import FuseOperations
+from nsfs.serve.logs import start_logging
+from nsfs.serve.session import Session
+from nsfs.serve.supervisor import Ready, WorkerArgs
+from nsfs.serve.wire import open_peer
+from nsfs.store.index import open_index
+from nsfs.store.layers import LayerTable, open_table
+from nsfs.store.layout import Layout
+from nsfs.store.pool import open_pool
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from nsfs.core.ports import Source
+    from nsfs.model.pool import LayerKey
+    from nsfs.serve.config import Config
+    from nsfs.serve.forkserver import ServerProcess
+    from nsfs.serve.wire import Peer
+    from nsfs.store.index import DomainIndex
+    from nsfs.store.layout import DomainLayout, RunLayout
+    from nsfs.store.pool import Pool
+
+log = logging.getLogger(__name__)
+
+_FLUSH_EVERY: Final = 5.0
+"""Seconds between making what was written durable."""
+
+
+def main(args: bytes, fds: list[int]) -> int:
+    """Entry point for the fork server."""
+    params = msgspec.msgpack.decode(args, type=WorkerArgs)
+    config = unpack_config(params.config)
+    start_logging(config.log_format, config.log_level)
+    forks = fork_server()
+    trio.run(_run, params, config, fds, forks)
+    return 0
+
+
+async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: ServerProcess) -> None:
+    control = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fds[0])))
+    layout = Layout(config.root, config.run)
+    async with AsyncExitStack() as stack:
+        pool = open_pool(layout.domain(params.domain), fds[1])
+        stack.callback(pool.close)
+        index = stack.enter_context(open_index(layout.domain(params.domain).index))
+        worker = await _compose(stack, config, layout.domain(params.domain), pool, index, fds[1], forks)
+        worker.shown.show_views(params.views)
+        for tree in params.trees:
+            worker.shown.show_tree(tree)
+        peer = await stack.enter_async_context(open_peer(control, worker.domain.methods(), name=params.domain))
+        await _serve(params, layout.domain_run(params.domain), fds, peer, pool, worker)
+
+
+class _Worker:
+    """What `_compose` made."""
+
+    def __init__(self, domain: Domain, views: Views, shown: ShownTree) -> None:
+        self.domain = domain
+        self.views = views
+        self.shown = shown
+
+
+async def _compose(
+    stack: AsyncExitStack,
+    config: Config,
+    layout: DomainLayout,
+    pool: Pool,
+    index: DomainIndex,
+    bitmap: int,
+    forks: ServerProcess,
+) -> _Worker:
+    spawner = await stack.enter_async_context(open_fork_server(forks))
+    nursery = await stack.enter_async_context(trio.open_nursery())
+    stack.callback(nursery.cancel_scope.cancel)
+    remote = await stack.enter_async_context(
+        open_remote(
+            credentials=DockerConfig(config.registry.docker_config or _docker_config(os.environ)),
+            hosts=config.registry.config_path,
+            timeouts=Timeouts(config.registry.connect_timeout, config.registry.read_timeout),
+        )
+    )
+    fetcher = await stack.enter_async_context(
+        open_fetcher(pool, FetchConfig(fetches_per_layer=config.fetch.concurrency))
+    )
+    sources = RemoteSources(remote)
+    blobs = Blobs(sources, index)
+    jobs = Jobs(spawner, limit=max(2, os.cpu_count() or 1))
+
+    def written(ranges: Sequence[tuple[int, int]]) -> None:
+        for address, size in ranges:
+            pool.mark_dirty(address, size)
+
+    layers = Layers(index, layout, blobs, jobs, nursery, domain_dir=layout.path, bitmap=bitmap, written=written)
+
+    def table(key: LayerKey) -> LayerTable:
+        return open_table(layout.layer_dir(key))
+
+    views = Views(index, table, blobs, layers, pool, fetcher)
+    images = Images(sources, index, host_platform())
+    looking = Looking(layers, views.read)
+    shown = ShownTree(index, views)
+    return _Worker(Domain(images, layers, blobs, views, looking, index, shown), views, shown)
+
+
+async def _serve(params: WorkerArgs, run: RunLayout, fds: list[int], peer: Peer, pool: Pool, worker: _Worker) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_flush_often, pool)
+        if params.fuse:
+            ready = trio.Event()
+            session = Session(FuseOperations(worker.shown.files), fds[2])
+            nursery.start_soon(_serve_fuse, session, params.init, ready, nursery.cancel_scope)
+            await ready.wait()
+        else:
+            await nursery.start(_serve_fronts, run.socket, worker.domain)
+        await peer.call("Ready", Ready(), worker_api.Empty)
+        await peer.wait_closed()
+        log.info("the daemon is gone")
+        nursery.cancel_scope.cancel()
+    pool.flush()
+
+
+async def _serve_fuse(session: Session, init: bytes, ready: trio.Event, scope: trio.CancelScope) -> None:
+    await session.serve(init, on_ready=ready.set)
+    log.info("the domain was unmounted")
+    scope.cancel()
+
+
+async def _serve_fronts(path: str, domain: Domain, task_status: trio.TaskStatus[None]) -> None:
+    """Answer the fronts of a user's mounts at the socket `path`."""
+    methods = {"Fetch": (worker_api.Fetch, domain.fetch)}
+
+    async def serve_front(stream: trio.SocketStream) -> None:
+        with suppress(UnreachableError):
+            async with open_peer(stream, methods, name="worker") as peer:
+                await peer.wait_closed()
+
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+    await listener.bind(path)
+    listener.listen()
+    task_status.started()
+    await trio.serve_listeners(serve_front, [trio.SocketListener(listener)])
+
+
+async def _flush_often(pool: Pool) -> None:
+    while True:
+        await trio.sleep(_FLUSH_EVERY)
+        await trio.to_thread.run_sync(pool.flush)
+
+
+class RemoteSources:
+    """`core.images.Sources` over the registries and layouts of `remote`."""
+
+    def __init__(self, remote: Remote) -> None:
+        self._remote = remote
+        self._sources: dict[str, Source] = {}
+
+    async def locate(self, reference: str) -> Located:
+        """See Sources."""
+        parsed = parse_reference(reference)
+        if isinstance(parsed, LayoutReference):
+            repository, version = f"oci:{parsed.directory}", parsed.identifier or ""
+        else:
+            repository, version = f"{parsed.registry}/{parsed.repository}", parsed.identifier
+        return Located(str(parsed), repository, version, await self.open(repository))
+
+    async def open(self, repository: str) -> Source:
+        """See Sources."""
+        if repository not in self._sources:
+            self._sources[repository] = self._remote.source(parse_reference(repository))
+        return self._sources[repository]
+
+
+class ShownTree:
+    """What the domain's FUSE filesystem shows, by the names that the daemon gives."""
+
+    def __init__(self, index: DomainIndex, views: Views) -> None:
+        self.files = DomainFs(views.read, {})
+        self._index = index
+
+    def show_views(self, names: Sequence[str]) -> None:
+        """See core.domain.Shown."""
+        for name in names:
+            self.files.add_map(name, self._open_map(name))
+
+    def hide_views(self, names: Sequence[str]) -> None:
+        """See core.domain.Shown."""
+        for name in names:
+            self.files.remove_map(name)
+
+    def _open_map(self, view: str) -> memoryview:
+        map_id, _ = parse_view_name(view)
+        record = self._index.map(map_id)
+        if record is None:
+            raise NotFoundError(f"no such map in this domain: {map_id}")
+        return _mapped(record.path)
+
+    def show_tree(self, tree: worker_api.Tree) -> None:
+        """See core.domain.Shown."""
+        images = [open_map(info.path) for info in tree.maps]
+        self.files.add_tree(tree.id, UnionTree(images), [info.id + tree.suffix for info in tree.maps])
+
+    def hide_tree(self, tree_id: str) -> None:
+        """See core.domain.Shown."""
+        self.files.remove_tree(tree_id)
+
+
+def _mapped(path: str) -> memoryview:
+    """A file's bytes; their pages are the kernel's, not ours."""
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def host_platform() -> Platform:
+    """The platform of this machine's own programs."""
+    return Platform(platform.machine(), "linux").normal()
+
+
+def _docker_config(environ: Mapping[str, str]) -> str:
+    directory = environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/root"), ".docker")
+    return os.path.join(directory, "config.json")
