@@ -1,0 +1,428 @@
+"""The two jobs that turn a plain layer's blob into a lazy layer: the first pass, and making checkpoints.
+
+Owns the pipeline of the first pass: the blob is spooled and hashed, inflated and hashed, taken apart, hashed per file
+and written to its addresses, all at once and only once. Refuses a layer whose blob digest or diff ID is not what was
+claimed, one that is larger than allowed, and all that its formats refuse.
+
+Concurrency: one job process, three threads (`core.ahead`); hashing, inflating and writing run without the interpreter
+lock. Invariants: nothing is committed before both digests are right; until then every address that was written is one
+that this job reserved, and a job that fails clears them all.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import select
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+
+import msgspec
+
+from nsfs.core.ahead import Ahead
+from nsfs.core.placing import Contents, Disk, Placer
+from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, NsfsError, UnreachableError
+from nsfs.format.gzip import SPACING, CheckpointScanner, GzipInflater
+from nsfs.format.tar import TarParser
+from nsfs.format.zstd import FrameScanner, ZstdInflater
+from nsfs.model.layer import Codec, Covers, Entry, Kind, LayerIndex, Span, Spans
+from nsfs.model.oci import Compression
+from nsfs.model.pool import LayerKey, LayerRecord, Slab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+
+    from nsfs.model.digest import Digest
+
+PIECE: Final = 1 << 20
+"""Bytes that pass from thread to thread at once, about."""
+_LEAST: Final = 256 << 10
+"""Bytes of blob that are gathered before they are passed on: a pipe gives them in drops."""
+_PROGRESS_EVERY: Final = 0.25
+_POLL_MS: Final = 100
+
+Row: TypeAlias = tuple[int, int, int]
+
+
+class Catalog(Contents, Protocol):
+    """What the domain knows of layers, and of their contents."""
+
+    def commit_layer(self, record: LayerRecord, new_contents: list[tuple[bytes, int, int]]) -> dict[int, int]:
+        """Register a layer and its contents; where one was known meanwhile, its address by the one given."""
+
+    def update_layer(self, key: LayerKey, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
+        """Replace a layer's record."""
+
+
+class LayerFiles(Protocol):
+    """The files of one layer's directory, each replaced whole."""
+
+    def store_index(self, index: LayerIndex, addresses: Sequence[int]) -> None:
+        """The entries, and the address of each."""
+
+    def store_segments(self, rows: Iterable[Row], extents: Iterable[tuple[int, int]]) -> None:
+        """Where contents lie (address, length, stream offset), and their extents (address, size)."""
+
+    def store_spans(self, spans: Spans) -> None:
+        """How the stream is had from the blob."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstPassJob:
+    """A plain layer that nobody indexed yet. Sizes are bytes."""
+
+    blob: Digest
+    blob_size: int
+    media_type: str
+    compression: Compression
+    diff_id: Digest
+    spool: str
+    """Path of the blob's bytes; what is in it already was received earlier."""
+    max_stream: int = 1 << 40
+    max_addresses: int = 1 << 40
+    """Of all contents together, sparse files with their holes."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstPassResult:
+    """A layer that was committed."""
+
+    record: LayerRecord
+    index: LayerIndex
+    addresses: list[int]
+    """Of each entry's content; 0 where it has none."""
+    written: list[Slab]
+    """What is to be made durable."""
+    joined: int
+    """Bytes of contents that the domain had already."""
+
+
+class Inflater(Protocol):
+    """A format's decompressor."""
+
+    def feed(self, data: bytes | memoryview) -> Iterable[bytes]:
+        """What the next bytes of the blob add to the stream."""
+
+    def finish(self) -> None:
+        """Check that the blob may end here."""
+
+
+class Scanner(Protocol):
+    """A format's search for spans."""
+
+    def feed(self, data: bytes) -> list[Span]:
+        """Spans that are complete by now."""
+
+    def finish(self) -> list[Span]:
+        """The last ones."""
+
+
+# The first pass
+
+
+def run_first_pass(
+    job: FirstPassJob,
+    *,
+    source_fd: int,
+    disk: Disk,
+    catalog: Catalog,
+    files: LayerFiles,
+    progress: Callable[[int], None] = lambda _: None,
+) -> FirstPassResult:
+    """Read the layer once, and commit it; `source_fd` gives the blob from the spool's end on, and then ends.
+
+    `progress` is called with the bytes of blob so far, a few times a second, from another thread. Raises CorruptError
+    (the spool is gone then), UnreachableError if the source ends early (the spool stays, to go on from), NoSpaceError.
+    """
+    placer = Placer(disk, catalog, job.max_addresses)
+    with _cleared_on_error(job.spool, placer):
+        record = _read_layer(job, source_fd, placer, progress)
+        index = LayerIndex(placer.entries, record.stream_size)
+        _store_tables(files, index, placer.addresses)
+        elsewhere = catalog.commit_layer(record, placer.new_contents())
+    if elsewhere:
+        placer.move(elsewhere)
+        _store_tables(files, index, placer.addresses)
+    placer.drop_unused()
+    return FirstPassResult(record, index, placer.addresses, list(placer.slabs), placer.joined)
+
+
+@contextmanager
+def _cleared_on_error(spool: str, placer: Placer) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, CorruptError):
+            with suppress(FileNotFoundError):
+                os.unlink(spool)
+        with suppress(NsfsError):
+            placer.clear()
+        raise
+
+
+def _read_layer(job: FirstPassJob, source_fd: int, placer: Placer, progress: Callable[[int], None]) -> LayerRecord:
+    blob, stream = _Hashed(job.blob), _Hashed(job.diff_id)
+    parser = TarParser()
+    with Ahead() as ahead:
+        received = _spooled(job.spool, job.blob_size, _received(source_fd, ahead))
+        compressed = ahead.run(_reported(blob.through(_exactly(received, job.blob_size)), progress))
+        inflated = _inflated(_INFLATERS[job.compression](), compressed)
+        for piece in ahead.run(stream.through(_at_most(inflated, job.max_stream))):
+            placer.place(parser.feed(piece))
+    blob.check("blob")
+    stream.check("diff ID")
+    parser.close()
+    placer.finish()
+    return _plan_record(job, placer.entries, stream.size, tuple(placer.slabs))
+
+
+def _plan_record(job: FirstPassJob, entries: Sequence[Entry], stream_size: int, slabs: tuple[Slab, ...]) -> LayerRecord:
+    sizes = [entry.size for entry in entries if entry.kind is Kind.REGULAR]
+    return LayerRecord(
+        blob=job.blob,
+        index="plain",
+        blob_size=job.blob_size,
+        media_type=job.media_type,
+        diff_id=job.diff_id,
+        verified="diff-id",
+        stream_size=stream_size,
+        files=len(sizes),
+        content_bytes=sum(sizes),
+        slabs=slabs,
+        fetched=job.blob_size,
+        last_used=time.time(),
+    )
+
+
+def _store_tables(files: LayerFiles, index: LayerIndex, addresses: Sequence[int]) -> None:
+    files.store_segments(*plan_tables(index.entries, addresses))
+    files.store_index(index, addresses)
+
+
+def plan_tables(entries: Sequence[Entry], addresses: Sequence[int]) -> tuple[list[Row], list[tuple[int, int]]]:
+    """The rows of a layer's segment table, and the extents of its files; a content that occurs twice is there twice."""
+    rows = [
+        (address + segment.file_offset, segment.length, segment.stream_offset)
+        for entry, address in zip(entries, addresses, strict=True)
+        for segment in entry.segments
+    ]
+    extents = [(address, entry.size) for entry, address in zip(entries, addresses, strict=True) if address]
+    return rows, extents
+
+
+# Making checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointJob:
+    """A layer that was passed over, and whose spool is still there."""
+
+    key: LayerKey
+    blob_size: int
+    stream_size: int
+    compression: Compression
+    spool: str
+
+
+def make_checkpoints(job: CheckpointJob, *, catalog: Catalog, files: LayerFiles) -> Spans:
+    """Find where the blob can be read from the middle, store that, and remove the spool.
+
+    Raises NotFoundError without a spool or layer, CorruptError (and removes the spool) if it is not the blob.
+    """
+    blob = _Hashed(job.key.blob)
+    try:
+        spans = _scan(job, blob)
+        blob.check("spool")
+    except CorruptError:
+        os.unlink(job.spool)
+        raise
+    check_spans(spans.spans, job.stream_size)
+    files.store_spans(spans)
+    catalog.update_layer(job.key, lambda record: msgspec.structs.replace(record, has_spans=True))
+    os.unlink(job.spool)
+    return spans
+
+
+def _scan(job: CheckpointJob, blob: _Hashed) -> Spans:
+    codec, make = _SCANNERS[job.compression]
+    scanner = make()
+    found: list[Span] = []
+    for piece in blob.through(_exactly(_pieces_of_file(job.spool), job.blob_size)):
+        found += scanner.feed(piece)
+    return Spans(codec, Covers.COMPRESSED, found + scanner.finish())
+
+
+def check_spans(spans: Sequence[Span], stream_size: int) -> None:
+    """Raise CorruptError unless `spans` are the whole stream, without a gap and without overlap."""
+    at = 0
+    for span in spans:
+        if span.start != at:
+            raise CorruptError(f"the spans of a layer do not meet: {span.start} after {at}")
+        at += span.size
+    if at != stream_size:
+        raise CorruptError(f"the spans of a layer are not its stream: {at} of {stream_size} bytes")
+
+
+class PlainInflater:
+    """The stream of a blob that is not compressed."""
+
+    def feed(self, data: bytes | memoryview) -> Iterable[bytes]:
+        """Return `data`."""
+        return (bytes(data),)
+
+    def finish(self) -> None:
+        """Nothing can be missing."""
+
+
+class PlainScanner:
+    """The spans (Codec.NONE) of a blob that is not compressed: 1 MiB each."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+        self._at = 0
+
+    def feed(self, data: bytes) -> list[Span]:
+        """Spans that are complete by now."""
+        self._held += data
+        return [self._cut(SPACING) for _ in range(len(self._held) // SPACING)]
+
+    def finish(self) -> list[Span]:
+        """The last one, if any."""
+        return [self._cut(len(self._held))] if self._held else []
+
+    def _cut(self, size: int) -> Span:
+        part = bytes(self._held[:size])
+        del self._held[:size]
+        span = Span(self._at, size, self._at, size, 0, hashlib.sha256(part).digest())
+        self._at += size
+        return span
+
+
+_INFLATERS: Final[Mapping[Compression, Callable[[], Inflater]]] = {
+    Compression.NONE: PlainInflater,
+    Compression.GZIP: GzipInflater,
+    Compression.ZSTD: ZstdInflater,
+}
+_SCANNERS: Final[Mapping[Compression, tuple[Codec, Callable[[], Scanner]]]] = {
+    Compression.NONE: (Codec.NONE, PlainScanner),
+    Compression.GZIP: (Codec.DEFLATE, CheckpointScanner),
+    Compression.ZSTD: (Codec.ZSTD, FrameScanner),
+}
+
+
+# Pieces on their way
+
+
+class _Hashed:
+    """Counts and hashes what passes, to compare it with what was claimed."""
+
+    def __init__(self, claimed: Digest) -> None:
+        self._claimed = claimed
+        self._hash = hashlib.new(claimed.algorithm)
+        self.size = 0
+
+    def through(self, pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
+        for piece in pieces:
+            self.size += len(piece)
+            self._hash.update(piece)
+            yield piece
+
+    def check(self, what: str) -> None:
+        """Raise CorruptError if it is something else; both digests are in the message."""
+        seen = f"{self._claimed.algorithm}:{self._hash.hexdigest()}"
+        if seen != self._claimed:
+            raise CorruptError(f"the {what} is not what it is said to be: {seen} instead of {self._claimed}")
+
+
+def _received(fd: int, ahead: Ahead) -> Iterator[bytes]:
+    """What a pipe or file gives until its end, in pieces worth passing on."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    held: list[bytes] = []
+    while not ahead.is_over:
+        is_ready = bool(poll.poll(_POLL_MS))
+        data = os.read(fd, PIECE) if is_ready else b""
+        held += [data] if data else []
+        if held and (not data or sum(map(len, held)) >= _LEAST):
+            yield b"".join(held)
+            held = []
+        if is_ready and not data:
+            return
+
+
+def _pieces_of_file(path: str) -> Iterator[bytes]:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while data := file.read(PIECE):
+                yield data
+    except FileNotFoundError:
+        raise NotFoundError(f"the blob is not spooled: {path}") from None
+
+
+def _spooled(path: str, size: int, rest: Iterator[bytes]) -> Iterator[bytes]:
+    """What the spool has, then the rest, which is added to it first."""
+    with _mapped_errors(path):
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        with open(path, "ab", buffering=0, opener=_open_private) as spool:
+            if spool.tell() > size:
+                spool.truncate(size)
+            yield from _pieces_of_file(path)
+            for piece in rest:
+                left = memoryview(piece)
+                while left:
+                    left = left[spool.write(left) :]
+                yield piece
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+@contextmanager
+def _mapped_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpaceError(f"cannot spool the blob: {path}: {error.strerror}") from error
+        raise CorruptError(f"cannot spool the blob: {path}: {error.strerror}") from error
+
+
+def _exactly(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    at = 0
+    for piece in pieces:
+        at += len(piece)
+        if at > size:
+            raise CorruptError(f"the blob is longer than it is said to be: {size} bytes")
+        yield piece
+    if at < size:
+        raise UnreachableError(f"the blob ended early: {at} of {size} bytes")
+
+
+def _at_most(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    at = 0
+    for piece in pieces:
+        at += len(piece)
+        if at > size:
+            raise CorruptError(f"the layer is larger than allowed: more than {size} bytes")
+        yield piece
+
+
+def _inflated(inflater: Inflater, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        yield from inflater.feed(piece)
+    inflater.finish()
+
+
+def _reported(pieces: Iterable[bytes], progress: Callable[[int], None]) -> Generator[bytes, None, None]:
+    done, due = 0, 0.0
+    for piece in pieces:
+        done += len(piece)
+        if (now := time.monotonic()) >= due:
+            progress(done)
+            due = now + _PROGRESS_EVERY
+        yield piece
+    progress(done)
