@@ -1,4 +1,4 @@
-# Every target sets the machine up first (contrib/setup.sh; a blink when there is nothing to do), as root.
+# Every target sets the machine up first (contrib/setup.sh: a blink when there is nothing to do); as root.
 SHELL := /bin/bash
 BIN := .venv/bin
 
@@ -14,7 +14,7 @@ help:
 	@echo 'make pages   manual pages and completions, in dist/'
 
 demo:
-	@contrib/setup.sh demo
+	@contrib/setup.sh
 	@$(BIN)/python -m bench.demo
 
 test: lint
@@ -24,15 +24,15 @@ quick: lint
 	@$(BIN)/pytest -m 'not slow'
 
 lint:
-	@contrib/setup.sh test
+	@contrib/setup.sh
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
 bench:
-	@contrib/setup.sh bench
-	@$(BIN)/python -m bench
+	@contrib/setup.sh
+	@PYTHONPATH=tests $(BIN)/python -m bench
 
 wheel:
 	@contrib/setup.sh

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Sets this machine up for nsfs: Debian packages that are missing, and .venv with nsfs (editable) and what it needs.
-#
-#   contrib/setup.sh [demo|test|bench]...     packages for these jobs beside the ones to build and run
+# Sets this machine up to build, run, test and measure nsfs: Debian packages that are missing, and .venv with nsfs
+# (editable) and what it needs.
 #
 # Idempotent, and done in a blink when there is nothing to do. Services of the host stay as they are: none is started,
 # stopped, restarted or enabled by what is installed here (see `install_quietly`), then or at the next boot.
@@ -11,18 +10,13 @@ cd "$(dirname "$0")/.."
 POLICY=/usr/sbin/policy-rc.d
 KEPT=$POLICY.kept-by-nsfs-setup
 
-packages() {
-    local job
-    echo gcc pkg-config libfuse3-dev fuse3 python3-dev python3-venv
-    for job in "$@"; do
-        case $job in
-            demo) echo ca-certificates docker-registry skopeo umoci debootstrap attr acl ;;
-            test) echo ca-certificates docker-registry skopeo umoci debootstrap erofs-utils attr acl e2fsprogs ;;
-            bench) echo ca-certificates docker-registry skopeo umoci debootstrap erofs-utils attr acl fio iproute2 runc ;;
-            *) echo "setup.sh: no such job: $job" >&2; return 2 ;;
-        esac
-    done
-}
+PACKAGES=(
+    gcc libc6-dev pkg-config libfuse3-dev fuse3 python3-dev python3-venv # pyfuse3
+    ca-certificates docker-registry                                      # a real registry
+    debootstrap                                                          # real images
+    erofs-utils umoci                                                    # other opinions on what we write
+)
+command -v go >/dev/null || PACKAGES+=(golang-go) # eStargz layers that are not of our own making
 
 missing() {
     local name
@@ -74,7 +68,7 @@ EOF
 
 install_packages() {
     local wanted
-    mapfile -t wanted < <(missing $(packages "$@" | tr ' ' '\n' | sort -u))
+    mapfile -t wanted < <(missing "${PACKAGES[@]}")
     ((${#wanted[@]})) || return 0
     if ((EUID != 0)); then
         echo "setup.sh: packages are missing, and only root installs packages: ${wanted[*]}" >&2
@@ -110,7 +104,5 @@ install_venv() {
     echo "$stamp" >.venv/.stamp
 }
 
-if (($# == 0)); then set -- demo test; fi
-packages "$@" >/dev/null
-install_packages "$@"
+install_packages
 install_venv
