@@ -350,7 +350,7 @@ class Fetcher:
             self._begin_read_ahead(view, head)
 
     def _begin_read_ahead(self, view: View, head: Head) -> None:
-        if self._is_refused:
+        if self._is_refused or not self._config.read_ahead_most:
             return
         stream = head.advance(self._config)
         self._nursery.start_soon(self._read_ahead, view.sources[head.layer], head, stream)

@@ -212,7 +212,8 @@ def _clipped(table: Table, low: int, high: int) -> list[Range]:
     found = []
     for address, length, stream in table.segments_in_stream(low, high):
         start, end = max(stream, low), min(stream + length, high)
-        found.append((address + start - stream, end - start))
+        if start < end:
+            found.append((address + start - stream, end - start))
     return found
 
 

@@ -4,9 +4,9 @@ Owns `disk`, `present` (the durable bitmap) and the memory behind the live bitma
 workers and is shared by a worker, its jobs and its fronts. All three begin with a header that names the pool: the
 addresses below 1 GiB are never given out, so neither file needs its first blocks for anything else.
 
-Invariants: a live bit is set only after its block was written, a durable one only after its block was synced; a block is
-punched only after the live bit is cleared, and then the durable one, and that is synced. So neither a crash nor a power
-loss nor a concurrent reader gets a hole for data.
+Invariants: a live bit is set only after its block was written, a durable one only after its block was synced; a block
+is punched only after the live bit is cleared, and then the durable one, and that is synced. So neither a crash nor a
+power loss nor a concurrent reader gets a hole for data.
 
 Concurrency: any number of threads. At most one process at a time writes to the blocks behind one byte of the bitmap
 (a job to the slabs it reserved, the worker to those of committed layers); `flush` and `evict` exclude each other
