@@ -32,7 +32,7 @@ lint:
 
 bench:
 	@contrib/setup.sh
-	@PYTHONPATH=tests $(BIN)/python -m bench
+	@$(BIN)/python -m bench
 
 wheel:
 	@contrib/setup.sh
