@@ -347,7 +347,7 @@ class TarParser:
         if not (0 <= fields.uid <= _ID_MAX and 0 <= fields.gid <= _ID_MAX):
             self._fail(fields.name, f"its owner is impossible: {fields.uid}:{fields.gid}")
         if not -_TIME_MAX_NS <= fields.mtime_ns <= _TIME_MAX_NS:
-            fields.mtime_ns = 0
+            fields.mtime_ns = 0  # what containerd makes of a time that 64 bits of nanoseconds do not hold
         self._charge(len(fields.name) + len(fields.link))
 
     def _charge(self, cost: int) -> None:
