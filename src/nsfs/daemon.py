@@ -11,14 +11,14 @@ import fcntl
 import logging
 import os
 import signal
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from nsfs import __version__
 from nsfs.core.manual import ManualMounts
-from nsfs.errors import BusyError, DeniedError, UnsupportedError
+from nsfs.errors import BusyError, DeniedError, NotFoundError, UnsupportedError
 from nsfs.model.mounts import Host
 from nsfs.serve import doctor, mounts
 from nsfs.serve.control import Control
@@ -121,7 +121,8 @@ class _Domains:
     async def connect(self, domain: str) -> Connection:
         """Open and mount the connection of `domain`."""
         target = self._layout.domain_run(domain).fuse
-        mounts.unmount(target, detach=True)
+        with suppress(NotFoundError):
+            mounts.unmount(target, detach=True)
         os.makedirs(target, 0o700, exist_ok=True)
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         mounts.mount_fuse(target, fd)

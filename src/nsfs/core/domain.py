@@ -12,6 +12,7 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.layers import key_of, short
+from nsfs.core.tasks import running
 from nsfs.model.report import EntryReport, ImageReport, LayerReport, Progress
 
 if TYPE_CHECKING:
@@ -101,16 +102,12 @@ class Domain:
 
     async def _prepare(self, params: worker_api.Prepare, report: Report) -> worker_api.Prepared:
         image = await self._images.resolve(params.reference, params.platform)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._tell, image, report)
-            try:
-                maps = await self._looking.all_maps(image, report)
-            finally:
-                nursery.cancel_scope.cancel()
+        async with running(lambda: self._tell(image, report)):
+            maps = await self._looking.all_maps(image, report)
         records = [self._record(layer) for layer in image.layers]
         return worker_api.Prepared(
             reference=image.reference,
-            digest=image.digest,
+            digest=str(image.digest),
             platform=str(image.config.platform),
             files=sum(record.files for record in records),
             size=sum(record.content_bytes for record in records),
@@ -138,7 +135,7 @@ class Domain:
         image = await self._images.resolve(params.reference, params.platform)
         return ImageReport(
             reference=image.reference,
-            digest=image.digest,
+            digest=str(image.digest),
             platform=str(image.config.platform),
             size=image.size,
             domain="",
@@ -150,10 +147,10 @@ class Domain:
         record = self._catalog.layer(key_of(layer))
         lazy, why = _laziness(layer, record)
         return LayerReport(
-            digest=layer.digest,
+            digest=str(layer.digest),
             media_type=layer.descriptor.media_type,
             size=layer.descriptor.size,
-            diff_id=layer.diff_id,
+            diff_id=str(layer.diff_id),
             format=layer.format.name,
             lazy=lazy,
             why=why,

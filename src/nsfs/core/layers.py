@@ -15,12 +15,14 @@ import hashlib
 import logging
 import os
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 from msgspec import Struct
 
 from nsfs.core.flights import Flights
+from nsfs.core.tasks import run_all
 from nsfs.errors import NotFoundError, NsfsError, UnsupportedError
 from nsfs.format import estargz
 from nsfs.model import oci
@@ -194,11 +196,11 @@ class Layers:
     async def _read_all(self, layer: Layer, blob: OriginBlob, progress: LayerProgress) -> LayerMade:
         args = PlainArgs(
             domain=self._domain,
-            blob=layer.digest,
+            blob=str(layer.digest),
             blob_size=layer.descriptor.size,
             media_type=layer.descriptor.media_type,
             compression=layer.format.compression.value,
-            diff_id=layer.diff_id,
+            diff_id=str(layer.diff_id),
         )
 
         async def report(done: int) -> None:
@@ -223,10 +225,10 @@ class Layers:
         toc = found.cut(tail, offset) or await blob.fetch(*found)
         args = TocArgs(
             domain=self._domain,
-            blob=layer.digest,
+            blob=str(layer.digest),
             blob_size=blob.size,
             media_type=layer.descriptor.media_type,
-            toc_digest=layer.format.toc,
+            toc_digest=str(layer.format.toc),
             toc_offset=found.offset,
             toc_size=found.size,
         )
@@ -241,9 +243,7 @@ class Layers:
         async def alone(key: LayerKey) -> None:
             first[key] = await self._map(key, None)
 
-        async with trio.open_nursery() as nursery:
-            for key in dict.fromkeys(keys):
-                nursery.start_soon(alone, key)
+        await run_all(partial(alone, key) for key in dict.fromkeys(keys))
         made: list[MapRecord] = []
         for key in keys:
             record = first[key]
@@ -266,7 +266,7 @@ class Layers:
         """Make a map; `lowers` are top first."""
         args = MapArgs(
             domain=self._domain,
-            blob=key.blob,
+            blob=str(key.blob),
             index=key.index,
             map_id=map_id,
             lowers=None if lowers is None else [record.path for record in lowers],
@@ -299,7 +299,10 @@ class Layers:
     async def _make_spans(self, record: LayerRecord) -> LayerKey:
         await _spool(self._blobs.blob(record.blob, record.blob_size), self._paths.spool(record.blob))
         args = SpanArgs(
-            domain=self._domain, blob=record.blob, index=record.index, compression=_compression_of(record.media_type)
+            domain=self._domain,
+            blob=str(record.blob),
+            index=record.index,
+            compression=_compression_of(record.media_type),
         )
         await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, [self._bitmap], LayerMade)
         return record.key
@@ -371,18 +374,16 @@ async def _feed(blob: OriginBlob, offset: int, work: Callable[[int], Awaitable[N
             except NsfsError as error:
                 failure.append(error)
 
+    async def consume() -> None:
+        try:
+            await work(receive)
+        finally:
+            os.close(receive)
+
     try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(pump)
-            try:
-                await work(receive)
-            except NsfsError as error:
-                failure.append(error)
-            finally:
-                os.close(receive)
-    finally:
-        if failure:
-            raise failure[0]
+        await run_all((pump, consume))
+    except NsfsError as error:
+        raise failure[0] if failure else error from None
 
 
 async def _spool(blob: OriginBlob, path: str) -> None:

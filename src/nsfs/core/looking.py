@@ -10,10 +10,10 @@ import mmap
 import os
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import trio
-
+from nsfs.core.tasks import run_all
 from nsfs.core.union import UnionTree, decide
 from nsfs.errors import UsageError
 from nsfs.format.erofs_image import ErofsImage
@@ -147,9 +147,8 @@ class Looking:
         for layer in image.layers:
             self._layers.check(layer)
         await self.announce(image.layers, report)
-        async with trio.open_nursery() as nursery:
-            for layer in {layer.digest: layer for layer in image.layers}.values():
-                nursery.start_soon(self._layers.index, image, layer)
+        layers = {layer.digest: layer for layer in image.layers}.values()
+        await run_all(partial(self._layers.index, image, layer) for layer in layers)
         return await self._layers.maps(image.layers)
 
     async def announce(self, layers: Sequence[Layer], report: Report) -> None:
@@ -185,5 +184,5 @@ def _entry(stack: Stack, path: bytes, node: UnionNode) -> EntryReport:
         target=stack.tree.readlink(node) if inode.kind is Kind.SYMLINK else b"",
         device=inode.device,
         xattrs=dict(stack.tree.xattrs(node)),
-        layer=stack.maps[node.layer].blob,
+        layer=str(stack.maps[node.layer].blob),
     )

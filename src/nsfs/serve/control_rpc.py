@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -133,10 +133,12 @@ async def serve_control(path: str, handlers: dict[str, Handler]) -> AsyncIterato
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(stopped.wait)
             threads.shutdown(wait=False)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def _listen(server: grpc.Server, path: str) -> None:
-    if os.path.lexists(path):
+    with suppress(FileNotFoundError):
         os.unlink(path)
     mask = os.umask(0o177)
     try:
