@@ -1,0 +1,62 @@
+"""eStargz blobs made by the reference implementation: the Go module in tests/estargz, built once per machine.
+
+The program lies in <repo>/.cache, named by its sources; building it needs Go 1.19 or newer and the module proxy.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+TESTS = pathlib.Path(__file__).resolve().parent
+SOURCES = TESTS / "estargz"
+CACHE = TESTS.parent / ".cache"
+
+
+class Estargz(NamedTuple):
+    blob: bytes
+    toc_digest: str
+    diff_id: str
+    toc: bytes
+    """The external table, a tar.gz; b"" where the blob has it."""
+
+
+def convert(
+    tar: bytes,
+    *,
+    chunk_size: int = 0,
+    min_chunk_size: int = 0,
+    prioritized: tuple[str, ...] = (),
+    footer: str = "estargz",
+) -> Estargz:
+    """The eStargz of `tar`, plain or gzip; `footer` is estargz, legacy or external."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: pathlib.Path(folder, name) for name in ("in", "out", "toc")}
+        paths["in"].write_bytes(tar)
+        sizes = [f"-chunk-size={chunk_size}", f"-min-chunk-size={min_chunk_size}"]
+        files = [f"-{name}={path}" for name, path in paths.items()]
+        command = [str(_program()), *files, *sizes, f"-footer={footer}", "-prioritized=" + "\n".join(prioritized)]
+        printed = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120).stdout)
+        toc = paths["toc"].read_bytes() if footer == "external" else b""
+        return Estargz(paths["out"].read_bytes(), printed["toc_digest"], printed["diff_id"], toc)
+
+
+@functools.cache
+def _program() -> pathlib.Path:
+    sources = b"".join((SOURCES / name).read_bytes() for name in ("go.mod", "go.sum", "main.go"))
+    program = CACHE / f"estargz-{hashlib.sha256(sources).hexdigest()[:16]}"
+    if not program.exists():
+        CACHE.mkdir(exist_ok=True)
+        built = program.with_suffix(f".{os.getpid()}")
+        go = shutil.which("go") or "/usr/local/go/bin/go"
+        environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false"}
+        subprocess.run([go, "build", "-o", built, "."], cwd=SOURCES, env=environment, check=True, timeout=600)
+        built.replace(program)
+    return program
