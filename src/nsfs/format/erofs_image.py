@@ -163,8 +163,14 @@ class ErofsImage:
 
     def find(self, nid: int, name: bytes) -> Dirent | None:
         """The entry of `name` in directory `nid`, None if it has no such name."""
-        names, block, index = self._search(self._directory(nid), name)
-        return names.entry(index, block) if index < names.count and names.name(index) == name else None
+        inode = self._directory(nid)
+        number = self._find_block(inode, name)
+        block = bytes(self._block(inode, number))
+        if name not in block:
+            return None  # most lookups of a merged tree miss; this is ten times as quick as bisecting
+        names = _Names(block)
+        index = names.search(name)
+        return names.entry(index, number) if index < names.count and names.name(index) == name else None
 
     def readdir(self, nid: int, start: int = 0) -> Iterator[Dirent]:
         """The entries of directory `nid` in the order of their names, without `.` and `..`.
@@ -182,9 +188,12 @@ class ErofsImage:
 
     def position(self, nid: int, name: bytes) -> int:
         """Where in directory `nid` the names greater than `name` begin."""
-        names, block, index = self._search(self._directory(nid), name)
+        inode = self._directory(nid)
+        number = self._find_block(inode, name)
+        names = _Names(self._block(inode, number))
+        index = names.search(name)
         past = index < names.count and names.name(index) == name
-        return block * _PER_BLOCK + index + past
+        return number * _PER_BLOCK + index + past
 
     def name_before(self, nid: int, position: int) -> bytes:
         """The name whose `next` is `position`."""
@@ -194,8 +203,8 @@ class ErofsImage:
             _refuse(f"directory {nid} has no position {position}")
         return _Names(self._block(inode, block)).name(index)
 
-    def _search(self, inode: Inode, name: bytes) -> tuple[_Names, int, int]:
-        """The block that can have `name`, its number, and the index there of the first name not less."""
+    def _find_block(self, inode: Inode, name: bytes) -> int:
+        """The number of the only block of a directory that can have `name`."""
         low, high = 0, _block_count(inode)
         while high - low > 1:
             middle = (low + high) // 2
@@ -203,8 +212,7 @@ class ErofsImage:
                 low = middle
             else:
                 high = middle
-        names = _Names(self._block(inode, low))
-        return names, low, bisect_left(range(names.count), name, key=names.name)
+        return low
 
     def _directory(self, nid: int) -> Inode:
         inode = self.inode(nid)
@@ -244,7 +252,7 @@ class _Names:
 
     __slots__ = ("_block", "count")
 
-    def __init__(self, block: memoryview) -> None:
+    def __init__(self, block: bytes | memoryview) -> None:
         self._block = block
         names = _NAME_OFFSET.unpack_from(block)[0] if len(block) > DIRENT.size else 0
         self.count = names // DIRENT.size
@@ -263,6 +271,10 @@ class _Names:
         if not 0 < len(name) <= 255 or start < self.count * DIRENT.size:
             _refuse(f"a directory has a name of {len(name)} bytes at {start}")
         return name
+
+    def search(self, name: bytes) -> int:
+        """The index of the first name not less than `name`."""
+        return bisect_left(range(self.count), name, key=self.name)
 
     def entry(self, index: int, block: int) -> Dirent:
         nid, _, number = DIRENT.unpack_from(self._block, index * DIRENT.size)
