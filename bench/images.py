@@ -19,13 +19,14 @@ import sys
 import tarfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from bench import CACHE, debian
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 _FORMAT = "2"
 """Part of every key: raise it when the same recipe gives another layer."""
@@ -382,8 +383,23 @@ def _is_opaque(path: str) -> bool:
         return False
 
 
-def write_layout(layout: str, layers: tuple[Layer, ...], command: tuple[str, ...] = ("/bin/sh",)) -> str:
-    """Write the OCI layout of an image with the tag `latest`; blobs are hard links into the cache."""
+def describe_blob(layer: Layer, blob: str, diff_id: str) -> Layer:
+    """`layer` in another form: the file `blob`."""
+    with open(blob, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return replace(layer, blob=blob, digest=f"sha256:{digest}", diff_id=diff_id, size=os.stat(blob).st_size)
+
+
+def write_layout(
+    layout: str,
+    layers: Sequence[Layer],
+    command: Sequence[str] = ("/bin/sh",),
+    annotations: Sequence[Mapping[str, str]] = (),
+) -> str:
+    """Write the OCI layout of an image with the tag `latest`; blobs are hard links into the cache.
+
+    `annotations` are the layers' descriptors', one mapping for each layer if there are any.
+    """
     shutil.rmtree(layout, ignore_errors=True)
     os.makedirs(f"{layout}/blobs/sha256")
     config = {
@@ -402,9 +418,7 @@ def write_layout(layout: str, layers: tuple[Layer, ...], command: tuple[str, ...
         "schemaVersion": 2,
         "mediaType": f"{kind}.manifest.v1+json",
         "config": _store(layout, f"{kind}.config.v1+json", config),
-        "layers": [
-            {"mediaType": f"{kind}.layer.v1.tar+gzip", "digest": layer.digest, "size": layer.size} for layer in layers
-        ],
+        "layers": [_descriptor(layer, more) for layer, more in zip_longest(layers, annotations)],
     }
     root = _store(layout, f"{kind}.manifest.v1+json", manifest)
     root["annotations"] = {"org.opencontainers.image.ref.name": "latest"}
@@ -413,6 +427,12 @@ def write_layout(layout: str, layers: tuple[Layer, ...], command: tuple[str, ...
     with open(f"{layout}/oci-layout", "w") as file:
         json.dump({"imageLayoutVersion": "1.0.0"}, file)
     return layout
+
+
+def _descriptor(layer: Layer, annotations: Mapping[str, str] | None) -> dict[str, Any]:
+    kind = "application/vnd.oci.image.layer.v1.tar+gzip"
+    descriptor: dict[str, Any] = {"mediaType": kind, "digest": layer.digest, "size": layer.size}
+    return descriptor | ({"annotations": dict(annotations)} if annotations else {})
 
 
 def _store(layout: str, media_type: str, document: Mapping[str, Any]) -> dict[str, Any]:

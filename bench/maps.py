@@ -1,0 +1,91 @@
+"""How long our own part of a mount takes: maps made from indexes, views mounted, a new layer on a known base.
+
+Measured over the control socket, so that the start of a command's interpreter is not in the figures. The image has
+50,000 files in 10 layers and is local; the registry on loopback is asked for the manifest as always.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from typing import TYPE_CHECKING
+
+from bench import stacks
+from bench.harness import Bench, Figure, seconds
+from images import file, gzip_layer, sample_content
+from nsfs.model.report import ImageReport
+from nsfs.serve import api
+from nsfs.serve.client import Control, open_control
+from nsfs_daemon import run_daemon
+from registry import push_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_FILES, _LAYERS = 50_000, 10
+_SOME_FILE = "usr/lib/003/0001/000123.py"
+
+
+def measure(bench: Bench) -> None:
+    """All of it."""
+    scratch = bench.scratch("maps")
+    push_layout(stacks.many_files(f"{scratch}/layout", _FILES, _LAYERS), bench.registry, "maps")
+    reference = f"{bench.registry.host}/maps:latest"
+    target = f"{scratch}/mnt"
+    os.mkdir(target)
+    with run_daemon(f"{scratch}/nsfs") as daemon, open_control(daemon.socket) as control:
+        _mount(control, reference, target, _SOME_FILE)
+        _umount(control, target)
+        warm = [_time_mount(control, reference, target, _SOME_FILE) for _ in range(bench.samples)]
+        _add(bench, "mounted and readable, maps exist", warm, 100)
+    _add(bench, f"maps of {_FILES:,} files made and mounted", _build_maps(bench, scratch, reference, target), 1000)
+    _measure_new_layer(bench, scratch, reference)
+
+
+def _build_maps(bench: Bench, scratch: str, reference: str, target: str) -> list[float]:
+    """With the indexes there and the maps gone, in a daemon that has just started, but whose worker runs."""
+    times = []
+    for _ in range(bench.samples):
+        for path in glob.glob(f"{scratch}/nsfs/root/domains/*/layers/*/*/map*.erofs"):
+            os.unlink(path)
+        with run_daemon(f"{scratch}/nsfs") as daemon, open_control(daemon.socket) as control:
+            control.call("Inspect", api.ImageRequest(reference=reference), ImageReport)  # starts the worker
+            times.append(_time_mount(control, reference, target, _SOME_FILE))
+    return times
+
+
+def _measure_new_layer(bench: Bench, scratch: str, reference: str) -> None:
+    times = []
+    target, base = f"{scratch}/mnt", f"{scratch}/base"
+    os.mkdir(base)
+    with run_daemon(f"{scratch}/nsfs") as daemon, open_control(daemon.socket) as control:
+        _mount(control, reference, base, _SOME_FILE)
+        for number in range(bench.samples):
+            fresh = gzip_layer([file("srv/new", sample_content(1 << 20, seed=number))])
+            push_layout(
+                stacks.many_files(f"{scratch}/new{number}", _FILES, _LAYERS, fresh), bench.registry, f"maps/{number}"
+            )
+            times.append(_time_mount(control, f"{bench.registry.host}/maps/{number}:latest", target, "srv/new"))
+        _umount(control, base)
+    _add(bench, "a new layer of 1 MiB on a mounted base", times, 50)
+
+
+def _add(bench: Bench, name: str, times: Sequence[float], goal: float) -> None:
+    milliseconds = [time * 1000 for time in times]
+    bench.add(Figure(name=name, unit="ms", samples=milliseconds, higher_is_better=False, goal=goal))
+
+
+def _time_mount(control: Control, reference: str, target: str, path: str) -> float:
+    took = seconds(lambda: _mount(control, reference, target, path))
+    _umount(control, target)
+    return took
+
+
+def _mount(control: Control, reference: str, target: str, path: str) -> None:
+    control.call("Mount", api.MountRequest(reference=reference, target=target), api.MountReport)
+    with open(f"{target}/{path}", "rb") as opened:
+        opened.read()
+
+
+def _umount(control: Control, target: str) -> None:
+    control.call("Umount", api.UmountRequest(target=target), api.Empty)

@@ -1,0 +1,97 @@
+"""All figures of `make bench`: runs the groups, writes bench/results/<time>.json and a plot beside it.
+
+Each group is a module with `measure(bench)`. A goal that was missed makes the exit status 1; a group that failed is
+reported with its reason, makes it 1 too, and does not keep the others from running.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+
+import click
+
+from bench import REPOSITORY, plot
+from bench.harness import Bench, open_bench, say
+
+GROUPS = ("metadata", "reading", "pulling", "memory", "maps")
+
+
+@click.command()
+@click.option("--only", multiple=True, type=click.Choice(GROUPS), help="Run this group alone; may be repeated.")
+@click.option("--samples", default=5, show_default=True, type=click.IntRange(min=1), help="Of each figure.")
+@click.option("--directory", default="/var/tmp", show_default=True, help="Scratch space, on the filesystem to compare.")
+@click.option("--output", default=f"{REPOSITORY}/bench/results", help="Where results go. [bench/results]")
+def main(only: tuple[str, ...], samples: int, directory: str, output: str) -> None:
+    """Measure nsfs against what the same machine does without it, in the same run."""
+    if os.geteuid() != 0:
+        raise click.UsageError("figures need mounts: run as root")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results: dict[str, object] = {"machine": describe_machine(directory), "samples": samples}
+    groups: dict[str, object] = {}
+    failed = False
+    for name in only or GROUPS:
+        say(f"{name}:")
+        group, good = run_group(name, directory, samples)
+        groups[name] = group
+        failed = failed or not good
+    results["groups"] = groups
+    path = store(results, output)
+    print(path)
+    sys.exit(1 if failed else 0)
+
+
+def run_group(name: str, directory: str, samples: int) -> tuple[dict[str, object], bool]:
+    """One group's report, and whether all went well."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f"nsfs-{name[:3]}-", dir=directory) as scratch,
+        open_bench(scratch, samples) as bench,
+    ):
+        error = _attempt(name, bench)
+        report: dict[str, object] = {"figures": [figure.report() for figure in bench.figures], "error": error}
+        return report, not error and all(figure.reached is not False for figure in bench.figures)
+
+
+def _attempt(name: str, bench: Bench) -> str:
+    try:
+        importlib.import_module(f"bench.{name}").measure(bench)
+    except Exception as error:  # noqa: BLE001  a broken group is reported, and the others still run
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def describe_machine(directory: str) -> dict[str, object]:
+    """What the figures depend on."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", directory], check=True, capture_output=True, text=True).stdout
+    return {
+        "kernel": platform.release(),
+        "cores": os.cpu_count(),
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "python": platform.python_version(),
+        "filesystem": kind.strip(),
+        "time": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def store(results: dict[str, object], output: str) -> str:
+    """Write results and plot; returns the path of the results."""
+    os.makedirs(output, exist_ok=True)
+    stamp = dt.datetime.now(dt.UTC).strftime("%Y%m%d-%H%M%S")
+    path = f"{output}/{stamp}.json"
+    with open(path, "w") as file:
+        json.dump(results, file, indent=1)
+    plot.draw(results, f"{output}/{stamp}.png")
+    return path
+
+
+if __name__ == "__main__":
+    main()
