@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -435,3 +437,17 @@ def test_every_command_has_a_manual_page(tmp_path: Path) -> None:
 def test_manual_pages_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert run("man", str(tmp_path / "file/man1")).exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "said"), [("full", 7, "nsfs: no space left for the output\n"), ("pipe", 141, "")]
+)
+def test_output_that_nobody_takes(output: str, code: int, said: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "wb") as full:
+        stdout = full.fileno() if output == "full" else writer
+        command = [sys.executable, "-m", "nsfs.cli", "completion", "zsh"]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (code, said)

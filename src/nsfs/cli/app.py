@@ -6,6 +6,7 @@ command is used, so that no command waits for the libraries of another. One thre
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -17,7 +18,7 @@ from nsfs import __version__
 from nsfs.cli.exits import BROKEN_PIPE, EXITS, INTERRUPTED
 from nsfs.cli.session import Session
 from nsfs.cli.talk import PlainTalk, open_talk
-from nsfs.errors import NsfsError, UsageError
+from nsfs.errors import NoSpaceError, NsfsError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +66,7 @@ class Root(click.Group):
             result = super().invoke(ctx)
             sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _abandon_output()
             ctx.exit(BROKEN_PIPE)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
@@ -75,6 +76,12 @@ class Root(click.Group):
         except NsfsError as error:
             _session(ctx).talk.error(error)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _abandon_output()
+            _session(ctx).talk.error(NoSpaceError("no space left for the output"))
+            ctx.exit(NoSpaceError.exit_code)
         else:
             return result
 
@@ -98,6 +105,11 @@ class Root(click.Group):
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)
         return code
+
+
+def _abandon_output() -> None:
+    """Let what is still buffered go nowhere, so that the interpreter's end does not fail on it, too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _session(ctx: click.Context) -> Session:

@@ -90,7 +90,7 @@ class Kernel(Struct, frozen=True, kw_only=True):
     file_backed: bool = True
     """Mount EROFS from files (Linux 6.12); else over loop devices."""
     directio: bool = True
-    """Read EROFS past the page cache of the files below it (Linux 6.12); else every page is kept twice."""
+    """Read EROFS past the page cache of the files below it (Linux 6.13); else every page is kept twice."""
     resend: bool = True
     """Have the kernel repeat what a dead worker left unanswered (Linux 6.9); else these reads wait for an abort."""
     idmap: bool = True
@@ -174,6 +174,16 @@ def private_run(environ: Mapping[str, str], uid: int) -> str:
 def private_log(environ: Mapping[str, str]) -> str:
     """Where a user's private daemon writes its log."""
     return f"{_xdg(environ, 'XDG_STATE_HOME', '.local/state')}/nsfs/daemon.log"
+
+
+def pack_config(config: Config) -> bytes:
+    """For another process of ours; `unpack_config` reads it."""
+    return msgspec.msgpack.encode(config, enc_hook=lambda value: value.real)
+
+
+def unpack_config(packed: bytes) -> Config:
+    """What `pack_config` wrote."""
+    return msgspec.msgpack.decode(packed, type=Config, dec_hook=_parse_unit)
 
 
 def known_keys() -> list[str]:
