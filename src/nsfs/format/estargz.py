@@ -117,7 +117,7 @@ def parse_toc(member: bytes, location: TocLocation, digest: Digest) -> tuple[Lay
         raise CorruptError(f"the layer's table of contents does not have the digest: {digest}")
     try:
         table = msgspec.json.decode(text, type=_Table)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptError(f"the layer's table of contents makes no sense: {error}") from None
     if table.version != 1:
         raise UnsupportedError(f"the layer's table of contents is of a version that is not known: {table.version}")
@@ -256,11 +256,10 @@ def _member_ends(chunks: Sequence[_Chunk], payload_end: int) -> dict[int, int]:
 
 
 def _span(chunk: _Chunk, end: int) -> Span:
-    span = Span(chunk.offset, end - chunk.offset, chunk.start, chunk.size, chunk.inner, chunk.digest)
+    length = min(end - chunk.offset, SPAN_MAX)  # a member may go on with much that is no payload
+    span = Span(chunk.offset, length, chunk.start, chunk.size, chunk.inner, chunk.digest)
     if not is_decodable(span):
-        raise UnsupportedError(
-            f"a chunk or the member that it is in is larger than {SPAN_MAX} bytes: at {chunk.offset}"
-        )
+        raise UnsupportedError(f"a chunk, with what its member has before it, is over {SPAN_MAX} bytes: {chunk.offset}")
     return span
 
 
@@ -291,8 +290,14 @@ def _entry(file: _File) -> Entry:
         device=(row.major, row.minor) if kind in (Kind.CHARACTER, Kind.BLOCK) else (0, 0),
         xattrs=tuple((_raw(name), value or b"") for name, value in row.xattrs.items()),
         segments=tuple(_segments(chunks)),
-        digest=_sha256(row.digest) if row.digest and kind is Kind.REGULAR else b"",
+        digest=_file_digest(row, chunks),
     )
+
+
+def _file_digest(row: _Row, chunks: Sequence[_Chunk]) -> bytes:
+    if not row.digest or row.type != "reg":
+        return b""
+    return chunks[0].digest if chunks and row.digest == row.chunk_digest else _sha256(row.digest)
 
 
 def _segments(chunks: Iterable[_Chunk]) -> Iterator[Segment]:
@@ -308,13 +313,13 @@ def _raw(text: str) -> bytes:
 
 
 def _sha256(text: str) -> bytes:
-    algorithm, _, digits = text.partition(":")
-    if algorithm != "sha256" or _DIGITS.fullmatch(digits) is None:
+    match = _DIGEST.fullmatch(text)
+    if match is None:
         raise CorruptError(f"the table of contents has a digest that is no sha256: {text[:100]!r}")
-    return bytes.fromhex(digits)
+    return bytes.fromhex(match[1])
 
 
-_DIGITS = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)", re.ASCII)
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _SECOND = dt.timedelta(seconds=1)
