@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from nsfs.serve import mounts
 
 _LOOP_CLR_FD = 0x4C01
 _DETACH = 2
+_BIND, _PRIVATE = 4096, 1 << 18 | 1 << 14
+_CLONE_NEWNS = 0x20000
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -77,3 +80,31 @@ def make_directory(path: Path) -> Path:
     """A directory for a mount."""
     path.mkdir(parents=True)
     return path
+
+
+def become_user(uid: int, target: str) -> None:
+    """Make this process `uid`'s, in a mount namespace of its own, where `target` can be reached and mounted on.
+
+    There, everybody may open /dev/fuse, as udev sets it up on hosts that have udev; and the directories above `target`
+    are replaced by one that everybody may enter. The host sees nothing of it, and all mounts go with the process.
+    """
+    _check(_libc.unshare(_CLONE_NEWNS))
+    mounts._mount(None, "/", None, _PRIVATE, None)
+    stage = f"{target}.user"
+    os.mkdir(stage)
+    mounts._mount("tmpfs", stage, "tmpfs", 0, "mode=755")
+    os.mknod(f"{stage}/fuse", stat.S_IFCHR | 0o666, os.stat("/dev/fuse").st_rdev)
+    os.chmod(f"{stage}/fuse", 0o666)
+    mounts._mount(f"{stage}/fuse", "/dev/fuse", None, _BIND, None)
+    top = target.split("/")[1]
+    os.makedirs(f"{stage}/top/{target.partition(top + '/')[2]}")
+    os.chown(f"{stage}/top/{target.partition(top + '/')[2]}", uid, uid)
+    mounts._mount(f"{stage}/top", f"/{top}", None, _BIND, None)
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), "system call failed")

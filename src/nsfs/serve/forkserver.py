@@ -185,7 +185,10 @@ class _Server:
                     return
 
     def _take(self) -> bool:
-        data, fds, flags, _ = socket.recv_fds(self._sock, MAX_MESSAGE + 4096, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        try:
+            data, fds, flags, _ = socket.recv_fds(self._sock, MAX_MESSAGE + 4096, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:  # the client went with messages of ours unread
+            return False
         if not data:
             return False
         request = _spawn_decoder.decode(data)
