@@ -51,6 +51,11 @@ class Blobs:
         """The blob; nothing is asked yet."""
         return OriginBlob(self, digest, size)
 
+    def count(self, blob: Blob, size: int) -> None:
+        """Add what came over the network; a layout's files did not."""
+        if not isinstance(blob, LocalBlob):
+            self.fetched[blob.digest] += size
+
     async def find(self, digest: Digest, size: int) -> Blob:
         """The blob at the repository that had it last; raises NotFoundError if none is known."""
         for repository in self._origins.origins(digest)[:1]:
@@ -74,7 +79,7 @@ class OriginBlob:
         """See Blob."""
         blob = await self._blobs.find(self.digest, self.size)
         data = await blob.fetch(offset, length)
-        self._blobs.fetched[self.digest] += len(data)
+        self._blobs.count(blob, len(data))
         return data
 
     @asynccontextmanager
@@ -82,11 +87,11 @@ class OriginBlob:
         """See Blob."""
         blob = await self._blobs.find(self.digest, self.size)
         async with blob.stream(offset) as pieces:
-            yield self._counted(pieces)
+            yield self._counted(blob, pieces)
 
-    async def _counted(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _counted(self, blob: Blob, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for piece in pieces:
-            self._blobs.fetched[self.digest] += len(piece)
+            self._blobs.count(blob, len(piece))
             yield piece
 
     async def open_fd(self) -> int | None:

@@ -184,8 +184,8 @@ class Domain:
         image = await self._images.resolve(params.reference, params.platform)
         keys = [key for key in dict.fromkeys(map(key_of, image.layers)) if self._catalog.layer(key)]
         freed = 0
-        for number, key in enumerate(keys):
-            await report(Progress(stage="evict", what=short(key.blob), done=number, total=len(keys)))
+        for key in keys:
+            await report(Progress(stage="evict", what=short(key.blob)))
             await self._layers.ensure_spans(key)
             freed += await self._views.evict(key)
         return worker_api.Evicted(layers=len(keys), freed=freed)

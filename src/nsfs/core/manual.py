@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import trio
 
 from nsfs.core import worker_api
-from nsfs.errors import BusyError, NsfsError
+from nsfs.errors import BusyError, DeniedError, NsfsError
 from nsfs.model.mounts import Bind, Driver, Host, MountRecord, Overlay, choose_driver, plan_rootfs, unique_maps
 from nsfs.model.policy import Domain, Isolation, parse_patience, resolve_domain, resolve_private_domain
 
@@ -211,7 +211,7 @@ class ManualMounts:
         mount_id = secrets.token_hex(8)
         domain = self.domain_for(wish.namespace, wish.isolation, mount_id)
         if wish.writable and not self._host.root:
-            raise BusyError("a writable mount needs root: the kernel's overlay", hint="leave --rw away")
+            raise DeniedError("a writable mount needs root: the kernel's overlay", hint="leave --rw away")
         async with AsyncExitStack() as undo:
             self._claim(wish.target, undo)
             await self._kernel.check_target(wish.target)
