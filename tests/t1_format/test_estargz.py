@@ -26,7 +26,7 @@ from nsfs.format.estargz import (
     parse_toc_digest,
     plan_footer,
 )
-from nsfs.format.spans import decode_verified, plan_fetches
+from nsfs.format.spans import decode_verified
 from nsfs.model.digest import Digest
 from nsfs.model.layer import Entry, Kind, LayerIndex, Segment, Spans
 
@@ -80,16 +80,11 @@ def parse(made: goestargz.Estargz) -> tuple[LayerIndex, Spans]:
 
 
 def stream_of(blob: bytes, spans: Spans) -> bytes:
-    """The whole stream, by ranges as a fetcher would ask for them."""
-    pieces: dict[int, bytes] = {}
-    for fetch in plan_fetches(spans.spans, max_bytes=20_000, max_gap=100):
-        data = blob[fetch.offset : fetch.offset + fetch.length]
-        for group in fetch.groups:
-            compressed = data[group.offset - fetch.offset :][: group.length]
-            members = [spans.spans[number] for number in group.spans]
-            streams = decode_verified(spans.codec, spans.covers, members, compressed)
-            pieces.update({span.start: stream for span, stream in zip(members, streams, strict=True)})
-    return b"".join(piece for _, piece in sorted(pieces.items()))
+    """The whole stream; spans of one member are decoded at once, as a fetcher does."""
+    pieces: list[bytes] = []
+    for (offset, length), members in itertools.groupby(spans.spans, key=lambda span: (span.offset, span.length)):
+        pieces += decode_verified(spans.codec, spans.covers, list(members), blob[offset : offset + length])
+    return b"".join(pieces)
 
 
 def content(entry: Entry, stream: bytes) -> bytes:

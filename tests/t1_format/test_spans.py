@@ -19,13 +19,9 @@ from nsfs.errors import CorruptError
 from nsfs.format.gzip import CheckpointScanner
 from nsfs.format.spans import (
     SPAN_MAX,
-    Fetch,
-    Group,
-    PlainScanner,
     decode,
     decode_verified,
     is_decodable,
-    plan_fetches,
     verify,
 )
 from nsfs.format.zstd import FrameScanner
@@ -47,34 +43,32 @@ def zstd_blob() -> bytes:
     return b"".join(compress(STREAM[at : at + 3000]) for at in range(0, len(STREAM), 3000))
 
 
-def scan(scanner: CheckpointScanner | FrameScanner | PlainScanner, blob: bytes) -> list[Span]:
+def scan(scanner: CheckpointScanner | FrameScanner, blob: bytes) -> list[Span]:
     pieces = (blob[at : at + 5000] for at in range(0, len(blob), 5000))
     return [*itertools.chain.from_iterable(map(scanner.feed, pieces)), *scanner.finish()]
+
+
+def cut(blob: bytes, size: int) -> list[Span]:
+    parts = [(at, blob[at : at + size]) for at in range(0, len(blob), size)]
+    return [Span(at, len(part), at, len(part), 0, hashlib.sha256(part).digest()) for at, part in parts]
 
 
 LAYERS: list[tuple[Codec, bytes, list[Span]]] = [
     (Codec.DEFLATE, gzip_blob(), scan(CheckpointScanner(7000), gzip_blob())),
     (Codec.ZSTD, zstd_blob(), scan(FrameScanner(7000), zstd_blob())),
-    (Codec.NONE, STREAM, scan(PlainScanner(7000), STREAM)),
+    (Codec.NONE, STREAM, cut(STREAM, 7000)),
 ]
 
 
 def read(codec: Codec, blob: bytes, spans: Sequence[Span], start: int, size: int) -> bytes:
-    """What a reader does: the spans of a piece of stream, in as few ranges as allowed, decoded and put together."""
+    """What a reader does: decode the spans of a piece of stream and put them together."""
     wanted = [span for span in spans if span.start < start + size and start < span.start + span.size]
-    stream = bytearray(size)
-    for fetch in plan_fetches(wanted, max_bytes=20_000, max_gap=64):
-        data = blob[fetch.offset : fetch.offset + fetch.length]
-        for group in fetch.groups:
-            at = group.offset - fetch.offset
-            members = [wanted[number] for number in group.spans]
-            for span, piece in zip(
-                members, decode_verified(codec, Covers.COMPRESSED, members, data[at : at + group.length]), strict=True
-            ):
-                cut = piece[max(0, start - span.start) : max(0, start + size - span.start)]
-                begin = max(0, span.start - start)
-                stream[begin : begin + len(cut)] = cut
-    return bytes(stream)
+    pieces = []
+    for span in wanted:
+        compressed = blob[span.offset : span.offset + span.length]
+        pieces += decode_verified(codec, Covers.COMPRESSED, [span], compressed)
+    begin = start - wanted[0].start if wanted else 0
+    return b"".join(pieces)[begin : begin + size]
 
 
 @pytest.mark.parametrize(("codec", "blob", "spans"), LAYERS, ids=["deflate", "zstd", "none"])
@@ -188,56 +182,13 @@ def test_no_more_is_decompressed_than_asked(bomb: tuple[Codec, Callable[[bytes],
     tracemalloc.stop()
 
 
+def test_a_span_says_whether_it_can_be_decoded() -> None:
+    assert is_decodable(Span(0, SPAN_MAX, 0, SPAN_MAX - 1, 1, b""))
+    for wrong in (Span(0, SPAN_MAX + 1, 0, 1, 0, b""), Span(0, 1, 0, SPAN_MAX, 1, b""), Span(0, 1, 0, -1, 1, b"")):
+        assert not is_decodable(wrong)
+
+
 def test_verify_says_what_it_covers() -> None:
     verify(Covers.STREAM, inner(0, 5), b"first")
     with pytest.raises(CorruptError, match="its compressed bytes do not have the digest: sha256:"):
         verify(Covers.COMPRESSED, inner(0, 5), b"forst")
-
-
-def test_neighbours_become_one_fetch_up_to_the_limits() -> None:
-    spans = [
-        Span(at, length, 0, 1, 0, b"")
-        for at, length in [(100, 50), (0, 40), (149, 51), (210, 10), (300, 500), (810, 1)]
-    ]
-    assert plan_fetches(spans, max_bytes=200, max_gap=10) == [
-        Fetch(0, 40, (Group(0, 40, (1,)),)),
-        Fetch(100, 120, (Group(100, 50, (0,)), Group(149, 51, (2,)), Group(210, 10, (3,)))),
-        Fetch(300, 500, (Group(300, 500, (4,)),)),
-        Fetch(810, 1, (Group(810, 1, (5,)),)),
-    ]
-    assert plan_fetches([], max_bytes=1, max_gap=0) == []
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 500), st.integers(0, 60)), max_size=30), st.integers(1, 200), st.integers(0, 50)
-)
-def test_a_plan_has_every_span_once_and_inside_its_fetch(
-    ranges: list[tuple[int, int]], max_bytes: int, max_gap: int
-) -> None:
-    spans = [Span(offset, length, 0, 1, 0, b"") for offset, length in ranges]
-    plan = plan_fetches(spans, max_bytes=max_bytes, max_gap=max_gap)
-    assert sorted(number for fetch in plan for group in fetch.groups for number in group.spans) == list(
-        range(len(spans))
-    )
-    for fetch in plan:
-        assert fetch.length <= max_bytes or len(fetch.groups) == 1
-        for group in fetch.groups:
-            assert fetch.offset <= group.offset <= group.offset + group.length <= fetch.offset + fetch.length
-            assert {(spans[number].offset, spans[number].length) for number in group.spans} == {group[:2]}
-
-
-@pytest.mark.parametrize("step", [1, 999, 1000, 1001, 5000])
-def test_a_plain_blob_is_cut_into_equal_spans(step: int) -> None:
-    blob = STREAM[:4321]
-    scanner = PlainScanner(1000)
-    spans = [span for at in range(0, len(blob), step) for span in scanner.feed(blob[at : at + step])] + scanner.finish()
-    assert [(span.offset, span.length) for span in spans] == [
-        (0, 1000),
-        (1000, 1000),
-        (2000, 1000),
-        (3000, 1000),
-        (4000, 321),
-    ]
-    assert all(decode_verified(Codec.NONE, Covers.COMPRESSED, [s], blob[s.offset : s.offset + s.length]) for s in spans)
-    assert all(map(is_decodable, spans))
-    assert PlainScanner().finish() == []

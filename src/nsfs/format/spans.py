@@ -1,8 +1,8 @@
-"""From fetched bytes to verified stream: plan which ranges to fetch, decode the spans in them, check every digest.
+"""From fetched bytes to verified stream: decode the spans that share a range, and check every digest.
 
-Owns `plan_fetches`, `decode`, `verify`, both in the right order (`decode_verified`), and `PlainScanner`, which makes
-the spans of a blob that is not compressed. A span may come from a table that somebody else wrote, so nothing in it is
-believed: whatever is wrong ends in a CorruptError that says which span, within the memory that `SPAN_MAX` allows.
+Owns `decode`, `verify`, both in the right order (`decode_verified`), and the limit of what is decoded in memory. A span
+may come from a table that somebody else wrote, so nothing in it is believed: whatever is wrong ends in a CorruptError
+that says which span, within the memory that `SPAN_MAX` allows.
 
 Everything is pure and may run in any thread.
 """
@@ -12,70 +12,21 @@ from __future__ import annotations
 import hashlib
 import zlib
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from nsfs.errors import CorruptError, NsfsError
 from nsfs.format.gzip import inflate_deflate, inflate_member
-from nsfs.format.openspan import OpenSpan, Piece
 from nsfs.format.zstd import inflate_frames
-from nsfs.model.layer import Codec, Covers, Span
+from nsfs.model.layer import Codec, Covers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from nsfs.model.layer import Span
+
 SPAN_MAX = 128 << 20
 """Bytes of a span, compressed or not, that are decoded in memory at once; as many as zstd's largest window needs."""
-SPACING = 1 << 20
-"""Bytes of a span of a blob that is not compressed."""
-
 _WINDOW_MAX = 32 << 10
-
-
-class Group(NamedTuple):
-    """Spans that share the compressed range (offset, length): one decompression gives them all."""
-
-    offset: int
-    length: int
-    spans: tuple[int, ...]
-
-
-class Fetch(NamedTuple):
-    """One range of the blob and the groups whose ranges lie in it, by rising offset."""
-
-    offset: int
-    length: int
-    groups: tuple[Group, ...]
-
-
-def plan_fetches(spans: Sequence[Span], *, max_bytes: int, max_gap: int) -> list[Fetch]:
-    """Decide which ranges of the blob to fetch for `spans`, by rising offset; groups name spans by place in `spans`.
-
-    Ranges that overlap, touch, or leave a gap of at most `max_gap` become one as long as that has at most `max_bytes`;
-    a group that is larger by itself is fetched alone.
-    """
-    fetches: list[list[Group]] = []
-    begin = end = 0
-    for group in _groups(spans):
-        reach = max(end, group.offset + group.length)
-        if fetches and group.offset - end <= max_gap and reach - begin <= max_bytes:
-            fetches[-1].append(group)
-            end = reach
-        else:
-            fetches.append([group])
-            begin, end = group.offset, group.offset + group.length
-    return [_fetch(groups) for groups in fetches]
-
-
-def _fetch(groups: list[Group]) -> Fetch:
-    begin = groups[0].offset
-    return Fetch(begin, max(group.offset + group.length for group in groups) - begin, tuple(groups))
-
-
-def _groups(spans: Sequence[Span]) -> list[Group]:
-    members: dict[tuple[int, int], list[int]] = {}
-    for number, span in enumerate(spans):
-        members.setdefault((span.offset, span.length), []).append(number)
-    return [Group(offset, length, tuple(numbers)) for (offset, length), numbers in sorted(members.items())]
 
 
 def is_decodable(span: Span) -> bool:
@@ -162,28 +113,3 @@ def _corrupt(span: Span, why: str) -> CorruptError:
         f"the span at byte {span.start} of the stream, bytes {span.offset} to {span.offset + span.length} of the blob"
     )
     return CorruptError(f"{where}: {why}")
-
-
-class PlainScanner:
-    """The spans (Codec.NONE, Covers.COMPRESSED) of a blob that is not compressed, `spacing` bytes each."""
-
-    def __init__(self, spacing: int = SPACING) -> None:
-        self._spacing = spacing
-        self._open = OpenSpan(0, 0)
-        self._consumed = 0
-
-    def feed(self, data: bytes) -> list[Span]:
-        """Return the spans that have ended by now."""
-        done: list[Span] = []
-        piece = Piece(memoryview(data), self._consumed)
-        while (end := self._open.offset + self._spacing) <= piece.end:
-            self._open.settle(piece, end, end)
-            done += self._open.close()
-            self._open = OpenSpan(end, end)
-        self._open.settle(piece, piece.end, piece.end)
-        self._consumed = piece.end
-        return done
-
-    def finish(self) -> list[Span]:
-        """Say that the blob ends here and return the last span, if any."""
-        return self._open.close()
