@@ -140,7 +140,8 @@ class FuseOperations(pyfuse3.Operations):
         raise FUSEError(errno.ENOSYS)
 
     async def release(self, fh: FileHandleT) -> None:
-        """Nothing: others may have the same inode open, and what is remembered of it is small and bounded."""
+        """Forget the content; another who has the same inode open makes it be looked up again."""
+        self._handles.pop(fh, None)
 
     async def releasedir(self, fh: FileHandleT) -> None:
         """Nothing."""
