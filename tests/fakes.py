@@ -23,6 +23,7 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -84,6 +85,10 @@ class FakeRegistry:
     """Sent with every document and blob."""
     challenge: str | None = None
     """WWW-Authenticate, instead of the one that `auth` means."""
+    certificate: str | None = None
+    """PEM file of certificate and key; the registry (not storage nor token server) then speaks TLS."""
+    client_ca: str | None = None
+    """PEM file of the authority that client certificates must be signed by."""
     redirect_to: str | None = None
     """Location of every blob, instead of the second server."""
     log: list[Logged] = field(default_factory=list)
@@ -233,6 +238,11 @@ class _Server(ThreadingHTTPServer):
         self.name = name
         self._open: set[socket.socket] = set()
         super().__init__((_ADDRESSES[name], 0), _Handler)
+        if registry.certificate is not None and name == "registry":
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=registry.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED if registry.client_ca else ssl.CERT_NONE
+            context.load_cert_chain(registry.certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._open.add(request)

@@ -254,13 +254,11 @@ async def read_verified(blob: RegistryBlob, limit: int) -> bytes:
     """All of `blob`, checked against its digest; a damaged answer is asked for once more."""
     if blob.size > limit:
         raise CorruptError(f"too large: {blob.digest}: {blob.size} bytes, at most {limit}")
-
-    async def ask() -> bytes:
+    data = await blob.fetch(0, blob.size)
+    if not matches(data, blob.digest):
         data = await blob.fetch(0, blob.size)
-        check_digest(data, blob.digest)
-        return data
-
-    return await retrying(Patience(attempts=2), ask)
+    check_digest(data, blob.digest)
+    return data
 
 
 def check_document(answer: Answer, data: bytes, digest: Digest | None) -> Document:
@@ -279,5 +277,10 @@ def check_document(answer: Answer, data: bytes, digest: Digest | None) -> Docume
 
 def check_digest(data: bytes, digest: Digest) -> None:
     """Raise CorruptError unless `digest` is that of `data`."""
-    if hashlib.new(digest.algorithm, data).hexdigest() != digest.hex:
+    if not matches(data, digest):
         raise CorruptError(f"content does not match its digest: {digest}")
+
+
+def matches(data: bytes, digest: Digest) -> bool:
+    """Whether `digest` is that of `data`."""
+    return hashlib.new(digest.algorithm, data).hexdigest() == digest.hex
