@@ -355,20 +355,9 @@ class Unpacked:
                 shutil.copyfileobj(cast("IO[bytes]", archive.extractfile(member)), file)
 
     def _link(self, target: bytes, path: bytes) -> None:
-        """Link `path` to `target`, and to `target` whatever other names it has: copy-up would part them."""
+        """Link `path` to `target`; overlayfs copies a lower `target` up, and so parts it from its other lower names."""
         parent, base = posixpath.split(target)
-        source = self._resolve(parent) + b"/" + base
-        before = os.lstat(source)
-        names = [source]
-        if before.st_nlink > 1:
-            inode = (before.st_dev, before.st_ino)
-            names = [p for _, p in _walk(os.fsencode(self.root)) if _inode(p) == inode]
-        os.link(source, path, follow_symlinks=False)
-        for other in names:
-            if _inode(other) != _inode(source):
-                self._touch(posixpath.dirname(other))
-                os.unlink(other)
-                os.link(source, other, follow_symlinks=False)
+        os.link(self._resolve(parent) + b"/" + base, path, follow_symlinks=False)
 
     def _make_parents(self, where: bytes) -> None:
         if os.path.isdir(where):
@@ -446,8 +435,3 @@ def _allowed(file: File) -> File:
 def _is_directory(where: bytes, base: bytes) -> bool:
     path = where + b"/" + posixpath.basename(base)
     return os.path.isdir(path) and not os.path.islink(path)
-
-
-def _inode(path: bytes) -> tuple[int, int]:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
