@@ -62,11 +62,14 @@ def _detach_loops(top: Path) -> None:
 @contextlib.contextmanager
 def swept(top: Path) -> Iterator[Path]:
     """Sweep `top` before and after."""
+    had_fusectl = any(mount.fstype == "fusectl" for mount in mounts.load_mounts())
     sweep(top)
     try:
         yield top
     finally:
         sweep(top)
+        if not had_fusectl:
+            mounts.unmount("/sys/fs/fuse/connections", detach=True)
 
 
 @pytest.fixture
