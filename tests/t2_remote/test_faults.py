@@ -428,6 +428,19 @@ class TestRedirects:
         run(fake, body)
         assert len(fake.requests(path="/blobs/")) == 2
 
+    @pytest.mark.parametrize("fault", ["X", "E", "W"])
+    def test_a_target_that_fails_is_resolved_again(self, fake: fakes.FakeRegistry, fault: str) -> None:
+        fake.redirect, fake.faults_on = True, "/storage/"
+
+        async def body(source: RegistrySource) -> None:
+            blob = await layer_of(source)
+            await blob.fetch(0, 10)
+            fake.script = fault
+            assert await blob.fetch(5, 10) == LAYER[5:15]
+
+        run(fake, body)
+        assert len(fake.requests(path="/blobs/")) == 2
+
     def test_circles_end(self, fake: fakes.FakeRegistry) -> None:
         async def body(source: RegistrySource) -> None:
             blob = await layer_of(source)

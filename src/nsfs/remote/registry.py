@@ -152,12 +152,15 @@ class RegistryBlob:
         async with AsyncExitStack() as stack:
 
             async def ask(server: Server) -> _Part:
-                async with AsyncExitStack() as attempt:
-                    answer = await attempt.enter_async_context(
-                        server.open(self._get(server, wanted, stream), self._meter)
-                    )
-                    part = _Part(answer, wanted)
-                    await stack.enter_async_context(attempt.pop_all())
+                get = self._get(server, wanted, stream)
+                try:
+                    async with AsyncExitStack() as attempt:
+                        answer = await attempt.enter_async_context(server.open(get, self._meter))
+                        part = _Part(answer, wanted)
+                        await stack.enter_async_context(attempt.pop_all())
+                except NsfsError:
+                    self._target = None
+                    raise
                 self._server, self._target = server, answer.target
                 return part
 
