@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from nsfs.core import firstpass
 from nsfs.core.jobs import run_job
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from nsfs.model.layer import Entry, LayerIndex, Spans
     from nsfs.store.index import DomainIndex
     from nsfs.store.pool import Pool
+
+
+_NICE: Final = 10
+"""Of making checkpoints: nobody waits for them, mostly."""
 
 
 def first_pass(args: bytes, fds: list[int]) -> int:
@@ -152,6 +156,7 @@ def _give_out(entries: Sequence[Entry], address: int) -> list[int]:
 
 
 def _make_checkpoints(args: SpanArgs, _fds: Sequence[int], _channel: Channel) -> LayerMade:
+    os.nice(_NICE)
     layout = DomainLayout(args.domain)
     key = LayerKey(Digest(args.blob), args.index)
     with _opened_index(layout) as index:

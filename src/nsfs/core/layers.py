@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PIPE = 1 << 20
+_QUIET = 0.5
+"""Seconds between looks whether first passes are over."""
 
 
 class Catalog(Protocol):
@@ -158,6 +160,7 @@ class Layers:
         self._indexing: Flights[LayerKey] = Flights(nursery)
         self._spanning: Flights[LayerKey] = Flights(nursery)
         self._mapping: Flights[MapRecord] = Flights(nursery)
+        self._background = trio.CapacityLimiter(1)
         self.running: dict[LayerKey, LayerProgress] = {}
         """Layers that are being indexed now."""
 
@@ -308,8 +311,12 @@ class Layers:
         return record.key
 
     async def _make_spans_quietly(self, key: LayerKey) -> None:
+        """Make checkpoints when nobody waits for a layer's first pass any more, one layer at a time."""
         try:
-            await self.ensure_spans(key)
+            async with self._background:
+                while self.running:
+                    await trio.sleep(_QUIET)
+                await self.ensure_spans(key)
         except Exception:
             log.exception("no checkpoints for layer %s; it cannot be evicted until there are", short(key.blob))
 
