@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PIPE = 1 << 20
-_QUIET = 0.5
-"""Seconds between looks whether first passes are over."""
 
 
 class Catalog(Protocol):
@@ -161,6 +159,7 @@ class Layers:
         self._spanning: Flights[LayerKey] = Flights(nursery)
         self._mapping: Flights[MapRecord] = Flights(nursery)
         self._background = trio.CapacityLimiter(1)
+        self._idle = trio.Event()
         self.running: dict[LayerKey, LayerProgress] = {}
         """Layers that are being indexed now."""
 
@@ -184,11 +183,15 @@ class Layers:
 
     async def _index(self, layer: Layer, key: LayerKey) -> LayerKey:
         progress = self.running[key] = LayerProgress(layer)
+        if self._idle.is_set():
+            self._idle = trio.Event()
         try:
             blob = self._blobs.blob(layer.digest, layer.descriptor.size)
             made = await (self._read_toc(layer, blob) if layer.format.toc else self._read_all(layer, blob, progress))
         finally:
             del self.running[key]
+            if not self.running:
+                self._idle.set()
         self._written(made.ranges)
         if made.map is not None:
             self._remember_map(key, map_id_of(key), made.map, None)
@@ -315,7 +318,7 @@ class Layers:
         try:
             async with self._background:
                 while self.running:
-                    await trio.sleep(_QUIET)
+                    await self._idle.wait()
                 await self.ensure_spans(key)
         except Exception:
             log.exception("no checkpoints for layer %s; it cannot be evicted until there are", short(key.blob))

@@ -13,7 +13,6 @@ from typing import TypeAlias
 from msgspec import Struct
 
 from nsfs.model.report import Data, EntryReport, ImageReport, Item, Note, Progress
-from nsfs.model.report import LayerReport as LayerReport
 
 SERVICE = "nsfs.v1.Control"
 VERSION = 1
