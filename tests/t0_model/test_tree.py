@@ -295,6 +295,15 @@ def test_whiteouts_in_an_opaque_directory_are_left_out() -> None:
     assert names(tree, b"d") == {b"e"}
 
 
+@pytest.mark.parametrize("inner", [b"d/.wh.f", b"d/.wh..wh..opq", b"d/e/.wh.f"])
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_mark_inside_of_what_is_hidden_means_nothing(inner: bytes, *, swap: bool) -> None:
+    entries = [regular(b".wh.d", 0), regular(inner, 0)]
+    tree = plan(*(entries[::-1] if swap else entries), lower=Below({b"d": lower_directory()}))
+    assert is_whiteout(at(tree, b"d"))
+    assert not tree.needs_lower
+
+
 def test_an_opaque_root_is_told() -> None:
     tree = plan(regular(b".wh..wh..opq", 0), regular(b"f"), lower=None)
     assert (tree.opaque, tree.marks) == (True, True)
