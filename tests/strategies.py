@@ -65,7 +65,7 @@ _times = st.sampled_from([0, 1, -1, 1_700_000_000_123_456_789, -5_000_000_001, 1
 _xattrs = st.lists(
     st.tuples(
         st.sampled_from([b"user.a", b"user.long" + b"x" * 200, b"security.other", b"trusted.overlay.opaque"]),
-        st.binary(max_size=20) | st.just(b"v" * 3000),
+        st.binary(max_size=20) | st.just(b"v" * 900),
     ),
     max_size=3,
 ).map(tuple)
@@ -108,12 +108,14 @@ def _devices() -> st.SearchStrategy[Entry]:
     )
 
 
+_LINKS = st.builds(hardlink, paths(), paths())
+_ENTRIES = st.one_of(_directories(), _directories(), _files(), _files(), _symlinks(), _marks(), _LINKS, _devices())
+
+
 @st.composite
 def layers(draw: st.DrawFn, max_size: int = 12) -> list[Entry]:
     """One layer's entries. Most hard links lead to an earlier entry."""
-    link = st.builds(hardlink, paths(), paths())
-    entry = st.one_of(_directories(), _directories(), _files(), _files(), _symlinks(), _marks(), link, _devices())
-    entries = draw(st.lists(entry, max_size=max_size))
+    entries = draw(st.lists(_ENTRIES, max_size=max_size))
     return [_aimed(draw, entry, entries[:index]) for index, entry in enumerate(entries)]
 
 

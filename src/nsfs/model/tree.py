@@ -13,6 +13,7 @@ Hostile layers get a CorruptError that names the entry; work and depth are bound
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
@@ -170,6 +171,8 @@ class _Plan:
         self._declared: frozenset[bytes] | None = None
         self._lower_symlinks: dict[bytes, Node] = {}
         self._xattrs: dict[tuple[tuple[tuple[bytes, bytes], ...], Kind], tuple[tuple[bytes, bytes], ...]] = {}
+        self._marking = False
+        """All entries are in; what is missing now is not there."""
         self._steps = 0
         self._needs_lower = False
         self._named = False
@@ -180,7 +183,7 @@ class _Plan:
         if not name:
             self._add_root(entry)
             return
-        parent = self._directories.get(directory) or self._walk(directory, entry.path)
+        parent = self._directory(directory, entry.path)
         if entry.kind is _DIRECTORY:
             self._add_directory(parent, name, entry)
         elif entry.kind is _HARDLINK:
@@ -191,13 +194,14 @@ class _Plan:
             _children(parent)[name] = node
 
     def apply_marks(self) -> None:
+        """Marks in what the layer has put something else for, or hides itself, mean nothing."""
+        self._marking = True
         for place in self._marks.emptied:
-            if (node := self._marked_directory(place)) is not None:
-                self._opaque.add(node)
+            with contextlib.suppress(_NotDirectoryError):
+                self._empty(place)
         for place in self._marks.hidden:
-            directory, _, name = place.rpartition(b"/")
-            if (parent := self._marked_directory(directory)) is not None:
-                self._hide(parent, name)
+            with contextlib.suppress(_NotDirectoryError):
+                self._hide(place)
 
     def finish(self) -> PlannedTree:
         for node in self._opaque:
@@ -245,7 +249,7 @@ class _Plan:
         directory, _, name = entry.link.rpartition(b"/")
         if not name or name.startswith(_WHITEOUT):
             raise CorruptError(f"a hard link to no file: {_show(entry.path)} to {_show(entry.link)}")
-        parent = self._directories.get(directory) or self._walk(directory, entry.path)
+        parent = self._directory(directory, entry.path)
         node = _children(parent).get(name)
         if node is None:
             found = None if _is_inside(_join(self._places[parent], name), place) else self._find_below(parent, name)
@@ -291,8 +295,11 @@ class _Plan:
             self._xattrs[key] = plan_xattrs(entry)
         return self._xattrs[key]
 
+    def _directory(self, path: bytes, entry: bytes) -> Node:
+        """The directory at `path`, in which `entry` is: symlinks are followed, what is missing is made."""
+        return self._directories.get(path) or self._walk(path, entry)
+
     def _walk(self, path: bytes, entry: bytes) -> Node:
-        """The directory at `path`, by which `entry` is reached: symlinks are followed, what is missing is made."""
         reached = [self._root]
         todo = path.split(b"/")[::-1]
         symlinks = 0
@@ -326,6 +333,8 @@ class _Plan:
         if node is not None:
             return node
         place = _join(self._places[parent], name)
+        if self._marking and place in self._marks.hidden:
+            raise _NotDirectoryError(f"a parent is hidden: {_show(place)}")
         if self._declares(place):
             node = Node(_DIRECTORY, _DEFAULT_MODE)
             self._attach(parent, name, node)
@@ -386,14 +395,14 @@ class _Plan:
                 self._shut.discard(node)
                 self._opaque.discard(node)
 
-    def _marked_directory(self, path: bytes) -> Node | None:
-        """The directory at `path`, None if this layer has put something else there."""
-        try:
-            return self._directories.get(path) or self._walk(path, path)
-        except _NotDirectoryError:
-            return None
+    def _empty(self, place: bytes) -> None:
+        node = self._directory(place, place)
+        self._opaque.add(node)
+        self._shut.add(node)
 
-    def _hide(self, parent: Node, name: bytes) -> None:
+    def _hide(self, place: bytes) -> None:
+        directory, _, name = place.rpartition(b"/")
+        parent = self._directory(directory, place)
         node = _children(parent).get(name)
         if node is not None and node.children is not None:
             self._opaque.add(node)
