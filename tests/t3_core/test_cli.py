@@ -247,6 +247,7 @@ def test_notes_and_progress_go_to_stderr_as_lines(daemon: FakeDaemon) -> None:
         Progress(stage="index", what="sha256:1234", done=1024, total=2048),
         Data(b"\x00\xff"),
         Progress(stage="index", what="sha256:1234", done=2048, total=2048),
+        Progress(stage="index", what="sha256:1234", done=2048, total=2048),
         Data(b"\n"),
         api.Empty(),
     ]
@@ -266,8 +267,10 @@ def test_quiet_is_quiet(daemon: FakeDaemon) -> None:
 
 
 def test_talk_as_json(daemon: FakeDaemon) -> None:
-    daemon.answers["Read"] = [Note(text="x"), Progress(stage="s", what="w", done=1, total=2), api.Empty()]
+    half = Progress(stage="s", what="w", done=1, total=2)
+    daemon.answers["Read"] = [Note(text="x"), half, half, api.Empty()]
     lines = [json.loads(line) for line in run("--log-format", "json", "cat", "a:/x").stderr.splitlines()]
+    assert len(lines) == 2
     assert lines[0] == {"level": "info", "message": "x"}
     assert lines[1] == {"level": "info", "message": "progress", "stage": "s", "what": "w", "done": 1, "total": 2}
 
@@ -391,6 +394,9 @@ def test_status(daemon: FakeDaemon) -> None:
 def test_evict(daemon: FakeDaemon) -> None:
     daemon.answers["Evict"] = [api.EvictReport(layers=3, freed=5 << 30)]
     assert run("evict", "a").stderr == "freed 5.0 GiB of 3 layers\n"
+    daemon.answers["Evict"] = [api.EvictReport(layers=1, freed=5)]
+    assert run("evict", "a").stderr == "freed 5 B of 1 layer\n"
+    daemon.answers["Evict"] = [api.EvictReport(layers=3, freed=5 << 30)]
     assert json.loads(run("evict", "a", "--json").stdout) == {"layers": 3, "freed": 5 << 30}
 
 

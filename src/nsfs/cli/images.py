@@ -7,7 +7,7 @@ import click
 from nsfs.cli import render
 from nsfs.cli.options import Choice, image_options, json_option
 from nsfs.cli.session import Session, pass_session
-from nsfs.model.report import ImageReport
+from nsfs.model.report import ImageReport, render_count, render_size
 from nsfs.serve import api
 
 
@@ -32,7 +32,7 @@ def evict(session: Session, reference: str, *, choice: Choice, as_json: bool) ->
     report = session.call("Evict", choice.image(reference), api.EvictReport)
     if as_json:
         click.echo(render.render_json(report))
-    session.talk.note(f"freed {render.render_size(report.freed)} of {report.layers} layers")
+    session.talk.note(f"freed {render_size(report.freed)} of {render_count(report.layers, 'layer')}")
 
 
 @click.command()

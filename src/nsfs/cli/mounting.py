@@ -10,9 +10,10 @@ import click
 import msgspec
 
 from nsfs.cli.options import Choice, image_options, json_option, mount_point
-from nsfs.cli.render import render_json, render_size
+from nsfs.cli.render import render_json
 from nsfs.cli.session import Session, pass_session
 from nsfs.errors import NotFoundError
+from nsfs.model.report import render_count, render_size
 from nsfs.serve import api
 
 
@@ -52,7 +53,7 @@ def mount(
     if as_json:
         click.echo(render_json(report))
     session.talk.note(
-        f"{report.reference} is at {report.target}: {report.files} files, {render_size(report.size)}, "
+        f"{report.reference} is at {report.target}: {render_count(report.files, 'file')}, {render_size(report.size)}, "
         f"{render_size(report.local)} of it local, driver {report.driver}"
     )
     if stopped is not None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from nsfs.model.report import render_count, render_size
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -29,16 +31,6 @@ _KINDS = {
     "fifo": (stat.S_IFIFO, "fifo"),
     "socket": (stat.S_IFSOCK, "socket"),
 }
-
-_UNITS = ("KiB", "MiB", "GiB", "TiB")
-
-
-def render_size(size: int) -> str:
-    """`size` bytes for people: 0 B, 1.5 KiB, 20.3 MiB."""
-    if size < 1024:
-        return f"{size} B"
-    power = min((size.bit_length() - 1) // 10, len(_UNITS))
-    return f"{size / (1 << 10 * power):.1f} {_UNITS[power - 1]}"
 
 
 def render_name(name: bytes) -> str:
@@ -156,7 +148,7 @@ def render_image(report: ImageReport) -> list[str]:
         ("reference", report.reference),
         ("digest", report.digest),
         ("platform", report.platform),
-        ("size", f"{render_size(report.size)} in {len(report.layers)} layers"),
+        ("size", f"{render_size(report.size)} in {render_count(len(report.layers), 'layer')}"),
         ("domain", report.domain),
     ]
     lines = render_columns(head)
@@ -176,7 +168,7 @@ def _layer_rows(layer: LayerReport) -> list[tuple[str, str]]:
         ("verified", layer.verified),
     ]
     if layer.indexed:
-        rows.append(("here", f"{layer.files} files, {render_size(layer.local)} local"))
+        rows.append(("here", f"{render_count(layer.files, 'file')}, {render_size(layer.local)} local"))
     return [(f"{name}:", value) for name, value in rows]
 
 

@@ -1,8 +1,9 @@
 """What nsfs says to people while it works: notes, progress, errors; on stderr, never on stdout.
 
-Three voices with the same four words: bars on a terminal, plain lines elsewhere, JSON lines for log collectors. One
-thread. A progress report is seen a few times a second, so the plain voice speaks at the first and the last one of a
-piece of work, and every ten seconds between.
+Three voices with the same three words: bars on a terminal, plain lines elsewhere, JSON lines for log collectors. One
+thread. A progress report is seen a few times a second, also while a finished piece of work waits for another, so the
+plain voice speaks at the first and the last one of a piece of work, and every ten seconds between; the JSON voice
+whenever there is something new.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import json
 import time
 from contextlib import contextmanager
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from nsfs.cli.render import render_size
+from nsfs.model.report import render_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,9 +60,10 @@ class PlainTalk:
         """Say it where it is the first or last report of this work, or the last one said is old."""
         work = (report.stage, report.what)
         ended = 0 < report.total <= report.done
-        if self._quiet or not (ended or self._clock() >= self._due.get(work, 0)):
+        due = self._due.get(work, 0.0)
+        if self._quiet or due == inf or not (ended or self._clock() >= due):
             return
-        self._due[work] = float("inf") if ended else self._clock() + _PATIENCE
+        self._due[work] = inf if ended else self._clock() + _PATIENCE
         self._line(f"{report.stage} {report.what}: {_how_far(report)}")
 
     def error(self, error: NsfsError) -> None:
@@ -88,6 +91,7 @@ class JsonTalk:
     def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
         self._stream = stream
         self._quiet = quiet
+        self._said: dict[tuple[str, str], Progress] = {}
 
     def note(self, text: str) -> None:
         """Level info."""
@@ -95,6 +99,10 @@ class JsonTalk:
 
     def progress(self, report: Progress) -> None:
         """Level info, with the figures as fields."""
+        work = (report.stage, report.what)
+        if self._said.get(work) == report:
+            return
+        self._said[work] = report
         self._line("info", "progress", stage=report.stage, what=report.what, done=report.done, total=report.total)
 
     def error(self, error: NsfsError) -> None:

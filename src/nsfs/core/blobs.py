@@ -66,6 +66,10 @@ class Blobs:
             return self._found[digest, repository]
         raise NotFoundError(f"no repository is known that has blob {digest.hex[:12]}")
 
+    async def is_local(self, digest: Digest, size: int) -> bool:
+        """Whether the blob is a file of this machine."""
+        return isinstance(await self.find(digest, size), LocalBlob)
+
 
 class OriginBlob:
     """A blob as `core.ports.Blob`."""

@@ -167,6 +167,15 @@ class Layers:
         """Whether the layer's index is complete in this domain."""
         return self._catalog.layer(key_of(layer)) is not None
 
+    async def left_to_download(self, image: Image, layer: Layer) -> int:
+        """Bytes that `index` will read of a registry's plain layer; 0 where it needs no pass over all of it."""
+        if layer.format.toc or self.is_indexed(layer):
+            return 0
+        self._blobs.add(layer.digest, image.repository)
+        if await self._blobs.is_local(layer.digest, layer.descriptor.size):
+            return 0
+        return max(0, layer.descriptor.size - _size_of(self._paths.spool(layer.digest)))
+
     def check(self, layer: Layer) -> None:
         """Raise UnsupportedError for a layer that cannot be shown."""
         if layer.format.refused:

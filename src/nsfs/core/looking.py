@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+from nsfs.core.layers import short
 from nsfs.core.tasks import run_all
 from nsfs.core.union import UnionTree, decide
 from nsfs.errors import UsageError
 from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.layer import Kind
 from nsfs.model.policy import Patience, view_name
-from nsfs.model.report import Data, EntryReport, Item, Note
+from nsfs.model.report import Data, EntryReport, Item, Note, render_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -138,7 +139,7 @@ class Looking:
 
     async def _top_map(self, image: Image, depth: int, report: Report) -> MapRecord:
         layer = image.layers[-depth]
-        await self.announce([layer], report)
+        await self.announce(image, [layer], report)
         await self._layers.index(image, layer)
         return await self._layers.map_alone(layer)
 
@@ -146,18 +147,19 @@ class Looking:
         """Every layer's map, lowest first; layers that are not indexed are, all at once."""
         for layer in image.layers:
             self._layers.check(layer)
-        await self.announce(image.layers, report)
+        await self.announce(image, image.layers, report)
         layers = {layer.digest: layer for layer in image.layers}.values()
         await run_all(partial(self._layers.index, image, layer) for layer in layers)
         return await self._layers.maps(image.layers)
 
-    async def announce(self, layers: Sequence[Layer], report: Report) -> None:
+    async def announce(self, image: Image, layers: Sequence[Layer], report: Report) -> None:
         """Say what indexing `layers` will download."""
-        plain = {layer.digest: layer for layer in layers if not layer.format.toc and not self._layers.is_indexed(layer)}
+        costs = {layer.digest: await self._layers.left_to_download(image, layer) for layer in layers}
+        plain = [digest for digest, cost in costs.items() if cost]
         if plain:
-            size = sum(layer.descriptor.size for layer in plain.values())
-            what = "1 plain layer" if len(plain) == 1 else f"{len(plain)} plain layers"
-            await report(Note(text=f"reading {what} once, whole, to index: {size / 1e6:.1f} MB to download"))
+            what = f"layer {short(plain[0])}" if len(plain) == 1 else f"{len(plain)} layers"
+            size = render_size(sum(costs.values()))
+            await report(Note(text=f"plain {what} must be read once, whole, to be indexed: {size} to download"))
 
 
 def _opened(files: ExitStack, record: MapRecord) -> ErofsImage:

@@ -10,6 +10,21 @@ from typing import Any
 
 from msgspec import Struct, field
 
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
+
+
+def render_size(size: int) -> str:
+    """`size` bytes for people: 0 B, 1.5 KiB, 20.3 MiB."""
+    if size < 1024:
+        return f"{size} B"
+    power = min((size.bit_length() - 1) // 10, len(_UNITS))
+    return f"{size / (1 << 10 * power):.1f} {_UNITS[power - 1]}"
+
+
+def render_count(count: int, thing: str) -> str:
+    """So many of a thing: 1 layer, 2 layers."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
 
 class Progress(Struct, tag="progress", kw_only=True):
     """How far a long piece of work is; sent a few times a second."""

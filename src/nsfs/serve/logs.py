@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from typing import Final
+
+_TALKATIVE: Final = ("httpx", "httpcore")
+"""They log URLs and headers: signatures of redirects, tokens, passwords. Their warnings have none."""
 
 
 class _Text(logging.Formatter):
@@ -33,3 +37,5 @@ def start_logging(form: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Text())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
