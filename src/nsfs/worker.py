@@ -54,11 +54,11 @@ if TYPE_CHECKING:
 
     from nsfs.core.ports import Source
     from nsfs.model.pool import LayerKey
-    from nsfs.serve.config import Config
+    from nsfs.serve.config import Config, Fetch
     from nsfs.serve.forkserver import ServerProcess
     from nsfs.serve.wire import Peer
     from nsfs.store.index import DomainIndex
-    from nsfs.store.layout import DomainLayout, RunLayout
+    from nsfs.store.layout import DomainLayout
     from nsfs.store.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         for tree in params.trees:
             worker.shown.show_tree(tree)
         peer = await stack.enter_async_context(open_peer(control, worker.domain.methods(), name=params.domain))
-        await _serve(params, layout.domain_run(params.domain), fds, peer, pool, worker)
+        await _serve(params, config, fds, peer, pool, worker)
 
 
 class _Worker:
@@ -118,11 +118,10 @@ async def _compose(
             credentials=DockerConfig(config.registry.docker_config or _docker_config(os.environ)),
             hosts=config.registry.config_path,
             timeouts=Timeouts(config.registry.connect_timeout, config.registry.read_timeout),
+            connections=config.registry.connections,
         )
     )
-    fetcher = await stack.enter_async_context(
-        open_fetcher(pool, FetchConfig(fetches_per_layer=config.fetch.concurrency))
-    )
+    fetcher = await stack.enter_async_context(open_fetcher(pool, fetch_config(config.fetch)))
     sources = RemoteSources(remote)
     blobs = Blobs(sources, index)
     jobs = Jobs(spawner, limit=max(2, os.cpu_count() or 1))
@@ -143,15 +142,16 @@ async def _compose(
     return _Worker(Domain(images, layers, blobs, views, looking, index, shown), views, shown)
 
 
-async def _serve(params: WorkerArgs, run: RunLayout, fds: list[int], peer: Peer, pool: Pool, worker: _Worker) -> None:
+async def _serve(params: WorkerArgs, config: Config, fds: list[int], peer: Peer, pool: Pool, worker: _Worker) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_flush_often, pool)
         if params.fuse:
             ready = trio.Event()
-            session = Session(FuseOperations(worker.shown.files), fds[2])
+            session = Session(FuseOperations(worker.shown.files), fds[2], resend=config.kernel.resend)
             nursery.start_soon(_serve_fuse, session, params.init, ready, nursery.cancel_scope)
             await ready.wait()
         else:
+            run = Layout(config.root, config.run).domain_run(params.domain)
             await nursery.start(_serve_fronts, run.socket, worker.domain)
         await peer.call("Ready", Ready(), worker_api.Empty)
         await peer.wait_closed()
@@ -252,6 +252,16 @@ def _mapped(path: str) -> memoryview:
     """A file's bytes; their pages are the kernel's, not ours."""
     with open(path, "rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def fetch_config(config: Fetch) -> FetchConfig:
+    """What the configuration says of fetching; the first step of a read-ahead is no longer than the longest."""
+    usual = FetchConfig()
+    return FetchConfig(
+        fetches_per_layer=config.concurrency,
+        read_ahead_least=min(usual.read_ahead_least, config.read_ahead),
+        read_ahead_most=config.read_ahead,
+    )
 
 
 def host_platform() -> Platform:

@@ -65,7 +65,11 @@ def test_root_uses_what_is_there() -> None:
     assert {"loop devices", "fusermount3"}.isdisjoint(used)
 
 
-@pytest.mark.parametrize("key", ["file_backed", "directio", "resend", "idmap"])
+def test_nothing_claims_to_use_what_nothing_uses() -> None:
+    assert not {"idmapped mounts", "user namespaces"} & _used(judge(ALL, DEFAULT, "6.18", 0))
+
+
+@pytest.mark.parametrize("key", ["file_backed", "directio", "resend"])
 def test_what_is_turned_off_is_not_used(key: str) -> None:
     config = parse_config(f"[kernel]\n{key} = false")
     gone = _used(judge(ALL, DEFAULT, "6.18", 0)) - _used(judge(ALL, config, "6.18", 0))

@@ -163,6 +163,6 @@ def plan_delay(config: FetchConfig, error: NsfsError, attempts: int, jitter: flo
     """Seconds until an attempt may follow number `attempts`, which failed with `error`."""
     if not error.transient:
         return config.retry_permanent
-    doubled = min(config.retry_least * 2 ** min(attempts - 1, 30), config.retry_most)
+    doubled: float = min(config.retry_least * 2 ** min(attempts - 1, 30), config.retry_most)
     asked = error.retry_after or 0.0 if isinstance(error, UnreachableError) else 0.0
     return max(doubled * (0.5 + jitter / 2), min(asked, config.retry_after_most))

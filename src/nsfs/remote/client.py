@@ -4,8 +4,9 @@ Owns the conversation behind one GET: who asks (once more after a 401 or 403), w
 and no configured header for another origin, no downgrade to plain HTTP), and what errors are called. Bodies are never
 interpreted here. Each attempt is bounded by the timeouts, each `retrying` by its number of attempts.
 
-Concurrency: any number of tasks; at most `LANE` streams and, apart from these, `LANE` other requests are open at a
-time, so a range never waits behind whole layers. Every call may be cancelled at any time.
+Concurrency: any number of tasks. Of the connections that one server may have at a time, half are for streams and half
+for other requests, so a range never waits behind whole layers, and nobody behind another server that does not answer.
+Every call may be cancelled at any time.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LANE = 12
+CONNECTIONS = 24
 MAX_REDIRECTS = 5
 
 _MAX_REASON = 4096
@@ -122,13 +123,20 @@ class Answer:
             yield
 
 
-class Connections:
-    """The HTTP clients of a process, one per TLS configuration, and the number of requests they may have open."""
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """Slots for what one server may have open at a time; the same ones for both where it may have but one."""
 
-    def __init__(self, environment: Mapping[str, str], timeouts: Timeouts) -> None:
+    streams: trio.Semaphore
+    requests: trio.Semaphore
+
+
+class Connections:
+    """The HTTP clients of a process, one per TLS configuration, and how many connections each server may have."""
+
+    def __init__(self, environment: Mapping[str, str], timeouts: Timeouts, limit: int = CONNECTIONS) -> None:
         self.timeouts = timeouts
-        self.streams = trio.Semaphore(LANE)
-        self.requests = trio.Semaphore(LANE)
+        self._limit = limit
         self._environment = environment
         self._clients: dict[Tls, httpx.AsyncClient] = {}
 
@@ -137,6 +145,11 @@ class Connections:
         if tls not in self._clients:
             self._clients[tls] = create_client(tls, self._environment, self.timeouts)
         return self._clients[tls]
+
+    def lanes(self) -> Lanes:
+        """The slots for one more server."""
+        requests = trio.Semaphore(-(-self._limit // 2))
+        return Lanes(trio.Semaphore(self._limit // 2) if self._limit > 1 else requests, requests)
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -150,6 +163,7 @@ class Server:
     def __init__(self, endpoint: Endpoint, registry: str, connections: Connections, credentials: Credentials) -> None:
         self.endpoint = endpoint
         self._connections = connections
+        self._lanes = connections.lanes()
         account = endpoint.host if endpoint.namespace else registry
         self._authorizer = Authorizer(account, credentials, self._ask_token, plain=endpoint.plain)
         self._down_until = 0.0
@@ -165,7 +179,7 @@ class Server:
     @asynccontextmanager
     async def open(self, get: Get, meter: Meter) -> AsyncIterator[Answer]:
         """Ask once; the body can be read inside the block. Raises NsfsError for everything but a 2xx."""
-        async with self._connections.streams if get.stream else self._connections.requests:
+        async with self._lanes.streams if get.stream else self._lanes.requests:
             with bounded(self._connections.timeouts.longest, self.endpoint.host):
                 response, url = await self._resolve(get, meter)
             target = url if origin(url) != origin(self.endpoint.base) else None

@@ -10,7 +10,7 @@ import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from nsfs.remote.client import Connections, Patience, Server
+from nsfs.remote.client import CONNECTIONS, Connections, Patience, Server
 from nsfs.remote.credentials import Anonymous
 from nsfs.remote.hosts import load_endpoints
 from nsfs.remote.layout import LayoutSource
@@ -59,17 +59,18 @@ async def open_remote(
     environment: Mapping[str, str] | None = None,
     timeouts: Timeouts = Timeouts(),  # noqa: B008  frozen
     patience: Patience = Patience(),  # noqa: B008  frozen
+    connections: int = CONNECTIONS,
 ) -> AsyncIterator[Remote]:
     """Open a Remote; its connections are closed at the end.
 
     `hosts` is the directory of hosts.toml files (containerd's config_path); `environment` names proxies, os.environ if
-    None.
+    None. At most `connections` are open to one server at a time.
     """
-    connections = Connections(os.environ if environment is None else environment, timeouts)
+    opened = Connections(os.environ if environment is None else environment, timeouts, connections)
     try:
-        yield Remote(connections, credentials or Anonymous(), hosts, patience)
+        yield Remote(opened, credentials or Anonymous(), hosts, patience)
     finally:
-        await connections.aclose()
+        await opened.aclose()
 
 
 @asynccontextmanager

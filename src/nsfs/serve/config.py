@@ -71,16 +71,16 @@ class Registry(Struct, frozen=True, kw_only=True):
     """To connect, TLS included, per attempt."""
     read_timeout: Duration = Duration(30)
     """Without a byte from the registry, per attempt."""
-    connections: Count = 16
-    """At most so many to registries, per domain."""
+    connections: Count = 24
+    """At most so many to one registry server, per domain: half for whole layers, half for ranges and documents."""
 
 
 class Fetch(Struct, frozen=True, kw_only=True):
     """How absent content is fetched."""
 
     concurrency: Count = 8
-    """Ranges on the line at one time, per domain."""
-    read_ahead: Size = Size(1 << 20)
+    """Ranges of one layer on the line at one time."""
+    read_ahead: Size = Size(4 << 20)
     """Fetched beyond what a sequential reader asks for; 0 for nothing."""
 
 
@@ -94,7 +94,7 @@ class Kernel(Struct, frozen=True, kw_only=True):
     resend: bool = True
     """Have the kernel repeat what a dead worker left unanswered (Linux 6.9); else these reads wait for an abort."""
     idmap: bool = True
-    """Shift owners by idmapped mounts (Linux 5.19); else owners are shown as the image has them."""
+    """Shift owners by idmapped mounts (Linux 5.19). Nothing asks for that yet: owners are as the image has them."""
 
 
 class Config(Struct, frozen=True, kw_only=True):

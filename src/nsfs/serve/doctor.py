@@ -46,7 +46,7 @@ class Feature:
     needed: bool = False
     """Nothing works without it."""
     who: str = ""
-    """root or user where only these use it."""
+    """root or user where only these use it; nobody where nothing does yet."""
     key: str = ""
     """The key in [kernel] that turns it off."""
     instead_of: str = ""
@@ -75,8 +75,8 @@ FEATURES = (
     Feature("overlay on a view, twice", "6.12", "no containers inside containers (docker in docker)", who="root"),
     Feature("trusted xattrs", "", "no --rw", who="root"),
     Feature("FUSE_NOTIFY_RESEND", "6.9", "reads under way fail when a worker dies", who="root", key="resend"),
-    Feature("idmapped mounts", "5.19", "owners cannot be shifted", who="root", key="idmap"),
-    Feature("user namespaces", "3.8", "owners cannot be shifted", who="root", key="idmap"),
+    Feature("idmapped mounts", "5.19", "owners cannot be shifted", who="nobody", key="idmap"),
+    Feature("user namespaces", "3.8", "owners cannot be shifted", who="nobody", key="idmap"),
     Feature("memfd", "3.17", "nothing works: presence bitmaps live there", needed=True),
     Feature("sparse 16 TiB file", "", "nothing works: the pool does not fit this filesystem", needed=True),
     Feature("punched holes", "2.6.38", "evicted content keeps its disk space"),

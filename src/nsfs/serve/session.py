@@ -96,9 +96,12 @@ async def read_init(fuse_fd: int) -> bytes:
 class Session:
     """A session of `operations` over `fuse_fd`. There is one per process."""
 
-    def __init__(self, operations: pyfuse3.Operations, fuse_fd: int, limits: Limits | None = None) -> None:
+    def __init__(
+        self, operations: pyfuse3.Operations, fuse_fd: int, limits: Limits | None = None, *, resend: bool = True
+    ) -> None:
         self._fuse_fd = fuse_fd
         self._limits = limits or Limits()
+        self._resend = resend
         ours, self._shim = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             self._session_fd = fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
@@ -156,7 +159,10 @@ class Session:
         return False
 
     def _ask_again(self) -> None:
-        """Have the kernel queue again what a predecessor took and did not answer."""
+        """Have the kernel queue again what a predecessor took and did not answer, unless that is not wanted."""
+        if not self._resend:
+            log.warning("reads that the last worker had taken stay unanswered: resending is turned off")
+            return
         try:
             os.write(self._fuse_fd, _NOTIFY_RESEND)
         except OSError as error:
