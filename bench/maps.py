@@ -10,6 +10,8 @@ import glob
 import os
 from typing import TYPE_CHECKING
 
+import lmdb
+
 from bench import stacks
 from bench.harness import Bench, Figure, seconds
 from images import file, gzip_layer, sample_content
@@ -46,12 +48,20 @@ def _build_maps(bench: Bench, scratch: str, reference: str, target: str) -> list
     """With the indexes there and the maps gone, in a daemon that has just started, but whose worker runs."""
     times = []
     for _ in range(bench.samples):
-        for path in glob.glob(f"{scratch}/nsfs/root/domains/*/layers/*/*/map*.erofs"):
-            os.unlink(path)
+        _forget_maps(f"{scratch}/nsfs/root")
         with run_daemon(f"{scratch}/nsfs") as daemon, open_control(daemon.socket) as control:
             control.call("Inspect", api.ImageRequest(reference=reference), ImageReport)  # starts the worker
             times.append(_time_mount(control, reference, target, _SOME_FILE))
     return times
+
+
+def _forget_maps(root: str) -> None:
+    """Delete all maps, as if the layers had been indexed but never mounted; no daemon may run."""
+    for path in glob.glob(f"{root}/domains/*/layers/*/*/map*.erofs"):
+        os.unlink(path)
+    for path in glob.glob(f"{root}/domains/*/index.lmdb"):
+        with lmdb.open(path, subdir=False, max_dbs=16) as environment, environment.begin(write=True) as transaction:
+            transaction.drop(environment.open_db(b"maps", transaction), delete=False)
 
 
 def _measure_new_layer(bench: Bench, scratch: str, reference: str) -> None:

@@ -95,6 +95,6 @@ def _measure_over_a_line(bench: Bench, server: Containerd, scratch: str, image: 
         reference = f"{line.host}/{image.recipe.name}:latest"
         theirs = [_their_pull(server, reference) / limit]
         ours = [_our_pull(scratch, reference) / limit for _ in range(min(2, bench.samples))]
-    name = f"first pull over {_MBIT:.0f} Mbit/s, {_ROUND_TRIP_MS:.0f} ms, {image.recipe.name}: time over the line's"
+    name = f"{_MBIT:.0f} Mbit/s, {_ROUND_TRIP_MS:.0f} ms, {image.recipe.name}: time over the line's"
     bench.add(Figure(name=name, unit="x", samples=ours, higher_is_better=False, goal=_OVER_THE_LIMIT))
-    bench.add(Figure(name=f"{name}, containerd {server.version}", unit="x", samples=theirs, higher_is_better=False))
+    bench.add(Figure(name=f"{name}, containerd", unit="x", samples=theirs, higher_is_better=False))

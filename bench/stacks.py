@@ -63,8 +63,9 @@ def _crowd(number: int, files: int) -> Layer:
 
 
 def one_large(size: int) -> Layer:
-    """A layer of one file, `large`, of so many bytes that do not compress."""
-    return tar_layer([file("large", random.Random(5).randbytes(size))])
+    """A layer of one file, `large`, of so many bytes (whole MiB) that do not compress."""
+    source = random.Random(5)
+    return tar_layer([file("large", b"".join(source.randbytes(1 << 20) for _ in range(size >> 20)))])
 
 
 def many_bytes(path: str, size: int) -> str:
