@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import trio
@@ -57,7 +58,7 @@ class ScriptedBlob:
     most_at_once: int = 0
     go_on: trio.Event = field(default_factory=trio.Event)
 
-    @property
+    @cached_property
     def digest(self) -> Digest:
         return Digest.of(self.data)
 

@@ -261,8 +261,7 @@ class Fetcher:
             self._waiters.discard(waiter)
 
     async def _supply_now(self, view: View, waiter: _Waiter, patience: float | None) -> Supply:
-        runs = self._pool.missing(waiter.address, waiter.size)
-        plan = await self._ensure_plan(view, runs, waiter, patience)
+        plan = await self._ensure_plan(view, waiter, patience)
         self._notice(view, plan)
         wanted = [_Wanted(view.sources[group.layer], group) for group in plan.groups]
         got = await self._obtain(wanted, waiter, patience)
@@ -273,9 +272,10 @@ class Fetcher:
             self._note_refusal(supply.refused)
         return supply
 
-    async def _ensure_plan(self, view: View, runs: list[Range], waiter: _Waiter, patience: float | None) -> ReadPlan:
-        """What the absent blocks need; layers that have no spans yet get them first."""
+    async def _ensure_plan(self, view: View, waiter: _Waiter, patience: float | None) -> ReadPlan:
+        """What the absent blocks need; layers that have no spans yet get them first, or all of their contents."""
         while True:
+            runs = self._pool.missing(waiter.address, waiter.size)
             plan = plan_read([source.table for source in view.sources], runs)
             layers = [view.sources[layer] for layer in sorted({piece.layer for piece in plan.pieces})]
             bare = [_Wanted(source, None) for source in layers if not source.table.has_spans]
@@ -343,9 +343,9 @@ class Fetcher:
         if not plan.groups:
             return
         layer = plan.groups[0].layer
-        spans = [group.spans for group in plan.groups if group.layer == layer]
-        whole = range(min(part.start for part in spans), max(part.stop for part in spans))
-        head = view.missed(layer, *view.sources[layer].table.stream_range(whole))
+        start = min(piece.stream for piece in plan.pieces if piece.layer == layer)
+        last = max(group.spans.stop for group in plan.groups if group.layer == layer) - 1
+        head = view.missed(layer, start, view.sources[layer].table.stream_range(range(last, last + 1))[1])
         if head is not None:
             self._begin_read_ahead(view, head)
 
@@ -366,6 +366,7 @@ class Fetcher:
         except Exception:
             log.exception("a bug: no read-ahead in layer %s", source.key)
             return
+        head.end = max([head.end, *(source.table.stream_range(group.spans)[1] for group in groups)])
         wanted = [_Wanted(source, group) for group in groups]
         self._join([want for want in wanted if self._is_worth_fetching(want.key)], is_urgent=False)
 
@@ -425,10 +426,7 @@ class Fetcher:
     async def _make_spans(self, source: LayerSource) -> Landing:
         if source.make_spans is None:
             raise UnreachableError(f"the layer cannot be fetched by ranges yet: {source.key}")
-        table = await source.make_spans()
-        if not table.has_spans:
-            raise UnreachableError(f"the layer still cannot be fetched by ranges: {source.key}")
-        source.table = table
+        source.table = await source.make_spans()
         return Landing({NO_SPANS: {}}, {})
 
     async def _bring(self, flight: Flight, batch: Batch) -> Landing:

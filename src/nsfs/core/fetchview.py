@@ -48,7 +48,8 @@ class LayerSource:
     """One layer as a view asks it: where its bytes are, and who can fetch them.
 
     `table` may be exchanged at any time for a later one of the same layer; a table without spans gets them by
-    `make_spans`, which returns the new table.
+    `make_spans`, which returns the new table. Of a layer that can only be had whole the new table has none either; then
+    `make_spans` has put all its contents into the pool.
     """
 
     key: str
@@ -78,12 +79,15 @@ class View:
         return None
 
     def missed(self, layer: int, start: int, end: int) -> Head | None:
-        """The sequence that a miss continues, which takes the stream's [start, end); None for the first of one."""
+        """The sequence that is to be fetched further ahead now that a miss lacks the stream from `start`.
+
+        The miss brings the stream up to `end`. None for the first of a sequence, and while enough is under way.
+        """
         for head in self.heads:
-            if head.layer == layer and abs(start - head.end) <= _SLACK:
+            if head.layer == layer and head.start - _SLACK <= start <= head.end + _SLACK:
                 head.end = max(end, head.end)
-                return head
-        self.heads.append(Head(layer, end))
+                return head if head.end - end <= head.window // 2 else None
+        self.heads.append(Head(layer, start, end))
         return None
 
 
@@ -92,6 +96,8 @@ class Head:
     """Where a sequence of reads is, in the stream of one layer of a view."""
 
     layer: int
+    start: int
+    """From here it was last fetched ahead."""
     end: int
     """Up to here it is fetched, or on its way."""
     window: int = 0
@@ -102,5 +108,5 @@ class Head:
         """The stream's next part, twice as long as the last."""
         self.window = min(max(self.window * 2, config.read_ahead_least), config.read_ahead_most)
         self.mark = -1
-        start, self.end = self.end, self.end + self.window
-        return range(start, self.end)
+        self.start, self.end = self.end, self.end + self.window
+        return range(self.start, self.end)
