@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help demo test quick lint bench wheel pages clean
+.PHONY: help demo test quick lint bench proto wheel pages clean
 
 help:
 	@echo 'make demo    mount a real image lazily from a real registry, and print what it cost'
@@ -10,6 +10,7 @@ help:
 	@echo 'make quick   the same without the slow tests'
 	@echo 'make lint    lint, types and import contracts alone'
 	@echo 'make bench   the figures, as JSON and plots, in bench/results'
+	@echo 'make proto   the stubs of src/nsfs/serve/proto, after a change there'
 	@echo 'make wheel   dist/nsfs-*.whl'
 	@echo 'make pages   manual pages and completions, in dist/'
 
@@ -33,6 +34,11 @@ lint:
 bench:
 	@contrib/setup.sh
 	@$(BIN)/python -m bench
+
+# The stubs are checked in: whoever installs nsfs needs no compiler for them.
+proto:
+	@contrib/setup.sh
+	@$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src src/nsfs/serve/proto/*.proto
 
 wheel:
 	@contrib/setup.sh
