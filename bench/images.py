@@ -23,7 +23,8 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from bench import CACHE, debian
+import debian
+from bench import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -15,6 +15,7 @@ PACKAGES=(
     ca-certificates docker-registry                                      # a real registry
     debootstrap                                                          # real images
     erofs-utils umoci                                                    # other opinions on what we write
+    containerd runc runsc busybox-static                                 # real containers, of a small image
 )
 command -v go >/dev/null || PACKAGES+=(golang-go) # eStargz layers that are not of our own making
 
