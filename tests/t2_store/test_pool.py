@@ -397,3 +397,16 @@ def test_a_nearly_empty_bitmap_is_loaded_in_no_time(domain: DomainLayout, pool: 
     assert time.process_time() - begun < 0.05
     assert again.local_bytes([(BASE + number * (40 << 30), 1) for number in range(20)]) == 20 * BLOCK
     again.close()
+
+
+def test_many_ranges_are_evicted_with_one_sync(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = [(BASE + number * 3 * BLOCK, BLOCK) for number in range(50)]
+    for address, size in ranges:
+        pool.write(address, bytes(size))
+    pool.write(BASE + BLOCK, b"k" * BLOCK)
+    pool.flush()
+    syncs: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", syncs.append)
+    assert pool.evict_all(ranges) == 50 * BLOCK
+    assert syncs == [pool._present]
+    assert pool.missing(BASE, 3 * BLOCK) == [(BASE, BLOCK), (BASE + 2 * BLOCK, BLOCK)]

@@ -30,7 +30,7 @@ from nsfs.errors import CorruptError, NoSpaceError, NsfsError, UnsupportedError
 from nsfs.store.index import END_ADDRESS, FIRST_ADDRESS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from nsfs.store.layout import DomainLayout
 
@@ -395,21 +395,24 @@ class Pool:
             raise _mapped_error(error, "cannot sync the pool") from error
 
     def evict(self, address: int, size: int) -> int:
-        """Drop all blocks that [address, address + size) touches; returns how many bytes were there.
+        """Drop all blocks that [address, address + size) touches; returns how many bytes were there."""
+        return self.evict_all([(address, size)])
 
-        Blocks for two syncs where durable bits were set. Raises UnsupportedError where the filesystem cannot punch
+    def evict_all(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """Drop all blocks that `ranges` (address, size) touch; returns how many bytes were there.
+
+        Blocks for one sync where durable bits were set. Raises UnsupportedError where the filesystem cannot punch
         holes (the blocks are absent all the same), CorruptError or NoSpaceError where it fails.
         """
-        first, count = _blocks(address, size)
         with self._exclusive(), _mapped_errors("cannot evict from the pool"):
-            freed = self.local_bytes([(address, size)])
             with self._bits_lock:
                 self._epoch[0] |= 1
-                for start, step in _steps(address, size):
-                    self._put(start, step, 0)
+                freed = sum(self._clear(address, size) for address, size in ranges)
             try:
-                self._clear_durable(first, count)
-                self._punch(first * BLOCK, count * BLOCK)
+                self._clear_durable(ranges)
+                for address, size in ranges:
+                    first, count = _blocks(address, size)
+                    self._punch(first * BLOCK, count * BLOCK)
             finally:
                 with self._bits_lock:
                     self._epoch[0] += 1
@@ -430,7 +433,12 @@ class Pool:
         with self._exclusive():
             self._epoch[0] += self._epoch[0] & 1
 
-    def _clear_durable(self, first: int, count: int) -> None:
+    def _clear_durable(self, ranges: Sequence[tuple[int, int]]) -> None:
+        changed = [self._clear_durable_run(*_blocks(address, size)) for address, size in ranges]
+        if any(changed):
+            os.fdatasync(self._present)
+
+    def _clear_durable_run(self, first: int, count: int) -> bool:
         lo, hi = first >> 3, (first + count + 7) >> 3
         changed = False
         for at in range(lo, hi, _PAGE):
@@ -440,8 +448,7 @@ class Pool:
             if new != old:
                 os.pwrite(self._present, new.to_bytes(end - at, "little"), at)
                 changed = True
-        if changed:
-            os.fdatasync(self._present)
+        return changed
 
     def _punch(self, address: int, size: int) -> None:
         flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
@@ -473,6 +480,13 @@ class Pool:
         shift = first & 7
         around = int.from_bytes(self._bitmap[lo:hi], "little") & ~((1 << count) - 1 << shift)
         self._bitmap[lo:hi] = (around | bits << shift).to_bytes(hi - lo, "little")
+
+    def _clear(self, address: int, size: int) -> int:
+        """Returns how many bytes were there."""
+        there = self.local_bytes([(address, size)])
+        for start, count in _steps(address, size):
+            self._put(start, count, 0)
+        return there
 
     def _set(self, address: int, size: int) -> None:
         for start, count in _steps(address, size):
