@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One measured thing. `goal` is for the ratio where there is a baseline, else for the value."""
+    """One measured thing. `goal` is for the ratio where there is a baseline, else for the value.
+
+    `enough` is a value that reaches the goal whatever the ratio is.
+    """
 
     name: str
     unit: str
@@ -34,6 +37,7 @@ class Figure:
     baseline_name: str = ""
     higher_is_better: bool
     goal: float | None = None
+    enough: float | None = None
 
     @property
     def value(self) -> float:
@@ -54,8 +58,11 @@ class Figure:
         if self.goal is None:
             return None
         if self.ratio is not None:
-            return self.ratio >= self.goal
-        return self.value >= self.goal if self.higher_is_better else self.value <= self.goal
+            return self.ratio >= self.goal or (self.enough is not None and self._is_at_least_as_good_as(self.enough))
+        return self._is_at_least_as_good_as(self.goal)
+
+    def _is_at_least_as_good_as(self, value: float) -> bool:
+        return self.value >= value if self.higher_is_better else self.value <= value
 
     def report(self) -> dict[str, Any]:
         """For the JSON file."""
@@ -69,6 +76,7 @@ class Figure:
             else None,
             "ratio": self.ratio,
             "goal": self.goal,
+            "enough": self.enough,
             "reached": self.reached,
             "higher_is_better": self.higher_is_better,
         }

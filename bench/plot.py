@@ -27,7 +27,9 @@ def draw(results: dict[str, Any], path: str) -> None:
             axes.plot([goal, goal], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
     axes.set_yticks(places, [bar[0] for bar in bars], fontsize=8)
     axes.set_xscale("log")
-    axes.margins(x=0.15)
+    axes.set_xlim(0.25, max(8.0, 3 * max(bar[1] for bar in bars)))
+    axes.set_ylim(0.3, len(bars) + 0.7)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="#cccccc", zorder=0)
     machine = results["machine"]
     axes.set_xlabel(

@@ -53,7 +53,7 @@ def _measure_first_pull(bench: Bench, server: Containerd, scratch: str, image: i
             unit="s",
             samples=ours,
             baseline=theirs,
-            baseline_name=f"containerd {server.version}",
+            baseline_name=f"containerd {server.version.partition('+')[0]}",
             higher_is_better=False,
             goal=GOAL,
         )

@@ -71,7 +71,8 @@ def _attempt(name: str, bench: Bench) -> str:
 
 def describe_machine(directory: str) -> dict[str, object]:
     """What the figures depend on."""
-    kind = subprocess.run(["stat", "-f", "-c", "%T", directory], check=True, capture_output=True, text=True).stdout
+    command = ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", directory]
+    kind = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {
         "kernel": platform.release(),
         "cores": os.cpu_count(),
