@@ -124,7 +124,8 @@ async def _compose(
     fetcher = await stack.enter_async_context(open_fetcher(pool, fetch_config(config.fetch)))
     sources = RemoteSources(remote)
     blobs = Blobs(sources, index)
-    jobs = Jobs(spawner, limit=max(2, os.cpu_count() or 1))
+    cores = os.cpu_count() or 1
+    jobs = Jobs(spawner, limit=max(2, cores), fed_limit=max(4, 2 * cores))
 
     def written(ranges: Sequence[tuple[int, int]]) -> None:
         for address, size in ranges:

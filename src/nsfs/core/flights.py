@@ -6,14 +6,18 @@ goes on. Callers with one key share one run and one outcome; after it has ended 
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import trio
+
+from nsfs.errors import NsfsError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class _Flight(Generic[T]):
@@ -21,6 +25,7 @@ class _Flight(Generic[T]):
 
     def __init__(self) -> None:
         self.landed = trio.Event()
+        self.waiting = 0
         self.result: list[T] = []
         self.error: Exception | None = None
 
@@ -33,21 +38,33 @@ class Flights(Generic[T]):
         self._flights: dict[str, _Flight[T]] = {}
 
     async def join(self, key: str, work: Callable[[], Awaitable[T]]) -> T:
-        """The outcome of the run under way for `key`, begun with `work` if there is none."""
+        """The outcome of the run under way for `key`, begun with `work` if there is none.
+
+        Raises what the run raised, and UnreachableError where the nursery ended before it did.
+        """
         flight = self._flights.get(key)
         if flight is None:
             flight = self._flights[key] = _Flight()
             self._nursery.start_soon(self._fly, key, flight, work)
-        await flight.landed.wait()
+        flight.waiting += 1
+        try:
+            await flight.landed.wait()
+        finally:
+            flight.waiting -= 1
         if flight.error is not None:
             raise flight.error.with_traceback(None)
+        if not flight.result:
+            raise UnreachableError(f"the worker ends before this was done: {key}")
         return flight.result[0]
 
     async def _fly(self, key: str, flight: _Flight[T], work: Callable[[], Awaitable[T]]) -> None:
         try:
             flight.result.append(await work())
-        except Exception as error:  # noqa: BLE001  it is raised again by everybody who waits
+        except Exception as error:
             flight.error = error
+            if not flight.waiting:
+                is_bug = not isinstance(error, NsfsError)
+                log.warning("nobody waited any more for what failed: %s: %s", key, error, exc_info=is_bug)
         finally:
             del self._flights[key]
             flight.landed.set()

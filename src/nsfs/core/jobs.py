@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 import trio
 from msgspec import Raw, Struct
 
-from nsfs.errors import ERRORS, NsfsError
+from nsfs.errors import ERRORS, NsfsError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -29,6 +30,8 @@ A = TypeVar("A", bound=Struct)
 T = TypeVar("T")
 
 _MAX_MESSAGE = 128 << 10
+_DEATH = 5.0
+"""Seconds that a killed job may take to be gone; longer only where a disk does not answer."""
 
 
 class JobProgress(Struct, tag="progress", array_like=True):
@@ -107,11 +110,16 @@ class Spawner(Protocol):
 
 
 class Jobs:
-    """The worker's side: runs jobs, at most `limit` at a time."""
+    """The worker's side: runs jobs, at most `limit` at a time; jobs that are fed, `fed_limit` beside them.
 
-    def __init__(self, spawner: Spawner, limit: int) -> None:
+    A job that is fed waits for whoever sends its bytes. It has slots of its own, so that a registry that drips holds up
+    no job that could work.
+    """
+
+    def __init__(self, spawner: Spawner, limit: int, fed_limit: int) -> None:
         self._spawner = spawner
         self._limiter = trio.CapacityLimiter(limit)
+        self._fed_limiter = trio.CapacityLimiter(fed_limit)
 
     async def run(
         self,
@@ -120,24 +128,35 @@ class Jobs:
         fds: Sequence[int],
         result: type[T],
         report: Callable[[int], Awaitable[None]] | None = None,
+        *,
+        is_fed: bool = False,
     ) -> T:
         """Run a job to its end; raises what the job raised, and NsfsError for one that died. Cancelling kills it."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        async with self._limiter:
-            with theirs:
-                process = await self._spawner.spawn(entry, args, [theirs.fileno(), *fds])
-            try:
-                with trio.socket.from_stdlib_socket(ours) as channel:
-                    packed = await _follow(channel, report)
-                status = await process.wait()
-            except BaseException:
-                process.kill()
-                raise
-            finally:
-                process.close()
+        async with self._fed_limiter if is_fed else self._limiter:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with trio.socket.from_stdlib_socket(ours) as channel:
+                with theirs:
+                    process = await self._spawner.spawn(entry, args, [theirs.fileno(), *fds])
+                packed, status = await _attend(process, channel, report)
         if packed is None:
             raise NsfsError(f"a job died: {entry}, exit status {status}", hint="the log of the worker says more")
         return msgspec.msgpack.decode(packed, type=result)
+
+
+async def _attend(
+    process: Process, channel: trio.socket.SocketType, report: Callable[[int], Awaitable[None]] | None
+) -> tuple[Raw | None, int]:
+    """Wait for the result and the end of a job. Leaves nothing that still writes: one that is given up is killed."""
+    try:
+        return await _follow(channel, report), await process.wait()
+    except BaseException:
+        process.kill()
+        with trio.move_on_after(_DEATH) as scope, suppress(UnreachableError):
+            scope.shield = True
+            await process.wait()
+        raise
+    finally:
+        process.close()
 
 
 async def _follow(channel: trio.socket.SocketType, report: Callable[[int], Awaitable[None]] | None) -> Raw | None:

@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -171,7 +171,7 @@ class Layers:
         """Bytes that `index` will read of a registry's plain layer; 0 where it needs no pass over all of it."""
         if layer.format.toc or self.is_indexed(layer):
             return 0
-        self._blobs.add(layer.digest, image.repository)
+        await self._blobs.add(layer.digest, image.repository)
         if await self._blobs.is_local(layer.digest, layer.descriptor.size):
             return 0
         return max(0, layer.descriptor.size - _size_of(self._paths.spool(layer.digest)))
@@ -185,7 +185,7 @@ class Layers:
         """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
         self.check(layer)
         key = key_of(layer)
-        self._blobs.add(layer.digest, image.repository)
+        await self._blobs.add(layer.digest, image.repository)
         if self._catalog.layer(key) is not None:
             return key
         return await self._indexing.join(str(key), lambda: self._index(layer, key))
@@ -226,7 +226,9 @@ class Layers:
 
         async def work(fd: int) -> None:
             result.append(
-                await self._jobs.run("nsfs.layer_jobs:first_pass", args, [self._bitmap, fd], LayerMade, report)
+                await self._jobs.run(
+                    "nsfs.layer_jobs:first_pass", args, [self._bitmap, fd], LayerMade, report, is_fed=True
+                )
             )
 
         await _feed(blob, min(have, blob.size), work)
@@ -379,7 +381,8 @@ async def _feed(blob: OriginBlob, offset: int, work: Callable[[int], Awaitable[N
             os.close(fd)
         return
     receive, send = os.pipe2(os.O_CLOEXEC)
-    fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, _PIPE)
+    with suppress(PermissionError):  # a user's pipes together have a limit (pipe(7), pipe-user-pages-soft)
+        fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, _PIPE)
     failure: list[Exception] = []
 
     async def pump() -> None:

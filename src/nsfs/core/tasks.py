@@ -1,4 +1,4 @@
-"""Several things at once, with errors that leave as they are and not in a group.
+"""Several things at once, with errors that leave as they are and not in a group; and work that must come to its end.
 
 A nursery wraps what its tasks raise in an ExceptionGroup; whoever asked for an image wants to hear the NsfsError.
 """
@@ -12,6 +12,20 @@ import trio
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+
+@asynccontextmanager
+async def open_tasks() -> AsyncIterator[trio.Nursery]:
+    """A nursery whose tasks are cancelled when the block ends; what the block raises leaves as it is."""
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+        try:
+            yield nursery
+        except Exception as error:  # noqa: BLE001  raised again below, outside of the nursery
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def run_all(works: Iterable[Callable[[], Awaitable[object]]]) -> None:
@@ -34,14 +48,31 @@ async def run_all(works: Iterable[Callable[[], Awaitable[object]]]) -> None:
 
 @asynccontextmanager
 async def running(work: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
-    """Run `work` while the block lasts; what the block raises leaves as it is."""
-    failure: Exception | None = None
+    """Run `work` while the block lasts; the first of the two that fails ends the other, and its error is raised."""
+    failures: list[Exception] = []
+
+    async def run() -> None:
+        try:
+            await work()
+        except Exception as error:  # noqa: BLE001  raised again below
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(work)
+        nursery.start_soon(run)
         try:
             yield
         except Exception as error:  # noqa: BLE001  raised again below
-            failure = error
+            failures.append(error)
         nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    if failures:
+        raise failures[0]
+
+
+async def finish(work: Awaitable[object]) -> None:
+    """Wait for `work` to its end, also where the caller is cancelled: for what must be undone or ended.
+
+    `work` has a deadline of its own, so that this ends.
+    """
+    with trio.CancelScope(shield=True):
+        await work
