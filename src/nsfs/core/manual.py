@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+_UNDO_DEADLINE = 60.0
+"""Seconds for each thing that a mount which fails had begun."""
+
 
 class Records(Protocol):
     """Where mounts are remembered, durably."""
@@ -216,7 +219,7 @@ class ManualMounts:
             self._claim(wish.target, undo)
             await self._kernel.check_target(wish.target)
             if domain.transient:
-                undo.push_async_callback(self._workers.end, domain)
+                _push_undo(undo, self._workers.end, domain)
             params = worker_api.Prepare(reference=wish.reference, platform=wish.platform)
             image = await self._workers.call(domain, "Prepare", params, worker_api.Prepared, report)
             record = _record(mount_id, wish, domain, driver, patience, image)
@@ -245,7 +248,7 @@ class ManualMounts:
         else:
             views = _lowers_of(record)
             lowers = await self._lowers.acquire(views)
-            undo.push_async_callback(self._lowers.release, views)
+            _push_undo(undo, self._lowers.release, views)
             marks = any(infos[map_id].marks for map_id in record.maps)
         upper = None
         if record.writable:
@@ -258,7 +261,7 @@ class ManualMounts:
         domain = self.domain_of(record)
         tree = worker_api.Tree(id=record.id, maps=maps, suffix=record.suffix)
         await self._workers.call(domain, "ShowTree", tree, worker_api.Empty)
-        undo.push_async_callback(self._hide_tree, record)
+        _push_undo(undo, self._hide_tree, record)
         return self._kernel.tree_path(record.domain, record.id)
 
     async def _hide_tree(self, record: MountRecord) -> None:
@@ -315,6 +318,16 @@ class ManualMounts:
         """At the end of the daemon: take every mount away, in use or not."""
         for record in self._records.mounts():
             await self.umount(record.target, force=True)
+
+
+def _push_undo(undo: AsyncExitStack, work: Callable[[T], Awaitable[None]], what: T) -> None:
+    """Have `work` done when `undo` ends, also for a caller who was cancelled: then nothing could be awaited else."""
+
+    async def shielded() -> None:
+        with trio.move_on_after(_UNDO_DEADLINE, shield=True):
+            await work(what)
+
+    undo.push_async_callback(shielded)
 
 
 def _record(
