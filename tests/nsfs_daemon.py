@@ -46,6 +46,17 @@ class Daemon:
             raise RuntimeError(f"nsfs {' '.join(arguments)}: exit {done.returncode}: {done.stderr}\n{self.tail()}")
         return done
 
+    @contextlib.contextmanager
+    def started(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """A command that runs beside the test, and is killed if it has not ended with the block."""
+        command = [*NSFS, "--socket", self.socket, *arguments]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as running:
+            try:
+                yield running
+            finally:
+                running.kill()
+
     def json(self, *arguments: str) -> Any:
         """What a command says with --json."""
         return json.loads(self.nsfs(*arguments, "--json").stdout)

@@ -236,6 +236,11 @@ class TestPlatform:
         with pytest.raises(NotFoundError, match=listing):
             oci.choose_platform(index_of(*offered), Platform.parse(wanted))
 
+    def test_of_a_single_image(self) -> None:
+        oci.check_platform(Platform("amd64", "linux"), Platform.parse("linux/x86_64"))
+        with pytest.raises(NotFoundError, match="linux/arm64: there is linux/amd64"):
+            oci.check_platform(Platform("amd64", "linux"), Platform.parse("linux/arm64"))
+
     def test_the_listing_carries_no_escape_sequences(self) -> None:
         with pytest.raises(NotFoundError) as caught:
             oci.choose_platform(index_of("linux/\x1b[2J"), Platform.parse("linux/amd64"))

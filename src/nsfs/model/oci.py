@@ -253,6 +253,12 @@ def choose_platform(index: ImageIndex, wanted: Platform) -> Descriptor:
     )
 
 
+def check_platform(offered: Platform, wanted: Platform) -> None:
+    """Raise NotFoundError unless an image for platform `offered` is one for `wanted`."""
+    if not _rank(offered, wanted.normal()):
+        raise NotFoundError(f"no image for platform {wanted}: there is {offered}", hint="leave --platform away")
+
+
 def layer_format(media_type: str, annotations: Annotations | None = None) -> LayerFormat:
     """What a layer's descriptor says of its format. Never raises: what cannot be shown is `refused`."""
     match = _LAYER.fullmatch(media_type)
