@@ -40,7 +40,8 @@ class Containerd:
         try:
             yield
         finally:
-            self._ctr("images", "unmount", "--snapshotter", "overlayfs", "--rm", target)
+            subprocess.run(["umount", target], check=True)
+            self._ctr("snapshots", "--snapshotter", "overlayfs", "remove", target)
 
     def remove(self, reference: str) -> None:
         """Forget the image, its blobs and its snapshots, so that the next pull is a first one."""

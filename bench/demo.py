@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench import containerd, estargz, images
+from bench.apart import run_apart
 from nsfs_daemon import Daemon, run_daemon
 from registry import Registry, push_layout, run_registry
 
@@ -67,12 +67,7 @@ def main() -> int:
     if os.geteuid() != 0:
         say("the demonstration mounts images and makes one with debootstrap: run it as root")
         return 9
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        demonstrate()
-    except KeyboardInterrupt:
-        say("interrupted; everything is cleaned up")
-        return 130
+    demonstrate()
     return 0
 
 
@@ -170,4 +165,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_apart(main)

@@ -11,15 +11,14 @@ import importlib
 import json
 import os
 import platform
-import signal
 import subprocess
-import sys
 import tempfile
 import traceback
 
 import click
 
 from bench import REPOSITORY, plot
+from bench.apart import run_apart
 from bench.harness import Bench, open_bench, say
 
 GROUPS = ("metadata", "reading", "pulling", "memory", "maps")
@@ -34,19 +33,22 @@ def main(only: tuple[str, ...], samples: int, directory: str, output: str) -> No
     """Measure nsfs against what the same machine does without it, in the same run."""
     if os.geteuid() != 0:
         raise click.UsageError("figures need mounts: run as root")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run_apart(lambda: measure(only or GROUPS, samples, directory, output))
+
+
+def measure(names: tuple[str, ...], samples: int, directory: str, output: str) -> int:
+    """Run the groups and store what they found; returns the exit status."""
     results: dict[str, object] = {"machine": describe_machine(directory), "samples": samples}
     groups: dict[str, object] = {}
     failed = False
-    for name in only or GROUPS:
+    for name in names:
         say(f"{name}:")
         group, good = run_group(name, directory, samples)
         groups[name] = group
         failed = failed or not good
     results["groups"] = groups
-    path = store(results, output)
-    print(path)
-    sys.exit(1 if failed else 0)
+    print(store(results, output))
+    return 1 if failed else 0
 
 
 def run_group(name: str, directory: str, samples: int) -> tuple[dict[str, object], bool]:
