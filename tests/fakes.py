@@ -316,8 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, b"{}", {"WWW-Authenticate": self.registry.challenge_for(path)})
         elif path in self.registry.documents:
             data, kind = self.registry.documents[path]
-            data = _flipped(data) if self._fault == "C" else data
-            self._answer(200, data, {"Content-Type": kind, **self.registry.extra_headers})
+            headers = {"Content-Type": kind, "Docker-Content-Digest": f"sha256:{hashlib.sha256(data).hexdigest()}"}
+            self._send_body(200, data, headers | self.registry.extra_headers)
         elif path.rpartition("/")[2] not in self.registry.blobs:
             self._answer(404, b'{"errors":[{"code":"BLOB_UNKNOWN","message":"blob unknown to registry"}]}')
         elif self.registry.redirect or self.registry.redirect_to is not None:

@@ -27,6 +27,7 @@ from nsfs.store import layers as files
 from nsfs.store.index import END_ADDRESS, open_index
 from nsfs.store.layout import DomainLayout
 from nsfs.store.pool import BLOCK, open_pool
+from nsfs.store.recovery import working
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -106,7 +107,7 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
         diff_id=Digest(args.diff_id),
         spool=layout.spool(key.blob),
     )
-    with _opened_pool(layout, fds[0]) as pool, _opened_index(layout) as index:
+    with working(layout), _opened_pool(layout, fds[0]) as pool, _opened_index(layout) as index:
         result = firstpass.run_first_pass(
             job, source_fd=fds[1], disk=pool, catalog=index, files=_Files(directory), progress=channel.progress
         )
@@ -121,7 +122,7 @@ def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade
     with open(fds[0], "rb", closefd=False) as file:
         index, spans = estargz.parse_toc(file.read(), estargz.TocLocation(args.toc_offset, args.toc_size), toc)
     regular = [entry for entry in index.entries if entry.kind is Kind.REGULAR]
-    with _opened_index(layout) as catalog:
+    with working(layout), _opened_index(layout) as catalog:
         slab = catalog.reserve(sum(-(-entry.size // BLOCK) * BLOCK for entry in regular))
         addresses = _give_out(index.entries, slab.address)
         directory = _Files(layout.layer_dir(key))
@@ -159,7 +160,7 @@ def _make_checkpoints(args: SpanArgs, _fds: Sequence[int], _channel: Channel) ->
     os.nice(_NICE)
     layout = DomainLayout(args.domain)
     key = LayerKey(Digest(args.blob), args.index)
-    with _opened_index(layout) as index:
+    with working(layout), _opened_index(layout) as index:
         record = index.layer(key)
         assert record is not None, "only layers that were committed get checkpoints"
         job = firstpass.CheckpointJob(

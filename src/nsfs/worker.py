@@ -30,7 +30,7 @@ from nsfs.core.looking import Looking, open_map
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import DomainFs
 from nsfs.core.views import Views
-from nsfs.errors import NotFoundError, UnreachableError
+from nsfs.errors import NotFoundError, NsfsError, UnreachableError
 from nsfs.model.oci import Platform
 from nsfs.model.policy import parse_view_name
 from nsfs.remote.credentials import DockerConfig
@@ -48,6 +48,7 @@ from nsfs.store.index import open_index
 from nsfs.store.layers import LayerTable, open_table
 from nsfs.store.layout import Layout
 from nsfs.store.pool import open_pool
+from nsfs.store.recovery import recover
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,7 +85,9 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         pool = open_pool(layout.domain(params.domain), fds[1])
         stack.callback(pool.close)
         index = stack.enter_context(open_index(layout.domain(params.domain).index))
+        unfinished = await trio.to_thread.run_sync(_recover, layout.domain(params.domain), index, pool)
         worker = await _compose(stack, config, layout.domain(params.domain), pool, index, fds[1], forks)
+        worker.layers.finish(unfinished)
         worker.shown.show_views(params.views)
         for tree in params.trees:
             worker.shown.show_tree(tree)
@@ -95,8 +98,9 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
 class _Worker:
     """What `_compose` made."""
 
-    def __init__(self, domain: Domain, views: Views, shown: ShownTree) -> None:
+    def __init__(self, domain: Domain, layers: Layers, views: Views, shown: ShownTree) -> None:
         self.domain = domain
+        self.layers = layers
         self.views = views
         self.shown = shown
 
@@ -138,9 +142,18 @@ async def _compose(
 
     views = Views(index, table, blobs, layers, pool, fetcher)
     images = Images(sources, index, host_platform())
-    looking = Looking(layers, views.read)
+    looking = Looking(layers, views.look)
     shown = ShownTree(index, views)
-    return _Worker(Domain(images, layers, blobs, views, looking, index, shown), views, shown)
+    return _Worker(Domain(images, layers, blobs, views, looking, index, shown), layers, views, shown)
+
+
+def _recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[LayerKey]:
+    """Clear up behind a predecessor; a domain that cannot be cleared can be read all the same."""
+    try:
+        return recover(layout, index, pool)
+    except NsfsError as error:
+        log.warning("what an earlier worker left is not cleared: %s", error)
+        return []
 
 
 async def _serve(params: WorkerArgs, config: Config, fds: list[int], peer: Peer, pool: Pool, worker: _Worker) -> None:
@@ -158,7 +171,7 @@ async def _serve(params: WorkerArgs, config: Config, fds: list[int], peer: Peer,
         await peer.wait_closed()
         log.info("the daemon is gone")
         nursery.cancel_scope.cancel()
-    pool.flush()
+    _flush(pool)
 
 
 async def _serve_fuse(session: Session, init: bytes, ready: trio.Event, scope: trio.CancelScope) -> None:
@@ -189,7 +202,15 @@ async def _serve_fronts(path: str, domain: Domain, task_status: trio.TaskStatus[
 async def _flush_often(pool: Pool) -> None:
     while True:
         await trio.sleep(_FLUSH_EVERY)
-        await trio.to_thread.run_sync(pool.flush)
+        await trio.to_thread.run_sync(_flush, pool)
+
+
+def _flush(pool: Pool) -> None:
+    """Make durable what was written; what cannot be is absent again, and fetched when it is wanted."""
+    try:
+        pool.flush()
+    except NsfsError as error:
+        log.warning("the pool could not be made durable: %s", error)
 
 
 class RemoteSources:
@@ -206,7 +227,7 @@ class RemoteSources:
             repository, version = f"oci:{parsed.directory}", parsed.identifier or ""
         else:
             repository, version = f"{parsed.registry}/{parsed.repository}", parsed.identifier
-        return Located(str(parsed), repository, version, await self.open(repository))
+        return Located(str(parsed), repository, parsed.tag or "", version, await self.open(repository))
 
     async def open(self, repository: str) -> Source:
         """See Sources."""
@@ -221,16 +242,30 @@ class ShownTree:
     def __init__(self, index: DomainIndex, views: Views) -> None:
         self.files = DomainFs(views.read, {})
         self._index = index
+        self._views = views
+        self._shown: dict[str, frozenset[str]] = {}
+        """Names of views, by what shows them: a view itself, or a tree."""
 
     def show_views(self, names: Sequence[str]) -> None:
         """See core.domain.Shown."""
         for name in names:
             self.files.add_map(name, self._open_map(name))
+            self._show(name, [name])
 
     def hide_views(self, names: Sequence[str]) -> None:
         """See core.domain.Shown."""
         for name in names:
             self.files.remove_map(name)
+            self._hide(name)
+
+    def _show(self, by: str, views: Sequence[str]) -> None:
+        self._shown[by] = frozenset(views)
+        self._views.reopen(views)
+
+    def _hide(self, by: str) -> None:
+        """Whoever still waits for a view that nothing shows any more has lost his mount."""
+        gone = self._shown.pop(by, frozenset()).difference(*self._shown.values())
+        self._views.close(gone)
 
     def _open_map(self, view: str) -> memoryview:
         map_id, _ = parse_view_name(view)
@@ -242,11 +277,14 @@ class ShownTree:
     def show_tree(self, tree: worker_api.Tree) -> None:
         """See core.domain.Shown."""
         images = [open_map(info.path) for info in tree.maps]
-        self.files.add_tree(tree.id, UnionTree(images), [info.id + tree.suffix for info in tree.maps])
+        views = [info.id + tree.suffix for info in tree.maps]
+        self.files.add_tree(tree.id, UnionTree(images), views)
+        self._show(f"tree/{tree.id}", views)
 
     def hide_tree(self, tree_id: str) -> None:
         """See core.domain.Shown."""
         self.files.remove_tree(tree_id)
+        self._hide(f"tree/{tree_id}")
 
 
 def _mapped(path: str) -> memoryview:

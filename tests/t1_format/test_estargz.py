@@ -213,9 +213,10 @@ def test_a_footer_that_points_elsewhere_is_refused() -> None:
 
 def test_an_external_table_is_told_apart() -> None:
     made = goestargz.convert(make_tar(), footer="external")
-    with pytest.raises(UnsupportedError, match="external TOC"):
-        parse_footer(made.blob[-51:], len(made.blob))
-    index, spans = parse_toc(made.toc, TocLocation(len(made.blob) - 46, 0), Digest(made.toc_digest))
+    location = parse_footer(made.blob[-51:], len(made.blob))
+    assert location == TocLocation(len(made.blob) - 46, 0)
+    assert location.is_external
+    index, spans = parse_toc(made.toc, location, Digest(made.toc_digest))
     assert len(stream_of(made.blob, spans)) == index.stream_size > 0
 
 
@@ -225,7 +226,9 @@ def test_the_table_is_found_in_the_tail_or_must_be_fetched() -> None:
     assert location.cut(blob, 0) == location.cut(blob[location.offset :], location.offset) is not None
     assert location.cut(blob[location.offset + 1 :], location.offset + 1) is None
     assert plan_footer(100) == (0, 100)
-    assert plan_footer(TAIL + 7) == (7, TAIL)
+    assert plan_footer(65_536 + 7) == (7, 65_536)
+    assert plan_footer(16 * 100_000) == (15 * 100_000, 100_000)
+    assert plan_footer(100 * TAIL) == (99 * TAIL, TAIL)
 
 
 def test_the_digest_comes_from_the_annotation_or_there_is_none() -> None:

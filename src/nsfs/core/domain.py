@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import trio
 
 from nsfs.core import worker_api
-from nsfs.core.layers import key_of, short
+from nsfs.core.layers import PLAIN, short
 from nsfs.core.tasks import running
 from nsfs.model.report import EntryReport, ImageReport, LayerReport, Progress
 
@@ -117,17 +117,17 @@ class Domain:
 
     async def _tell(self, image: Image, report: Report) -> None:
         """Report how far the layers of `image` are."""
-        ours = {key_of(layer) for layer in image.layers}
+        ours = {layer.digest for layer in image.layers}
         while True:
             await trio.sleep(_PROGRESS_EVERY)
             for key, progress in list(self._layers.running.items()):
-                if key in ours:
+                if key.blob in ours:
                     await report(
                         Progress(stage="index", what=short(key.blob), done=progress.done, total=progress.total)
                     )
 
     def _record(self, layer: Layer) -> LayerRecord:
-        record = self._catalog.layer(key_of(layer))
+        record = self._layers.record(layer)
         assert record is not None, "indexed layers have records"
         return record
 
@@ -144,7 +144,7 @@ class Domain:
         )
 
     def _layer_report(self, layer: Layer) -> LayerReport:
-        record = self._catalog.layer(key_of(layer))
+        record = self._layers.record(layer)
         lazy, why = _laziness(layer, record)
         return LayerReport(
             digest=str(layer.digest),
@@ -158,7 +158,7 @@ class Domain:
             indexed=record is not None,
             stream_size=record.stream_size if record else 0,
             files=record.files if record else 0,
-            local=self._views.local_bytes([key_of(layer)]) if record else 0,
+            local=self._views.local_bytes([record.key]) if record else 0,
         )
 
     async def _list(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
@@ -182,7 +182,7 @@ class Domain:
 
     async def _evict(self, params: worker_api.Name, report: Report) -> worker_api.Evicted:
         image = await self._images.resolve(params.reference, params.platform)
-        keys = [key for key in dict.fromkeys(map(key_of, image.layers)) if self._catalog.layer(key)]
+        keys = dict.fromkeys(record.key for layer in image.layers if (record := self._layers.record(layer)))
         freed = 0
         for key in keys:
             await report(Progress(stage="evict", what=short(key.blob)))
@@ -244,13 +244,16 @@ def _laziness(layer: Layer, record: LayerRecord | None) -> tuple[bool, str]:
     """Whether the layer's content can come by ranges now, and why."""
     if layer.format.refused:
         return False, layer.format.refused
-    if layer.format.toc:
-        return True, "its manifest names the digest of its table of contents"
-    if record is None:
+    if record is None and layer.format.toc is None:
         return False, "nobody has indexed it: its first use reads all of it once"
+    if record is None or record.index != PLAIN:
+        return True, "its manifest names the digest of its table of contents"
+    aside = f", since {record.no_toc}" if record.no_toc else ""
     if record.has_spans:
-        return True, "this domain has an index of its own"
-    return False, "its first use has read all of it; checkpoints are still being made"
+        return True, f"this domain has an index of its own{aside}"
+    if record.whole:
+        return False, f"it cannot be decompressed in parts: what is evicted comes back all at once{aside}"
+    return False, f"its first use has read all of it; checkpoints are still being made{aside}"
 
 
 def _verified(layer: Layer, record: LayerRecord | None) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import random
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
@@ -43,7 +43,7 @@ from nsfs.core.runway import NO_SPANS, Failures, Flight, GroupKey, Kept, Runway
 from nsfs.errors import CorruptError, NsfsError, UnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class _Waiter:
     size: int
     since: float
     reason: str = "its turn"
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
 class _Wanted(NamedTuple):
@@ -185,6 +186,12 @@ class Fetcher:
 
     # Readers
 
+    def abandon(self, views: Collection[str]) -> None:
+        """Fail every reader that waits for one of these views now; what is under way for them lands all the same."""
+        for waiter in self._waiters:
+            if waiter.view in views:
+                waiter.scope.cancel()
+
     async def read(self, view: View, address: int, size: int, *, patience: float | None) -> bytes:
         """Exactly `size` bytes at `address`: from the pool, or fetched and verified. A hit is no checkpoint.
 
@@ -249,16 +256,21 @@ class Fetcher:
         waiter = _Waiter(view.name, address, size, trio.current_time())
         self._waiters.add(waiter)
         try:
-            with trio.move_on_at(_deadline(waiter, patience)) as scope:
-                await view.limiter.acquire()
-            if scope.cancelled_caught:
-                raise _out_of_patience(waiter, patience or 0.0)
-            try:
-                return await self._supply_now(view, waiter, patience)
-            finally:
-                view.limiter.release()
+            with waiter.scope:
+                return await self._supply_in_turn(view, waiter, patience)
         finally:
             self._waiters.discard(waiter)
+        raise UnreachableError(f"given up, because nobody shows the view any more: {view.name}")
+
+    async def _supply_in_turn(self, view: View, waiter: _Waiter, patience: float | None) -> Supply:
+        with trio.move_on_at(_deadline(waiter, patience)) as scope:
+            await view.limiter.acquire()
+        if scope.cancelled_caught:
+            raise _out_of_patience(waiter, patience or 0.0)
+        try:
+            return await self._supply_now(view, waiter, patience)
+        finally:
+            view.limiter.release()
 
     async def _supply_now(self, view: View, waiter: _Waiter, patience: float | None) -> Supply:
         plan = await self._ensure_plan(view, waiter, patience)

@@ -26,6 +26,7 @@ from nsfs.core.ahead import Ahead
 from nsfs.core.placing import Contents, Disk, Placer
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, NsfsError, UnreachableError
 from nsfs.format.gzip import SPACING, CheckpointScanner, GzipInflater
+from nsfs.format.spans import is_decodable
 from nsfs.format.tar import TarParser
 from nsfs.format.zstd import FrameScanner, ZstdInflater
 from nsfs.model.layer import Codec, Covers, Entry, Kind, LayerIndex, Span, Spans
@@ -144,8 +145,9 @@ def run_first_pass(
         _store_tables(files, index, placer.addresses)
         elsewhere = catalog.commit_layer(record, placer.new_contents())
     if elsewhere:
+        before = placer.addresses
         placer.move(elsewhere)
-        _store_tables(files, index, placer.addresses)
+        _store_tables(files, index, placer.addresses, before)
     placer.drop_unused()
     return FirstPassResult(record, index, placer.addresses, list(placer.slabs), placer.joined)
 
@@ -153,11 +155,9 @@ def run_first_pass(
 @contextmanager
 def _cleared_on_error(spool: str, placer: Placer) -> Iterator[None]:
     try:
-        yield
-    except BaseException as error:
-        if isinstance(error, CorruptError):
-            with suppress(FileNotFoundError):
-                os.unlink(spool)
+        with _removed_if_corrupt(spool):
+            yield
+    except BaseException:
         with suppress(NsfsError):
             placer.clear()
         raise
@@ -197,8 +197,19 @@ def _plan_record(job: FirstPassJob, entries: Sequence[Entry], stream_size: int, 
     )
 
 
-def _store_tables(files: LayerFiles, index: LayerIndex, addresses: Sequence[int]) -> None:
-    files.store_segments(*plan_tables(index.entries, addresses))
+def _store_tables(
+    files: LayerFiles, index: LayerIndex, addresses: Sequence[int], before: Sequence[int] | None = None
+) -> None:
+    """Store both tables, the segments first.
+
+    Where the layer is committed, whoever is killed between the two must not leave an index with addresses that no
+    segment has: so the segments keep the addresses of `before`, too.
+    """
+    rows, extents = plan_tables(index.entries, addresses)
+    if before is not None:
+        more = plan_tables(index.entries, before)
+        rows, extents = rows + more[0], extents + more[1]
+    files.store_segments(rows, extents)
     files.store_index(index, addresses)
 
 
@@ -230,20 +241,48 @@ class CheckpointJob:
 def make_checkpoints(job: CheckpointJob, *, catalog: Catalog, files: LayerFiles) -> Spans:
     """Find where the blob can be read from the middle, store that, and remove the spool.
 
-    Raises NotFoundError without a spool or layer, CorruptError (and removes the spool) if it is not the blob.
+    Where a span would be too large to be decoded, nothing is stored but that the layer can only be had whole. Raises
+    NotFoundError without a spool or layer, CorruptError (and removes the spool) if it is not the blob.
     """
     blob = _Hashed(job.key.blob)
-    try:
+    with _removed_if_corrupt(job.spool):
         spans = _scan(job, blob)
         blob.check("spool")
-    except CorruptError:
-        os.unlink(job.spool)
-        raise
     check_spans(spans.spans, job.stream_size)
-    files.store_spans(spans)
-    catalog.update_layer(job.key, lambda record: msgspec.structs.replace(record, has_spans=True))
+    if all(map(is_decodable, spans.spans)):
+        files.store_spans(spans)
+        catalog.update_layer(job.key, lambda record: msgspec.structs.replace(record, has_spans=True))
+    else:
+        catalog.update_layer(job.key, lambda record: msgspec.structs.replace(record, whole=True))
     os.unlink(job.spool)
     return spans
+
+
+def verify_spool(job: CheckpointJob) -> None:
+    """Check that the spool is the whole blob.
+
+    Raises NotFoundError without a spool, CorruptError (and removes the spool) if it is something else.
+    """
+    blob = _Hashed(job.key.blob)
+    with _removed_if_corrupt(job.spool):
+        for _ in blob.through(_exactly(_pieces_of_file(job.spool), job.blob_size)):
+            pass
+        blob.check("spool")
+
+
+def open_inflated(job: CheckpointJob) -> Iterator[bytes]:
+    """The layer's stream out of its spooled blob, in pieces of about 1 MiB."""
+    return _inflated(_INFLATERS[job.compression](), _pieces_of_file(job.spool))
+
+
+@contextmanager
+def _removed_if_corrupt(path: str) -> Iterator[None]:
+    try:
+        yield
+    except CorruptError:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        raise
 
 
 def _scan(job: CheckpointJob, blob: _Hashed) -> Spans:
@@ -364,7 +403,7 @@ def _pieces_of_file(path: str) -> Iterator[bytes]:
 
 def _spooled(path: str, size: int, rest: Iterator[bytes]) -> Iterator[bytes]:
     """What the spool has, then the rest, which is added to it first."""
-    with _mapped_errors(path):
+    with mapped_errors(path):
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         with open(path, "ab", buffering=0, opener=_open_private) as spool:
             if spool.tell() > size:
@@ -382,7 +421,8 @@ def _open_private(path: str, flags: int) -> int:
 
 
 @contextmanager
-def _mapped_errors(path: str) -> Iterator[None]:
+def mapped_errors(path: str) -> Iterator[None]:
+    """What the system says of the spool at `path`, as our errors."""
     try:
         yield
     except OSError as error:

@@ -11,6 +11,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from nsfs.errors import CorruptError, UnreachableError
 from nsfs.model import oci
 from nsfs.model.digest import DiffId, Digest
@@ -47,6 +49,8 @@ class Image:
     """Complete: registry, repository, and tag or digest."""
     repository: str
     """What `Sources.open` takes to reach the blobs again."""
+    tag: str
+    """By which it was named; "" if by digest alone."""
     digest: Digest
     """Of the manifest."""
     config: oci.ImageConfig
@@ -67,6 +71,8 @@ class Located:
 
     reference: str
     repository: str
+    tag: str
+    """"" if there is none."""
     version: str
     """Tag or digest."""
     source: Source
@@ -101,27 +107,41 @@ class Images:
         self._platform = platform
 
     async def resolve(self, reference: str, platform: str | None) -> Image:
-        """The image that `reference` names now; from memory where its registry cannot be reached."""
+        """The image that `reference` names now; from memory where its registry cannot be reached.
+
+        Raises NotFoundError where there is none for `platform`. Without one the host's is chosen from an index, and a
+        single image is taken as it is.
+        """
         wanted = oci.Platform.parse(platform) if platform else self._platform
         located = await self._sources.locate(reference)
+        image = await self._recall(located, wanted)
+        if platform:
+            oci.check_platform(image.config.platform, wanted)
+        return image
+
+    async def _recall(self, located: Located, wanted: oci.Platform) -> Image:
         key = f"{located.reference} {wanted}"
+        remembered = self._memory.image(key)
         try:
-            record = await _fetch(located, wanted)
+            record = await _fetch(located, wanted, remembered)
         except UnreachableError as error:
-            remembered = self._memory.image(key)
             if remembered is None:
                 raise
             log.warning("%s, going on with what %s was: %s", error, located.reference, _digest_of(remembered))
-            return _read(located.reference, remembered, stale=str(error))
-        self._memory.put_image(key, record)
-        return _read(located.reference, record)
+            return _read(located, remembered, stale=str(error))
+        if record != remembered:
+            self._memory.put_image(key, record)
+        return _read(located, record)
 
 
-async def _fetch(located: Located, wanted: oci.Platform) -> ImageRecord:
+async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord | None) -> ImageRecord:
+    """The image's documents; a manifest that is `remembered` still has the configuration it had."""
     document = await located.source.manifest(located.version)
     for _ in range(_MAX_NESTING):
         parsed = oci.parse_document(document)
         if isinstance(parsed, oci.Manifest):
+            if remembered is not None and remembered.manifest == document.data:
+                return msgspec.structs.replace(remembered, repository=located.repository)
             config = await located.source.read_blob(parsed.config, oci.MAX_CONFIG)
             return ImageRecord(
                 repository=located.repository, manifest=document.data, media_type=document.media_type, config=config
@@ -134,7 +154,7 @@ def _digest_of(record: ImageRecord) -> Digest:
     return Digest.of(record.manifest)
 
 
-def _read(reference: str, record: ImageRecord, stale: str = "") -> Image:
+def _read(located: Located, record: ImageRecord, stale: str = "") -> Image:
     document = oci.Document(record.manifest, record.media_type, _digest_of(record))
     manifest = oci.parse_manifest(document)
     config = oci.parse_config(record.config, manifest)
@@ -142,4 +162,4 @@ def _read(reference: str, record: ImageRecord, stale: str = "") -> Image:
         Layer(descriptor, diff_id, oci.layer_format(descriptor.media_type, descriptor.annotations))
         for descriptor, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
     )
-    return Image(reference, record.repository, document.digest, config, layers, stale)
+    return Image(located.reference, record.repository, located.tag, document.digest, config, layers, stale)

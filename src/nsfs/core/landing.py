@@ -96,7 +96,7 @@ def take_apart(pool: Pool, table: Table, batch: Batch, data: bytes, beside: list
         except CorruptError as error:
             failed[group.spans.start] = error
     window = Window([*beside, *(part for spans in decoded.values() for part in spans.values())])
-    return Landing(decoded, failed, _store_window(pool, table, window))
+    return Landing(decoded, failed, store_window(pool, table, window))
 
 
 def _decode(table: Table, group: Group, compressed: bytes) -> Decoded:
@@ -109,7 +109,7 @@ def _decode(table: Table, group: Group, compressed: bytes) -> Decoded:
     return decoded
 
 
-def _store_window(pool: Pool, table: Table, window: Window) -> NsfsError | None:
+def store_window(pool: Pool, table: Table, window: Window) -> NsfsError | None:
     """Store the absent ones of all blocks that `window` has whole; returns why the pool could not take them."""
     try:
         for whole in plan_fill(table, window):

@@ -16,14 +16,17 @@ import logging
 import os
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
+import msgspec
 import trio
 from msgspec import Struct
 
+from nsfs.core.firstpass import CheckpointJob, mapped_errors
 from nsfs.core.flights import Flights
 from nsfs.core.tasks import run_all
-from nsfs.errors import NotFoundError, NsfsError, UnsupportedError
+from nsfs.core.toc_image import fetch_toc
+from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.format import estargz
 from nsfs.model import oci
 from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
@@ -39,6 +42,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PIPE = 1 << 20
+PLAIN: Final = "plain"
+"""The index that a layer's one pass over all of it makes."""
+
+T = TypeVar("T")
 
 
 class Catalog(Protocol):
@@ -52,6 +59,9 @@ class Catalog(Protocol):
 
     def put_map(self, record: MapRecord) -> None:
         """Remember one."""
+
+    def update_layer(self, key: LayerKey, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
+        """Replace a layer's record."""
 
 
 class Paths(Protocol):
@@ -165,7 +175,25 @@ class Layers:
 
     def is_indexed(self, layer: Layer) -> bool:
         """Whether the layer's index is complete in this domain."""
-        return self._catalog.layer(key_of(layer)) is not None
+        return self.record(layer) is not None
+
+    def key_of(self, layer: Layer) -> LayerKey:
+        """Under which the domain keeps the layer: the blob, and the index that it is read by.
+
+        That is its table of contents where its manifest promises one, unless that was looked for in vain.
+        """
+        if layer.format.toc is None:
+            return LayerKey(layer.digest, PLAIN)
+        promised, plain = LayerKey(layer.digest, f"estargz-{layer.format.toc.hex}"), LayerKey(layer.digest, PLAIN)
+        if self._catalog.layer(promised) is None:
+            record = self._catalog.layer(plain)
+            if record is not None and record.no_toc:
+                return plain
+        return promised
+
+    def record(self, layer: Layer) -> LayerRecord | None:
+        """What is known of the layer, if its index is complete."""
+        return self._catalog.layer(self.key_of(layer))
 
     async def left_to_download(self, image: Image, layer: Layer) -> int:
         """Bytes that `index` will read of a registry's plain layer; 0 where it needs no pass over all of it."""
@@ -184,29 +212,89 @@ class Layers:
     async def index(self, image: Image, layer: Layer) -> LayerKey:
         """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
         self.check(layer)
-        key = key_of(layer)
         await self._blobs.add(layer.digest, image.repository)
-        if self._catalog.layer(key) is not None:
-            return key
-        return await self._indexing.join(str(key), lambda: self._index(layer, key))
+        record = self.record(layer)
+        if record is not None:
+            _check_claim(record, layer)
+            return record.key
+        key = self.key_of(layer)
+        if key.index == PLAIN:
+            return await self._index_plain(layer)
+        return await self._indexing.join(str(key), lambda: self._index_toc(image, layer, key))
 
-    async def _index(self, layer: Layer, key: LayerKey) -> LayerKey:
-        progress = self.running[key] = LayerProgress(layer)
+    async def _index_plain(self, layer: Layer) -> LayerKey:
+        key = LayerKey(layer.digest, PLAIN)
+        found = self._catalog.layer(key)
+        if found is None:
+            await self._indexing.join(str(key), lambda: self._read_plain(layer, key))
+            found = self._catalog.layer(key)
+            assert found is not None, "what was committed is there"
+        _check_claim(found, layer)
+        return key
+
+    async def _read_plain(self, layer: Layer, key: LayerKey) -> LayerKey:
+        blob = self._blobs.blob(layer.digest, layer.descriptor.size)
+        with self._shown(layer, key) as progress:
+            made = await self._resumed(blob, lambda: self._read_all(layer, blob, progress))
+        self._note(key, made)
+        self._nursery.start_soon(self._make_spans_quietly, key)
+        return key
+
+    @contextmanager
+    def _shown(self, layer: Layer, key: LayerKey) -> Iterator[LayerProgress]:
+        """Count the layer as running."""
         if self._idle.is_set():
             self._idle = trio.Event()
+        self.running[key] = LayerProgress(layer)
         try:
-            blob = self._blobs.blob(layer.digest, layer.descriptor.size)
-            made = await (self._read_toc(layer, blob) if layer.format.toc else self._read_all(layer, blob, progress))
+            yield self.running[key]
         finally:
             del self.running[key]
             if not self.running:
                 self._idle.set()
+
+    async def _index_toc(self, image: Image, layer: Layer, key: LayerKey) -> LayerKey:
+        """By its table of contents; where that should be elsewhere and is not, as the plain layer that it also is."""
+        blob = self._blobs.blob(layer.digest, layer.descriptor.size)
+        offset, length = estargz.plan_footer(blob.size)
+        tail = await blob.fetch(offset, length)
+        found = estargz.parse_footer(tail, blob.size)
+        if found.is_external:
+            try:
+                toc = await self._fetch_external(image, layer)
+            except NotFoundError as error:
+                return await self._index_without_toc(layer, error)
+        else:
+            toc = found.cut(tail, offset) or await blob.fetch(*found)
+        self._note(key, await self._read_toc(layer, found, toc))
+        return key
+
+    async def _fetch_external(self, image: Image, layer: Layer) -> bytes:
+        source = await self._blobs.source(image.repository)
+        return await fetch_toc(source, image.tag, layer.digest, image.config.platform)
+
+    async def _index_without_toc(self, layer: Layer, error: NotFoundError) -> LayerKey:
+        log.warning("layer %s is read as a plain one: %s", short(layer.digest), error)
+        key = await self._index_plain(layer)
+        self._catalog.update_layer(key, lambda record: msgspec.structs.replace(record, no_toc=error.message))
+        return key
+
+    def _note(self, key: LayerKey, made: LayerMade) -> None:
         self._written(made.ranges)
         if made.map is not None:
             self._remember_map(key, map_id_of(key), made.map, None)
-        if not layer.format.toc:
-            self._nursery.start_soon(self._make_spans_quietly, key)
-        return key
+
+    async def _resumed(self, blob: OriginBlob, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
+        if not _size_of(self._paths.spool(blob.digest)):
+            return await work()
+        try:
+            return await work()
+        except CorruptError as error:
+            log.warning(
+                "what was left of layer %s is given up, and all of it read again: %s", short(blob.digest), error
+            )
+        return await work()
 
     async def _read_all(self, layer: Layer, blob: OriginBlob, progress: LayerProgress) -> LayerMade:
         args = PlainArgs(
@@ -234,16 +322,11 @@ class Layers:
         await _feed(blob, min(have, blob.size), work)
         return result[0]
 
-    async def _read_toc(self, layer: Layer, blob: OriginBlob) -> LayerMade:
-        assert layer.format.toc is not None
-        offset, length = estargz.plan_footer(blob.size)
-        tail = await blob.fetch(offset, length)
-        found = estargz.parse_footer(tail, blob.size)
-        toc = found.cut(tail, offset) or await blob.fetch(*found)
+    async def _read_toc(self, layer: Layer, found: estargz.TocLocation, toc: bytes) -> LayerMade:
         args = TocArgs(
             domain=self._domain,
             blob=str(layer.digest),
-            blob_size=blob.size,
+            blob_size=layer.descriptor.size,
             media_type=layer.descriptor.media_type,
             toc_digest=str(layer.format.toc),
             toc_offset=found.offset,
@@ -254,7 +337,7 @@ class Layers:
 
     async def maps(self, layers: Sequence[Layer]) -> list[MapRecord]:
         """The maps of indexed layers, lowest first as given; made where they are missing."""
-        keys = [key_of(layer) for layer in layers]
+        keys = [self.key_of(layer) for layer in layers]
         first: dict[LayerKey, MapRecord] = {}
 
         async def alone(key: LayerKey) -> None:
@@ -269,7 +352,7 @@ class Layers:
 
     async def map_alone(self, layer: Layer) -> MapRecord:
         """The map of an indexed layer; one that `needs_lower` has none without the layers below."""
-        return await self._map(key_of(layer), None)
+        return await self._map(self.key_of(layer), None)
 
     async def _map(self, key: LayerKey, lowers: Sequence[MapRecord] | None) -> MapRecord:
         """The map of a layer over `lowers` (lowest first); without, it may only say that it needs them."""
@@ -305,21 +388,56 @@ class Layers:
         self._catalog.put_map(record)
         return record
 
-    async def ensure_spans(self, key: LayerKey) -> None:
-        """Make the layer's content fetchable by ranges; reads the whole blob again where it is no longer spooled."""
+    async def ensure_spans(self, key: LayerKey) -> LayerRecord:
+        """Make the layer's content fetchable by ranges; reads the whole blob again where it is no longer spooled.
+
+        The record says then whether it is, or can only be had `whole`.
+        """
+        record = self._known(key)
+        if record.has_spans or record.whole:
+            return record
+        blob = self._blobs.blob(record.blob, record.blob_size)
+        await self._spanning.join(str(key), lambda: self._resumed(blob, lambda: self._make_spans(record, blob)))
+        return self._known(key)
+
+    async def refill(self, key: LayerKey, work: Callable[[CheckpointJob], None]) -> None:
+        """Read the whole blob of a layer again, and have `work` done with it in a thread."""
+        record = self._known(key)
+        blob = self._blobs.blob(record.blob, record.blob_size)
+        job = CheckpointJob(
+            key=key,
+            blob_size=record.blob_size,
+            stream_size=record.stream_size,
+            compression=oci.layer_format(record.media_type).compression,
+            spool=self._paths.spool(record.blob),
+        )
+
+        async def run() -> LayerKey:
+            await _spool(blob, job.spool)
+            await trio.to_thread.run_sync(work, job)
+            os.unlink(job.spool)
+            return key
+
+        await self._spanning.join(str(key), lambda: self._resumed(blob, run))
+
+    def _known(self, key: LayerKey) -> LayerRecord:
         record = self._catalog.layer(key)
         if record is None:
             raise NotFoundError(f"no such layer in this domain: {short(key.blob)}")
-        if not record.has_spans:
-            await self._spanning.join(str(key), lambda: self._make_spans(record))
+        return record
 
-    async def _make_spans(self, record: LayerRecord) -> LayerKey:
-        await _spool(self._blobs.blob(record.blob, record.blob_size), self._paths.spool(record.blob))
+    def finish(self, keys: Iterable[LayerKey]) -> None:
+        """Make the spans of layers whose making was interrupted, in the background."""
+        for key in keys:
+            self._nursery.start_soon(self._make_spans_quietly, key)
+
+    async def _make_spans(self, record: LayerRecord, blob: OriginBlob) -> LayerKey:
+        await _spool(blob, self._paths.spool(record.blob))
         args = SpanArgs(
             domain=self._domain,
             blob=str(record.blob),
             index=record.index,
-            compression=_compression_of(record.media_type),
+            compression=oci.layer_format(record.media_type).compression.value,
         )
         await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, [self._bitmap], LayerMade)
         return record.key
@@ -333,12 +451,6 @@ class Layers:
                 await self.ensure_spans(key)
         except Exception:
             log.exception("no checkpoints for layer %s; it cannot be evicted until there are", short(key.blob))
-
-
-def key_of(layer: Layer) -> LayerKey:
-    """Under which the domain keeps the layer: the blob, and the index that it is read by."""
-    toc = layer.format.toc
-    return LayerKey(layer.digest, f"estargz-{toc.hex}" if toc else "plain")
 
 
 def map_id_of(key: LayerKey, lowers: Sequence[MapRecord] | None = None) -> str:
@@ -357,8 +469,13 @@ def short(digest: Digest) -> str:
     return digest.hex[:12]
 
 
-def _compression_of(media_type: str) -> str:
-    return oci.layer_format(media_type).compression.value
+def _check_claim(record: LayerRecord, layer: Layer) -> None:
+    """Refuse an image whose configuration says something else of a layer than what was found in it."""
+    if record.diff_id is not None and record.diff_id != layer.diff_id:
+        raise CorruptError(
+            f"layer {short(layer.digest)} is not what the image's configuration says: "
+            f"its diff ID is {record.diff_id}, not {layer.diff_id}"
+        )
 
 
 def _size_of(path: str) -> int:
@@ -413,9 +530,10 @@ async def _spool(blob: OriginBlob, path: str) -> None:
     have = _size_of(path)
     if have >= blob.size:
         return
-    async with await trio.open_file(path, "ab") as file, blob.stream(have) as pieces:
-        async for piece in pieces:
-            await file.write(piece)
+    with mapped_errors(path):
+        async with await trio.open_file(path, "ab") as file, blob.stream(have) as pieces:
+            async for piece in pieces:
+                await file.write(piece)
 
 
 @contextmanager

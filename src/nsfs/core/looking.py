@@ -19,7 +19,6 @@ from nsfs.core.union import UnionTree, decide
 from nsfs.errors import UsageError
 from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.layer import Kind
-from nsfs.model.policy import Patience, view_name
 from nsfs.model.report import Data, EntryReport, Item, Note, render_size
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     Report = Callable[[Struct], Awaitable[None]]
 
 _PIECE: Final = 1 << 20
-_PATIENCE: Final = Patience(60)
 KINDS: Final = {
     Kind.REGULAR: "file",
     Kind.DIRECTORY: "directory",
@@ -102,11 +100,11 @@ class Looking:
             if node.kind is not Kind.REGULAR:
                 raise UsageError(f"not a regular file but a {KINDS[node.kind]}: {os.fsdecode(path)}")
             address, size = stack.tree.extent(node)
-            view = view_name(stack.maps[node.layer].id, _PATIENCE)
+            map_id = stack.maps[node.layer].id
             end = size if length is None else min(size, offset + length)
             while offset < end:
                 piece = min(_PIECE, end - offset)
-                await report(Data(await self._reader(view, address + offset, piece)))
+                await report(Data(await self._reader(map_id, address + offset, piece)))
                 offset += piece
 
     @asynccontextmanager
@@ -157,9 +155,9 @@ class Looking:
         costs = {layer.digest: await self._layers.left_to_download(image, layer) for layer in layers}
         plain = [digest for digest, cost in costs.items() if cost]
         if plain:
-            what = f"layer {short(plain[0])}" if len(plain) == 1 else f"{len(plain)} layers"
+            what = f"plain layer {short(plain[0])}" if len(plain) == 1 else f"{len(plain)} plain layers"
             size = render_size(sum(costs.values()))
-            await report(Note(text=f"plain {what} must be read once, whole, to be indexed: {size} to download"))
+            await report(Note(text=f"{what} must be read once, whole, to be indexed: {size} to download"))
 
 
 def _opened(files: ExitStack, record: MapRecord) -> ErofsImage:

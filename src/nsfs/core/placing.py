@@ -137,6 +137,7 @@ class Placer:
         """Free everything that was written, and give up the addresses."""
         for slab in self.slabs:
             self._disk.evict(slab.address, slab.size)
+        for slab in self.slabs:
             self._contents.forget_slab(slab)
 
 

@@ -7,14 +7,16 @@ from one that was killed serves every view at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
+from nsfs.core import landing
 from nsfs.core.fetchplan import Table
 from nsfs.core.fetchview import LayerSource, View
+from nsfs.core.refill import refill
 from nsfs.errors import NotFoundError
-from nsfs.model.policy import parse_view_name
+from nsfs.model.policy import Patience, parse_view_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from nsfs.core.fetcher import Fetcher
     from nsfs.core.layers import Layers
     from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+
+
+_LOOKING: Final = Patience(60)
 
 
 class Catalog(Protocol):
@@ -42,14 +47,11 @@ class LayerTable(Table, Protocol):
         """Addresses of all its files, in whole blocks."""
 
 
-class Pool(Protocol):
+class Pool(landing.Pool, Protocol):
     """What of the pool is asked here."""
 
     def local_bytes(self, ranges: Iterable[tuple[int, int]]) -> int:
         """How many bytes of `ranges` are there."""
-
-    def evict(self, address: int, size: int) -> int:
-        """Drop blocks; how many bytes that freed."""
 
 
 class Views:
@@ -71,12 +73,30 @@ class Views:
         self._pool = pool
         self._fetcher = fetcher
         self._views: dict[str, tuple[View, float | None]] = {}
+        self._closed: set[str] = set()
         self._sources: dict[LayerKey, LayerSource] = {}
 
     async def read(self, name: str, address: int, size: int) -> bytes:
         """Exactly these bytes of the disk as the view sees it; raises as its mount's patience says."""
         view, patience = self._view(name)
         return await self._fetcher.read(view, address, size, patience=patience)
+
+    async def look(self, map_id: str, address: int, size: int) -> bytes:
+        """As `read`, for who has no mount, whose taking away would end it."""
+        name = f"look/{map_id}"
+        view, patience = self._views.get(name) or self._open(name, map_id, _LOOKING)
+        return await self._fetcher.read(view, address, size, patience=patience)
+
+    def close(self, names: Collection[str]) -> None:
+        """Fail who waits for these views, and who asks for them until they are opened again."""
+        self._closed.update(names)
+        for name in names:
+            self._views.pop(name, None)
+        self._fetcher.abandon(names)
+
+    def reopen(self, names: Iterable[str]) -> None:
+        """Serve views that may have been closed."""
+        self._closed.difference_update(names)
 
     async def make_present(self, name: str, address: int, size: int) -> None:
         """Have these blocks in the pool."""
@@ -101,7 +121,7 @@ class Views:
         waiting = [
             each
             for each in self._fetcher.statistics().waiting
-            if each.seconds > 1 and (maps is None or each.view.partition("~")[0] in maps)
+            if each.seconds > 1 and (maps is None or map_of(each.view) in maps)
         ]
         if not waiting:
             return "ready"
@@ -110,10 +130,13 @@ class Views:
 
     def _view(self, name: str) -> tuple[View, float | None]:
         found = self._views.get(name)
-        return found or self._open(name)
+        if found is not None:
+            return found
+        if name in self._closed:
+            raise NotFoundError(f"nobody shows the view any more: {name}")
+        return self._open(name, *parse_view_name(name))
 
-    def _open(self, name: str) -> tuple[View, float | None]:
-        map_id, patience = parse_view_name(name)
+    def _open(self, name: str, map_id: str, patience: Patience) -> tuple[View, float | None]:
         record = self._catalog.map(map_id)
         if record is None or record.needs_lower:
             raise NotFoundError(f"no such view in this domain: {name}")
@@ -132,8 +155,11 @@ class Views:
                 raise NotFoundError(f"no such layer in this domain: {key.blob}")
 
             async def make_spans() -> Table:
-                await self._layers.ensure_spans(key)
-                return self._open_table(key)
+                found = await self._layers.ensure_spans(key)
+                table = self._open_table(key)
+                if found.whole:
+                    await self._layers.refill(key, lambda job: refill(job, self._pool, table))
+                return table
 
             self._sources[key] = LayerSource(
                 key=f"{key.blob}/{key.index}",
@@ -142,3 +168,8 @@ class Views:
                 make_spans=make_spans,
             )
         return self._sources[key]
+
+
+def map_of(view: str) -> str:
+    """The map that a view, or somebody without one, reads."""
+    return view.removeprefix("look/").partition("~")[0]

@@ -38,7 +38,8 @@ TOC_NAME = "stargz.index.json"
 TOC_MAX = 150 << 20
 """Bytes of the largest table, compressed or not; containers/storage has the same limit."""
 TAIL = 1 << 20
-"""Bytes of a blob's end that usually hold footer and table: 1 MiB is about 10,000 entries."""
+"""The most of a blob's end that is fetched to find footer and table at once: 1 MiB is about 10,000 entries."""
+_LEAST_TAIL = 64 << 10
 
 _PREFETCH = b".prefetch.landmark"
 _HIDDEN = frozenset({_PREFETCH, b".no.prefetch.landmark", TOC_NAME.encode()})
@@ -46,10 +47,18 @@ _HIDDEN = frozenset({_PREFETCH, b".no.prefetch.landmark", TOC_NAME.encode()})
 
 
 class TocLocation(NamedTuple):
-    """The table's gzip member: `size` bytes at `offset` of the blob. The payload ends where it begins."""
+    """The table's gzip member: `size` bytes at `offset` of the blob. The payload ends where it begins.
+
+    A `size` of 0 says that the table is not in the blob but in another image ("External TOC").
+    """
 
     offset: int
     size: int
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the table is in another image."""
+        return not self.size
 
     def cut(self, tail: bytes, tail_offset: int) -> bytes | None:
         """Return the table out of `tail`, which is the blob from `tail_offset` on; None if it begins before that."""
@@ -73,8 +82,11 @@ def parse_toc_digest(annotations: Mapping[str, str]) -> Digest:
 
 
 def plan_footer(size: int) -> tuple[int, int]:
-    """Decide which range (offset, length) of a blob of `size` bytes to fetch first, to find the footer in its end."""
-    length = min(size, TAIL)
+    """Decide which range (offset, length) of a blob of `size` bytes to fetch first, to find the footer in its end.
+
+    A sixteenth of the blob mostly has the table, too, and costs little where it is more than that.
+    """
+    length = min(size, TAIL, max(size // 16, _LEAST_TAIL))
     return size - length, length
 
 
@@ -89,13 +101,13 @@ _EXTERNAL = (46, re.compile(rb"\x1f\x8b\x08\x04.{6}\x15\0SG\x11\0STARGZEXTERNALT
 def parse_footer(tail: bytes, size: int) -> TocLocation:
     """Find the table of a blob of `size` bytes by its last bytes, at least 51 of them if the blob has as many.
 
-    Raises CorruptError if there is no footer or it points nowhere, UnsupportedError if the table is in another image.
+    Raises CorruptError if there is no footer or it points nowhere.
     """
     for length, pattern in _FOOTERS:
         if match := pattern.match(tail[-length:]):
             return _locate(int(match[1], 16), size - length)
     if _EXTERNAL[1].match(tail[-_EXTERNAL[0] :]):
-        raise UnsupportedError("the layer's table of contents is not in its blob but in another image (external TOC)")
+        return TocLocation(size - _EXTERNAL[0], 0)
     raise CorruptError("the layer is not eStargz: its blob ends without a footer")
 
 

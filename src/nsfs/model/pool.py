@@ -54,6 +54,10 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
     slabs: tuple[Slab, ...]
     has_spans: bool = False
     """Whether absent content can be fetched by ranges."""
+    whole: bool = False
+    """It never can be: a frame or block is too large to be decompressed in memory. Content comes back all at once."""
+    no_toc: str = ""
+    """Why the layer is read by this index, where its manifest promises a table of contents that was not found."""
     fetched: int = 0
     """Bytes fetched over the network, ever."""
     last_used: float = 0.0

@@ -57,6 +57,11 @@ class DomainLayout:
         return os.path.join(self.path, "index.lmdb")
 
     @property
+    def lock(self) -> str:
+        """Held by the processes that write here."""
+        return os.path.join(self.path, "lock")
+
+    @property
     def tag(self) -> str:
         """Tells backup programs that all of this can be had again (bford.info/cachedir)."""
         return os.path.join(self.path, "CACHEDIR.TAG")
@@ -147,6 +152,11 @@ class Layout:
     def lock(self) -> str:
         """Held by the daemon that lives, so that two never share a root."""
         return os.path.join(self.root, "lock")
+
+    @property
+    def snapshots(self) -> str:
+        """Holds a directory for every snapshot that somebody may write to, or has."""
+        return os.path.join(self.root, "snapshots")
 
     @property
     def lowers(self) -> str:
