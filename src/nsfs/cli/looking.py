@@ -69,7 +69,7 @@ def ls(session: Session, paths: tuple[str, ...], *, long: bool, choice: Choice, 
 @image_options
 @pass_session
 def cat(session: Session, paths: tuple[str, ...], *, choice: Choice) -> None:
-    """Write files of an image to standard output, fetching nothing else."""
+    """Write files of an image to standard output; fetches no other content, once their layers are indexed."""
     output = sys.stdout.buffer
 
     def take(event: Data | Item) -> None:

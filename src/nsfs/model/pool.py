@@ -59,9 +59,9 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
     no_toc: str = ""
     """Why the layer is read by this index, where its manifest promises a table of contents that was not found."""
     fetched: int = 0
-    """Bytes fetched over the network, ever."""
+    """Bytes of blob that the first pass read; 0 for a layer by its table of contents. Nothing reads it yet."""
     last_used: float = 0.0
-    """Seconds since the epoch."""
+    """When its first pass ended, in seconds since the epoch. Nothing reads it yet."""
 
     @property
     def key(self) -> LayerKey:

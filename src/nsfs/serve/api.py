@@ -107,7 +107,7 @@ class MountReport(Struct, kw_only=True):
     local: int
     """Bytes of them in the pool."""
     fetched: int
-    """Bytes fetched over the network for this image since the domain's worker first started."""
+    """Bytes fetched over the network for its layers, for whichever mount, since the domain's worker started."""
     state: str
     """ready, or what it waits for."""
 

@@ -7,10 +7,8 @@ what that returns: an int, None for 0, an NsfsError's exit code, 1 and a traceba
 
 The server is single-threaded, imports its modules once, freezes the collector's generations, and ends when its client's
 end of the socket is closed. `launch_server` execs one; `fork_server` makes one of the calling process, which must not
-have started a thread or trio. The client's side is trio.
-
-Invariants: every child that a client knows is reaped by the server and reported once; a child whose spawner was
-cancelled before it got to know it is killed.
+have started a thread or trio. The client's side is trio. Invariants: every child that a client knows is reaped by the
+server and reported once; a child whose spawner was cancelled before it got to know it is killed.
 """
 
 from __future__ import annotations

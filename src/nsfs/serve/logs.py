@@ -33,7 +33,7 @@ class _Json(logging.Formatter):
 
 
 def start_logging(form: str, level: str) -> None:
-    """Log to stderr from `level` on; `form` is text or json. Called once, before anything is forked."""
+    """Log to stderr from `level` on; `form` is text or json. Called once per process that logs, before it forks."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Text())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,17 +1,15 @@
 """One FUSE session over a /dev/fuse descriptor that outlives this process.
 
 Owns: the handshake with the kernel, made so that a later process can go on where this one was killed, and the loop that
-hands requests to pyfuse3. The recorded INIT request is bytes that the caller keeps: a session that is given them is a
-successor. libfuse gets the INIT from us, through a socket pair in the descriptor's place; its answer passes through
-`plan_reply` on its way to the kernel, which drops it (ENOENT) if a predecessor has answered.
+hands requests to pyfuse3. A session that is given the recorded INIT request is a successor. libfuse gets the INIT from
+us, through a socket pair in the descriptor's place; its answer passes through `plan_reply` on its way to the kernel,
+which drops it (ENOENT) if a predecessor has answered.
 
-Concurrency: one session per process, because pyfuse3 keeps it in module globals; everything runs in the calling trio
-run. The descriptor is made non-blocking: a request that its caller withdraws between poll and read must not stop the
-loop until the next one comes.
+Concurrency: one session per process, because pyfuse3 keeps it in module globals, in the calling trio run. The
+descriptor does not block: a request that is withdrawn between poll and read must not stop the loop until the next one comes.
 
-Invariants: no request is lost when this process dies at any time after the INIT was recorded (Linux 6.9 and later, by
-FUSE_NOTIFY_RESEND; before that, requests that were taken and not answered stay unanswered). File handles are inode
-numbers, since a successor must understand them.
+Invariants: no request is lost when this process dies after the INIT was recorded (Linux 6.9, by FUSE_NOTIFY_RESEND;
+else what was taken stays unanswered). File handles are inode numbers, since a successor must understand them.
 """
 
 from __future__ import annotations

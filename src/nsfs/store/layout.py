@@ -127,7 +127,7 @@ class Layout:
 
     @property
     def meta(self) -> str:
-        """LMDB of the daemon: mounts, counters."""
+        """LMDB of the daemon: its mounts."""
         return os.path.join(self.root, "meta.lmdb")
 
     @property

@@ -8,9 +8,8 @@ Invariants: a live bit is set only after its block was written, a durable one on
 is punched only after the live bit is cleared, and then the durable one, and that is synced. So neither a crash nor a
 power loss nor a concurrent reader gets a hole for data.
 
-Concurrency: any number of threads. At most one process at a time writes to the blocks behind one byte of the bitmap
-(a job to the slabs it reserved, the worker to those of committed layers); `flush` and `evict` exclude each other
-across processes. Reads go through the page cache and drop what they read (see `Pool.read`).
+Concurrency: any number of threads. At most one process at a time writes to the blocks behind one byte of the bitmap (a
+job to the slabs it reserved, the worker to the rest); `flush` and `evict` exclude each other across processes.
 """
 
 from __future__ import annotations
