@@ -6,7 +6,7 @@ us, through a socket pair in the descriptor's place; its answer passes through `
 which drops it (ENOENT) if a predecessor has answered.
 
 Concurrency: one session per process, because pyfuse3 keeps it in module globals, in the calling trio run. The
-descriptor does not block: a request that is withdrawn between poll and read must not stop the loop until the next one comes.
+descriptor does not block: a request that is withdrawn between poll and read must not stop the loop.
 
 Invariants: no request is lost when this process dies after the INIT was recorded (Linux 6.9, by FUSE_NOTIFY_RESEND;
 else what was taken stays unanswered). File handles are inode numbers, since a successor must understand them.
