@@ -7,11 +7,13 @@ looked at in the worker of the domain that a mount by the same namespace and iso
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from nsfs import __version__
 from nsfs.core import worker_api
 from nsfs.core.manual import ManualMounts, Wish
+from nsfs.core.tasks import run_all
 from nsfs.errors import DeniedError, NsfsError
 from nsfs.model.report import EntryReport, ImageReport
 from nsfs.serve import api
@@ -131,19 +133,35 @@ class Control:
         return api.EvictReport(layers=evicted.layers, freed=evicted.freed)
 
     async def _status(self, _request: api.Empty, _report: Report) -> api.StatusReport:
+        """All mounts and domains, asked at once: one that does not answer says so, and holds up nobody else."""
+        mounts: dict[str, api.MountReport] = {}
+        domains: dict[str, api.DomainReport] = {}
+
+        async def ask_mount(record: MountRecord) -> None:
+            mounts[record.id] = await self._mount_report(record)
+
+        async def ask_domain(name: str, pid: int) -> None:
+            domains[name] = await self._domain_report(name, pid)
+
+        records, pids = self._mounts.records(), self._supervisor.pids()
+        await run_all(
+            [
+                *(partial(ask_mount, record) for record in records),
+                *(partial(ask_domain, name, pid) for name, pid in pids.items()),
+            ]
+        )
         return api.StatusReport(
             version=__version__,
             private=self._private,
             root=self._config.root,
-            mounts=[await self._mount_report(record) for record in self._mounts.records()],
-            domains=[await self._domain_report(name, pid) for name, pid in sorted(self._supervisor.pids().items())],
+            mounts=[mounts[record.id] for record in records],
+            domains=[domains[name] for name in sorted(pids)],
         )
 
     async def _mount_report(self, record: MountRecord) -> api.MountReport:
-        domain = self._mounts.domain_of(record)
         try:
-            usage = await self._supervisor.call(
-                domain, "Usage", worker_api.Usage(maps=record.maps), worker_api.UsageReport
+            usage = await self._supervisor.ask_now(
+                record.domain, "Usage", worker_api.Usage(maps=record.maps), worker_api.UsageReport
             )
         except NsfsError as error:
             usage = worker_api.UsageReport(local=0, fetched=0, state=str(error))
@@ -165,9 +183,7 @@ class Control:
 
     async def _domain_report(self, name: str, pid: int) -> api.DomainReport:
         try:
-            status = await self._supervisor.call(
-                self._mounts.named_domain(name), "Status", worker_api.Empty(), worker_api.WorkerStatus
-            )
+            status = await self._supervisor.ask_now(name, "Status", worker_api.Empty(), worker_api.WorkerStatus)
         except NsfsError as error:
             status = worker_api.WorkerStatus(layers=0, local=0, fetched=0, waiting=0, state=str(error))
         return api.DomainReport(

@@ -1,29 +1,33 @@
 """Workers: one process per domain, started when it is first needed and started again when it dies.
 
 Owns, per domain, what must outlive a worker: the /dev/fuse descriptor (so the connection stays), the live bitmap (a
-memfd), the INIT that the kernel sent. A new worker gets all three and goes on where the last one was killed. A worker
-that dies again and again is given longer and longer pauses, never given up.
+memfd), the INIT that the kernel sent, and what the domain shows. A new worker gets all of it and goes on where the last
+one was killed. A worker that dies again and again, or does not begin to answer, is given longer and longer pauses,
+never given up.
 
-Concurrency: one task per domain keeps its worker; callers wait on an event until it answers. Nothing here touches a
-path below a FUSE mount.
+Concurrency: one task per domain keeps its worker; callers wait on an event until it answers. Who asks how things stand
+(`ask_now`) waits for no start. Nothing here touches a path below a FUSE mount.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import select
 import shutil
 import socket
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 import trio
 from msgspec import Struct
 
 from nsfs.core import worker_api
-from nsfs.errors import UnreachableError
+from nsfs.core.tasks import open_tasks
+from nsfs.errors import NsfsError, UnreachableError
 from nsfs.serve.config import Config, pack_config
 from nsfs.serve.wire import Peer, open_peer
 
@@ -31,15 +35,28 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from nsfs.model.policy import Domain
-    from nsfs.serve.forkserver import ForkServer
+    from nsfs.serve.forkserver import Child, ForkServer
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_ENTRY = "nsfs.worker:main"
-_START_DEADLINE = 30.0
-_LONGEST_PAUSE = 5.0
-"""Seconds between two starts of a worker that dies at once."""
+_ENTRY: Final = "nsfs.worker:main"
+_CALLER_WAITS: Final = 30.0
+"""Seconds that a call waits for a worker that is being started."""
+_STUCK: Final = 120.0
+"""Seconds after which a worker that does not answer yet is killed: it clears up behind its predecessor before."""
+_ANSWERS_AT_ONCE: Final = 1.0
+"""Seconds that a worker has to say how it stands."""
+_SERVED: Final = 1.0
+"""A worker that lived as long has served, and its death is no sequel of the last one's."""
+_DEATH: Final = 5.0
+"""Seconds that a killed worker may take to be gone; longer only where a disk does not answer."""
+_ATTEMPTS: Final = 2
+"""Workers that are asked in turn, where one dies meanwhile: enough for an accident, too few for a poisonous call."""
+_REPEATABLE: Final = frozenset(
+    {"Prepare", "Inspect", "Stat", "Evict", "ShowViews", "HideViews", "ShowTree", "HideTree"}
+)
+"""What may be asked twice. Listings and contents were reported in part to somebody."""
 
 
 class WorkerArgs(Struct, kw_only=True):
@@ -72,6 +89,11 @@ class Connection:
     """The INIT request that the kernel sent; every worker has libfuse answer it."""
 
 
+def plan_pause(deaths: int, *, has_answered: bool) -> float:
+    """Seconds before a worker is started again after so many deaths in a row; short if the last one had answered."""
+    return 0.0 if deaths <= 1 else min(0.5 if has_answered else 5.0, 0.01 * 2 ** min(deaths, 10))
+
+
 @dataclass(slots=True)
 class _Kept:
     """What outlives the workers of a domain, and the worker of now."""
@@ -82,11 +104,21 @@ class _Kept:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
     ready: trio.Event = field(default_factory=trio.Event)
+    """Set while a worker answers, and when there will be none any more."""
     peer: Peer | None = None
     pid: int = 0
-    starts: int = 0
+    deaths: int = 0
+    """In a row, of workers that had not served."""
     views: set[str] = field(default_factory=set)
     trees: dict[str, worker_api.Tree] = field(default_factory=dict)
+
+    def lose(self) -> bool:
+        """The worker is gone; whether it had come to answer."""
+        had_answered = self.ready.is_set()
+        if had_answered:
+            self.ready = trio.Event()
+        self.peer = None
+        return had_answered
 
     def note(self, method: str, params: Struct) -> None:
         """Remember what a worker shows, so that the next one shows it from its start."""
@@ -133,11 +165,34 @@ class Supervisor:
         result: type[T],
         report: Callable[[Any], Awaitable[None]] | None = None,
     ) -> T:
-        """Ask the worker of `domain`; raises what it raises, UnreachableError where it dies meanwhile."""
+        """Ask the worker of `domain`; raises what it raises, UnreachableError where there is none or it dies meanwhile.
+
+        What can be asked twice is asked of the next worker, too.
+        """
         kept = await self._keep(domain.name)
-        peer = await self._wait_peer(kept)
         kept.note(method, params)
-        return await peer.call(method, params, result, report, worker_api.OnTheWay)
+        left = _ATTEMPTS if method in _REPEATABLE else 1
+        while True:
+            peer = await self._wait_peer(kept)
+            left -= 1
+            try:
+                return await peer.call(method, params, result, report, worker_api.OnTheWay)
+            except UnreachableError:
+                if not left or not peer.is_closed:
+                    raise
+                log.info("the worker of domain %s died during %s, which is asked of the next", kept.domain, method)
+
+    async def ask_now(self, domain: str, method: str, params: Struct, result: type[T]) -> T:
+        """Ask a worker that runs; raises UnreachableError, which says how it stands, where none answers at once."""
+        kept = self._kept.get(domain)
+        if kept is None:
+            raise UnreachableError("no worker runs")
+        peer = kept.peer if kept.ready.is_set() else None
+        if peer is None:
+            raise UnreachableError("the worker is being started")
+        with trio.move_on_after(_ANSWERS_AT_ONCE):
+            return await peer.call(method, params, result)
+        raise UnreachableError("the worker does not answer")
 
     async def end(self, domain: Domain) -> None:
         """End the worker, its connection, and delete the domain's directory."""
@@ -157,74 +212,118 @@ class Supervisor:
         return self._kept[domain].bitmap
 
     async def _keep(self, name: str) -> _Kept:
+        if name in self._kept:
+            return self._kept[name]
         async with self._lock:
             if name not in self._kept:
-                bitmap = await trio.to_thread.run_sync(self._bitmap, name)
-                connection = await self._connect(name) if self._connect else None
-                kept = self._kept[name] = _Kept(name, bitmap, connection)
-                self._nursery.start_soon(self._run, kept)
+                self._kept[name] = await self._open(name)
+                self._nursery.start_soon(self._run, self._kept[name])
             return self._kept[name]
 
+    async def _open(self, name: str) -> _Kept:
+        bitmap = await trio.to_thread.run_sync(self._bitmap, name)
+        try:
+            return _Kept(name, bitmap, await self._connect(name) if self._connect else None)
+        except BaseException:
+            os.close(bitmap)
+            raise
+
     async def _wait_peer(self, kept: _Kept) -> Peer:
-        with trio.move_on_after(_START_DEADLINE):
-            await kept.ready.wait()
-        if kept.peer is None:
-            raise UnreachableError(
-                f"the worker of domain {kept.domain} does not start: no answer within {_START_DEADLINE:g} s",
-                hint="the daemon's log says more",
-            )
-        return kept.peer
+        with trio.move_on_after(_CALLER_WAITS):
+            while not kept.ended.is_set():
+                await kept.ready.wait()
+                if kept.peer is not None:
+                    return kept.peer
+            raise UnreachableError(f"domain has ended: {kept.domain}")
+        raise UnreachableError(
+            f"the worker of domain {kept.domain} does not start: no answer within {_CALLER_WAITS:g} s",
+            hint="the daemon's log says more",
+        )
 
     async def _run(self, kept: _Kept) -> None:
         """Keep a worker running until the domain ends."""
         try:
             with kept.scope:
                 while True:
-                    started = trio.current_time()
-                    await self._run_once(kept)
-                    log.warning("the worker of domain %s died: pid %d", kept.domain, kept.pid)
-                    if trio.current_time() - started < _LONGEST_PAUSE:
-                        await trio.sleep(min(_LONGEST_PAUSE, 0.01 * 2 ** min(kept.starts, 10)))
+                    has_answered = await self._live(kept)
+                    await trio.sleep(plan_pause(kept.deaths, has_answered=has_answered))
         finally:
             with trio.CancelScope(shield=True):
                 await self._drop(kept)
 
-    async def _drop(self, kept: _Kept) -> None:
-        if kept.connection is not None:
-            await self._disconnect(kept.connection)
-            os.close(kept.connection.fd)
-        os.close(kept.bitmap)
-        kept.ended.set()
-
-    async def _run_once(self, kept: _Kept) -> None:
-        kept.starts += 1
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            fds = [theirs.fileno(), kept.bitmap, *([kept.connection.fd] if kept.connection else [])]
-            child = await self._zygote.spawn(_ENTRY, self._args(kept), fds)
-        kept.pid = child.pid
+    async def _live(self, kept: _Kept) -> bool:
+        """One worker's life, whatever its end; whether it came to answer."""
+        begun = trio.current_time()
+        has_answered = False
         try:
-            with suppress(UnreachableError):
-                stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-                await self._serve(kept, stream)
-            with trio.move_on_after(1):
-                await child.wait()
+            await self._ensure_connection(kept)
+            has_answered = await self._run_once(kept)
+        except NsfsError as error:
+            log.warning("the worker of domain %s cannot be started: %s", kept.domain, error)
+        except Exception:
+            log.exception("a bug: the worker of domain %s cannot be started", kept.domain)
+        kept.deaths = 1 if has_answered and trio.current_time() - begun >= _SERVED else kept.deaths + 1
+        return has_answered
+
+    async def _ensure_connection(self, kept: _Kept) -> None:
+        """Open another connection where the one there is was unmounted or aborted: no worker can use it again."""
+        if self._connect is None or (kept.connection is not None and _is_alive(kept.connection.fd)):
+            return
+        if kept.connection is not None:
+            log.warning("the fuse connection of domain %s is gone: what is mounted over it fails", kept.domain)
+            connection, kept.connection = kept.connection, None
+            await self._close(connection)
+        kept.connection = await self._connect(kept.domain)
+
+    async def _close(self, connection: Connection) -> None:
+        try:
+            await self._disconnect(connection)
+        except NsfsError as error:
+            log.warning("a fuse connection is left mounted: %s: %s", connection.mountpoint, error)
         finally:
-            child.kill()
-            child.close()
+            os.close(connection.fd)
 
-    async def _serve(self, kept: _Kept, stream: trio.SocketStream) -> None:
-        async def ready(_params: Ready, _report: object) -> worker_api.Empty:
+    async def _drop(self, kept: _Kept) -> None:
+        try:
+            if kept.connection is not None:
+                await self._close(kept.connection)
+        finally:
+            os.close(kept.bitmap)
+            kept.ended.set()
             kept.ready.set()
-            return worker_api.Empty()
 
-        async with open_peer(stream, {"Ready": (Ready, ready)}, name="daemon") as peer:
-            kept.peer = peer
+    async def _run_once(self, kept: _Kept) -> bool:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
+            with theirs:
+                fds = [theirs.fileno(), kept.bitmap, *([kept.connection.fd] if kept.connection else [])]
+                child = await self._zygote.spawn(_ENTRY, self._args(kept), fds)
+            kept.pid = child.pid
             try:
-                await peer.wait_closed()
+                has_answered = await self._serve(kept, stream)
+                log.warning("the worker of domain %s died: pid %d%s", kept.domain, kept.pid, await _status_of(child))
             finally:
-                kept.peer = None
-                kept.ready = trio.Event()
+                kept.pid = 0
+                await _end(child)
+        return has_answered
+
+    async def _serve(self, kept: _Kept, stream: trio.SocketStream) -> bool:
+        """Be the worker's other side until it is gone, or does not answer in time; whether it came to answer."""
+        has_answered = False
+        with trio.move_on_after(_STUCK) as starting, suppress(UnreachableError):
+
+            async def ready(_params: Ready, _report: object) -> worker_api.Empty:
+                starting.deadline = math.inf
+                kept.ready.set()
+                return worker_api.Empty()
+
+            async with open_peer(stream, {"Ready": (Ready, ready)}, name="daemon") as peer:
+                kept.peer = peer
+                try:
+                    await peer.wait_closed()
+                finally:
+                    has_answered = kept.lose()
+        return has_answered
 
     def _args(self, kept: _Kept) -> WorkerArgs:
         connection = kept.connection
@@ -236,6 +335,28 @@ class Supervisor:
             views=sorted(kept.views),
             trees=list(kept.trees.values()),
         )
+
+
+def _is_alive(fuse: int) -> bool:
+    """Whether a connection is neither unmounted nor aborted (Linux fs/fuse/dev.c, fuse_dev_poll)."""
+    poll = select.poll()
+    poll.register(fuse, 0)
+    return not poll.poll(0)
+
+
+async def _status_of(child: Child) -> str:
+    """For the log, of a child that closed its socket and so is about to end."""
+    with trio.move_on_after(1), suppress(UnreachableError):
+        return f", exit status {await child.wait()}"
+    return ""
+
+
+async def _end(child: Child) -> None:
+    """Kill it, and wait until it can write nothing any more."""
+    child.kill()
+    with trio.move_on_after(_DEATH, shield=True), suppress(UnreachableError):
+        await child.wait()
+    child.close()
 
 
 @asynccontextmanager
@@ -252,7 +373,7 @@ async def open_supervisor(
 
     `connect` opens and mounts a domain's FUSE connection (None: workers without), `bitmap` makes its live bitmap.
     """
-    async with trio.open_nursery() as nursery:
+    async with open_tasks() as nursery:
         yield Supervisor(
             config,
             zygote,
@@ -262,4 +383,3 @@ async def open_supervisor(
             bitmap=bitmap,
             domain_dir=domain_dir,
         )
-        nursery.cancel_scope.cancel()
