@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
-import goestargz
 from images import (
-    TAR_GZIP,
     Image,
     Layer,
     directory,
     file,
     gzip_layer,
     opaque,
-    render_tar,
     symlink,
     tar_layer,
     whiteout,
@@ -29,15 +25,15 @@ from images import (
 )
 from nsfs.model.report import render_size
 from nsfs_daemon import NSFS, Daemon, run_daemon
-from registry import Registry, push_layout
+from users import cat, estargz_layer, noise, push
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from images import Item
     from meter import Meter
-
-TOC_ANNOTATION = "containerd.io/snapshot/stargz/toc.digest"
+    from registry import Registry
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +42,11 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield running
 
 
-def push(image: Image, registry: Registry, path: Path, name: str) -> None:
-    push_layout(str(write_oci_layout(path / f"layout-{name}", image)), registry, name)
-
-
-def estargz_layer(tar: bytes, chunk_size: int) -> Layer:
-    made = goestargz.convert(tar, chunk_size=chunk_size)
-    return Layer(tar, made.blob, TAR_GZIP, {TOC_ANNOTATION: made.toc_digest})
-
-
-def noise(size: int, seed: int) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-LAYERS = {
+LAYERS: dict[str, Callable[[list[Item]], Layer]] = {
     "tar": tar_layer,
     "gzip": gzip_layer,
     "zstd": zstd_layer,
-    "estargz": lambda items: estargz_layer(render_tar(items), 100_000),
+    "estargz": estargz_layer,
 }
 
 
@@ -74,7 +57,6 @@ def test_every_format_reads_the_same(
     data = noise(300_000, 1)
     items = [directory("etc"), file("etc/data", data), symlink("etc/link", "data"), file("motd", b"hello\n")]
     layer = LAYERS[kind](items)
-    assert isinstance(layer, Layer)
     push(Image((layer,)), registry, tmp_path, f"kinds-{kind}")
     reference, names = f"{meter.host}/kinds-{kind}", ("--namespace", f"kind-{kind}")
     assert daemon.nsfs("ls", f"{reference}:/", *names).stdout == "etc\nmotd\n"
@@ -93,11 +75,6 @@ def test_every_format_reads_the_same(
     assert described["format"] == {"gzip": "tar+gzip", "zstd": "tar+zstd"}.get(kind, kind)
     assert described["indexed"]
     assert "table of contents" in described["verified"] if kind == "estargz" else "diff ID" in described["verified"]
-
-
-def cat(daemon: Daemon, *arguments: str) -> bytes:
-    command = [*NSFS, "--socket", daemon.socket, "cat", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
 
 
 def test_what_the_top_layer_decides_costs_the_top_layer(
@@ -150,7 +127,7 @@ def test_an_estargz_file_costs_its_table_and_its_chunk(
     daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path
 ) -> None:
     data = noise(4_000_000, 4)
-    layer = estargz_layer(render_tar([file("big", data), file("small", b"small\n")]), 250_000)
+    layer = estargz_layer([file("big", data), file("small", b"small\n")], 250_000)
     push(Image((layer,)), registry, tmp_path, "chunks")
     names = ("--namespace", "chunks")
     done = daemon.nsfs("cat", f"{meter.host}/chunks:/small", *names)
@@ -187,7 +164,7 @@ def test_the_socket_may_come_from_the_environment(daemon: Daemon) -> None:
 
 def test_inspect_says_what_is_lazy_and_why(daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path) -> None:
     plain = gzip_layer([file("plain", noise(200_000, 6))])
-    lazy = estargz_layer(render_tar([file("lazy", noise(200_000, 7))]), 50_000)
+    lazy = estargz_layer([file("lazy", noise(200_000, 7))], 50_000)
     push(Image((plain, lazy)), registry, tmp_path, "inspected")
     reference, names = f"{meter.host}/inspected", ("--namespace", "inspected")
     first, second = daemon.json("inspect", reference, *names)["layers"]

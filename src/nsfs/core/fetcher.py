@@ -192,6 +192,10 @@ class Fetcher:
             if waiter.view in views:
                 waiter.scope.cancel()
 
+    def forget(self, layer: str) -> None:
+        """Keep nothing decoded of the layer with this key of a LayerSource: it was evicted."""
+        self._kept.forget(layer)
+
     async def read(self, view: View, address: int, size: int, *, patience: float | None) -> bytes:
         """Exactly `size` bytes at `address`: from the pool, or fetched and verified. A hit is no checkpoint.
 

@@ -104,6 +104,11 @@ class Kept:
         while self._size > self._limit:
             self._drop(next(iter(self._groups)))
 
+    def forget(self, layer: str) -> None:
+        """Drop what is kept of a layer."""
+        for key in [key for key in self._groups if key[0] == layer]:
+            self._drop(key)
+
     def _drop(self, key: GroupKey) -> None:
         if key in self._groups:
             self._size -= _size_of(self._groups.pop(key))

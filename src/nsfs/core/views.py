@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
 
 
-_LOOKING: Final = Patience(60)
+_LOOKING: Final = Patience(0)
+"""One attempt, however long its bytes take: somebody sits in front of it."""
 
 
 class Catalog(Protocol):
@@ -105,6 +106,7 @@ class Views:
 
     async def evict(self, key: LayerKey) -> int:
         """Drop a layer's contents, which can come back by ranges; gives the bytes freed."""
+        self._fetcher.forget(_name_of(key))
         ranges = self._table(key).ranges()
         return await trio.to_thread.run_sync(lambda: sum(self._pool.evict(*each) for each in ranges))
 
@@ -162,7 +164,7 @@ class Views:
                 return table
 
             self._sources[key] = LayerSource(
-                key=f"{key.blob}/{key.index}",
+                key=_name_of(key),
                 table=self._open_table(key),
                 blob=self._blobs.blob(record.blob, record.blob_size),
                 make_spans=make_spans,
@@ -173,3 +175,7 @@ class Views:
 def map_of(view: str) -> str:
     """The map that a view, or somebody without one, reads."""
     return view.removeprefix("look/").partition("~")[0]
+
+
+def _name_of(key: LayerKey) -> str:
+    return f"{key.blob}/{key.index}"
