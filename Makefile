@@ -2,17 +2,18 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help demo test quick lint bench proto wheel pages clean
+.PHONY: help demo test quick lint conformance bench proto wheel pages clean
 
 help:
-	@echo 'make demo    mount a real image lazily from a real registry, and print what it cost'
-	@echo 'make test    lint, types, import contracts and the whole test suite'
-	@echo 'make quick   the same without the slow tests'
-	@echo 'make lint    lint, types and import contracts alone'
-	@echo 'make bench   the figures, as JSON and plots, in bench/results'
-	@echo 'make proto   the stubs of src/nsfs/serve/proto, after a change there'
-	@echo 'make wheel   dist/nsfs-*.whl'
-	@echo 'make pages   manual pages and completions, in dist/'
+	@echo 'make demo         mount a real image lazily from a real registry, and print what it cost'
+	@echo 'make test         lint, types, import contracts and the whole test suite'
+	@echo 'make quick        the same without the slow tests'
+	@echo 'make conformance  the suite of containerd for snapshotters, against a daemon of ours; needs Go'
+	@echo 'make lint         lint, types and import contracts alone'
+	@echo 'make bench        the figures, as JSON and plots, in bench/results'
+	@echo 'make proto        the stubs of src/nsfs/serve/proto, after a change there'
+	@echo 'make wheel        dist/nsfs-*.whl'
+	@echo 'make pages        manual pages and completions, in dist/'
 
 demo:
 	@contrib/setup.sh
@@ -30,6 +31,10 @@ lint:
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+conformance:
+	@contrib/setup.sh
+	@$(BIN)/pytest -q -s tests/t5_containerd/test_conformance.py
 
 bench:
 	@contrib/setup.sh

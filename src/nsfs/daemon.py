@@ -18,18 +18,22 @@ import trio
 
 from nsfs import __version__
 from nsfs.core.manual import ManualMounts
+from nsfs.core.snapshots import open_snapshots
 from nsfs.errors import BusyError, DeniedError, NotFoundError, UnsupportedError
 from nsfs.model.mounts import Host
 from nsfs.serve import doctor, mounts
 from nsfs.serve.control import Control
-from nsfs.serve.control_rpc import serve_control
+from nsfs.serve.control_rpc import control_service
 from nsfs.serve.forkserver import launch_server, open_fork_server
 from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
+from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.session import read_init
+from nsfs.serve.snapshots_rpc import snapshots_service
 from nsfs.serve.supervisor import Connection, open_supervisor
 from nsfs.store.layout import Layout
 from nsfs.store.meta import open_meta
 from nsfs.store.pool import create_bitmap
+from nsfs.store.snapshots import SnapshotDirs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -97,7 +101,12 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         manual = ManualMounts(meta, supervisor, kernel, host, config.isolation)
         await manual.sweep()
         control = Control(config, manual, supervisor, private=private)
-        await stack.enter_async_context(serve_control(config.socket, control.handlers()))
+        services = [control_service(control.handlers())]
+        if host.root and not private:
+            directories = SnapshotDirs(layout.snapshots, layout.lowers)
+            snapshots = await stack.enter_async_context(open_snapshots(meta, directories, empty=kernel.empty))
+            services.append(snapshots_service(snapshots))
+        await stack.enter_async_context(serve_rpc(config.socket, services))
         log.info("nsfs %s serves at %s", __version__, config.socket)
         await _wait_end(manual, control, private=private)
         await manual.end_all()

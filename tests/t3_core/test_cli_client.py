@@ -14,7 +14,8 @@ from nsfs.errors import ERRORS, DeniedError, NsfsError, UnreachableError, Unsupp
 from nsfs.model.report import Data, Note, Progress
 from nsfs.serve import api
 from nsfs.serve.client import open_control, probe
-from nsfs.serve.control_rpc import serve_control
+from nsfs.serve.control_rpc import control_service
+from nsfs.serve.rpc import serve_rpc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +37,7 @@ def serving(path: str, **handlers: Any) -> Iterator[None]:
     async def main() -> None:
         with trio.CancelScope() as scope:
             scopes.append((trio.lowlevel.current_trio_token(), scope))
-            async with serve_control(path, {"Version": _version} | handlers):
+            async with serve_rpc(path, [control_service({"Version": _version} | handlers)]):
                 ready.set()
                 await trio.sleep_forever()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
@@ -16,6 +16,9 @@ from nsfs.errors import DeniedError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+OVERLAY_OPTIONS: Final = ("xino=on", "redirect_dir=nofollow", "metacopy=off", "index=off")
+"""Always the same, whatever the host's defaults: containerd's diff understands neither redirects nor metacopies."""
 
 
 class Driver(enum.StrEnum):

@@ -1,16 +1,13 @@
-"""The control API's gRPC server: translates between `serve.api` messages and async handlers; decides nothing.
+"""The control API as a gRPC service: translates between `serve.api` messages and async handlers; decides nothing.
 
-gRPC runs in threads, handlers in trio. Each call occupies one thread for as long as it runs, and pulls its events from
-a channel that the handler fills, so a client that reads slowly slows its handler and nobody else. A client that goes
-away cancels its handler.
+gRPC runs in threads, handlers in trio. Each call pulls its events from a channel that the handler fills, so a client
+that reads slowly slows its handler and nobody else. A client that goes away cancels its handler.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
@@ -18,18 +15,19 @@ import msgspec
 import trio
 import trio.from_thread
 
-from nsfs.errors import NsfsError
+from nsfs.errors import NsfsError, UnreachableError
 from nsfs.serve import api
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from nsfs.serve.rpc import Bridge
 
     Report: TypeAlias = Callable[[Any], Awaitable[None]]
     Handler: TypeAlias = Callable[[Any, Report], Awaitable[msgspec.Struct]]
 
 log = logging.getLogger(__name__)
 
-_THREADS = 64
 _AHEAD = 16
 """Events a handler may be ahead of its client."""
 
@@ -68,10 +66,9 @@ class _Call:
 
 
 class _Service(grpc.GenericRpcHandler):
-    def __init__(self, handlers: dict[str, Handler], nursery: trio.Nursery) -> None:
+    def __init__(self, handlers: dict[str, Handler], bridge: Bridge) -> None:
         self._handlers = handlers
-        self._nursery = nursery
-        self._token = trio.lowlevel.current_trio_token()
+        self._bridge = bridge
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         service, _, method = details.method.strip("/").rpartition("/")
@@ -93,18 +90,16 @@ class _Service(grpc.GenericRpcHandler):
         except msgspec.MsgspecError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, _failure("INVALID_ARGUMENT", f"malformed request: {error}"))
         call = _Call(handler, request)
-        context.add_callback(lambda: self._soon(call.cancel))
-        trio.from_thread.run_sync(self._nursery.start_soon, call.run, trio_token=self._token)
-        while (event := trio.from_thread.run(call.receive, trio_token=self._token)) is not None:
-            yield msgspec.msgpack.encode(event)
+        context.add_callback(lambda: self._bridge.soon(call.cancel))
+        try:
+            with self._bridge.patience():
+                self._bridge.start(call.run)
+                while (event := trio.from_thread.run(call.receive, trio_token=self._bridge.token)) is not None:
+                    yield msgspec.msgpack.encode(event)
+        except UnreachableError as error:
+            call.error = error
         if call.error is not None:
             _abort(context, call.error)
-
-    def _soon(self, what: Callable[[], None]) -> None:
-        try:
-            self._token.run_sync_soon(what)
-        except trio.RunFinishedError:
-            log.debug("a call ended after the daemon")
 
 
 def _failure(code: str, message: str, hint: str | None = None) -> str:
@@ -118,31 +113,6 @@ def _abort(context: grpc.ServicerContext, error: BaseException) -> None:
     context.abort(grpc.StatusCode.INTERNAL, _failure("INTERNAL", f"{type(error).__name__}: {error}"))
 
 
-@asynccontextmanager
-async def serve_control(path: str, handlers: dict[str, Handler]) -> AsyncIterator[None]:
-    """Answer `handlers` on the unix socket `path` (0600) until the block ends; calls still running are cancelled."""
-    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="control")
-    async with trio.open_nursery() as nursery:
-        server = grpc.server(threads, handlers=[_Service(handlers, nursery)], options=[("grpc.so_reuseport", 0)])
-        _listen(server, path)
-        try:
-            yield
-        finally:
-            nursery.cancel_scope.cancel()
-            stopped = server.stop(grace=0.2)
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(stopped.wait)
-            threads.shutdown(wait=False)
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-
-
-def _listen(server: grpc.Server, path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-    mask = os.umask(0o177)
-    try:
-        server.add_insecure_port(f"unix:{path}")
-        server.start()
-    finally:
-        os.umask(mask)
+def control_service(handlers: dict[str, Handler]) -> Callable[[Bridge], grpc.GenericRpcHandler]:
+    """The service, for `serve.rpc.serve_rpc`."""
+    return partial(_Service, handlers)

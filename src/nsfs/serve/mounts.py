@@ -39,6 +39,7 @@ from nsfs.errors import (
     UnsupportedError,
     UsageError,
 )
+from nsfs.model.mounts import OVERLAY_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from nsfs.serve.forkserver import ForkServer
 
 FUSE_TYPE: Final = "fuse.nsfs"
-OVERLAY_OPTIONS: Final = ("xino=on", "redirect_dir=nofollow", "metacopy=off", "index=off")
 MAX_OPTIONS: Final = 4095
 """Bytes of mount(2)'s last argument: a page with its terminator."""
 

@@ -2,8 +2,11 @@
 
 Keys and values, described here and nowhere else:
 
-    db `about`   b"version" -> ASCII decimal of FORMAT
-    db `mounts`  mount ID (ASCII) -> msgpack of MountRecord
+    db `about`      b"version" -> ASCII decimal of FORMAT
+                    b"last snapshot" -> ASCII decimal of the highest snapshot ID ever given
+    db `mounts`     mount ID (ASCII) -> msgpack of MountRecord
+    db `snapshots`  snapshot ID (8 bytes, big-endian) -> msgpack of snapshot.Record; names are in the records, because
+                    they may be longer than LMDB's keys
 
 No transaction stays open across an await: every method opens, reads or writes, and closes. Writes are durable when a
 method returns.
@@ -13,19 +16,25 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import lmdb
 import msgspec
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.mounts import MountRecord
+from nsfs.model.snapshot import Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nsfs.model.snapshot import Change
+
+T = TypeVar("T")
+
 FORMAT = 1
 _MAP_SIZE = 1 << 30
+_LAST = b"last snapshot"
 
 
 class Meta:
@@ -33,12 +42,14 @@ class Meta:
 
     def __init__(self, env: lmdb.Environment) -> None:
         self._env = env
+        self._about = env.open_db(b"about")
         self._mounts = env.open_db(b"mounts")
+        self._snapshots = env.open_db(b"snapshots")
 
     def mounts(self) -> list[MountRecord]:
         """All mounts, by ID."""
         with self._env.begin() as txn:
-            return [_decode(value) for _, value in txn.cursor(self._mounts)]
+            return [_decode(value, MountRecord) for _, value in txn.cursor(self._mounts)]
 
     def mount_at(self, target: str) -> MountRecord:
         """The mount whose target is `target`; raises NotFoundError."""
@@ -57,12 +68,36 @@ class Meta:
         with self._env.begin(write=True) as txn:
             txn.delete(mount_id.encode(), db=self._mounts)
 
+    def snapshots(self) -> list[Record]:
+        """All snapshots, by ID."""
+        with self._env.begin() as txn:
+            return [_decode(value, Record) for _, value in txn.cursor(self._snapshots)]
 
-def _decode(value: bytes) -> MountRecord:
+    def last_snapshot(self) -> int:
+        """The highest snapshot ID that was ever put; 0 where none was."""
+        with self._env.begin() as txn:
+            return int(txn.get(_LAST, b"0", db=self._about))
+
+    def change_snapshots(self, change: Change) -> None:
+        """Carry out a change, all of it or nothing."""
+        with self._env.begin(write=True) as txn:
+            if change.gone is not None:
+                txn.delete(_number(change.gone.id), db=self._snapshots)
+            if change.put is not None:
+                txn.put(_number(change.put.id), msgspec.msgpack.encode(change.put), db=self._snapshots)
+                last = max(change.put.id, int(txn.get(_LAST, b"0", db=self._about)))
+                txn.put(_LAST, str(last).encode(), db=self._about)
+
+
+def _number(snapshot: int) -> bytes:
+    return snapshot.to_bytes(8, "big")
+
+
+def _decode(value: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.msgpack.decode(value, type=MountRecord)
-    except msgspec.DecodeError as error:
-        raise CorruptError(f"a mount's record cannot be read: {error}") from error
+        return msgspec.msgpack.decode(value, type=kind)
+    except msgspec.MsgspecError as error:
+        raise CorruptError(f"a record of the daemon cannot be read: {error}") from error
 
 
 @contextmanager

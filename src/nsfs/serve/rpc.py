@@ -1,0 +1,128 @@
+"""The daemon's gRPC server: one unix socket, several services, and the way from gRPC's threads into trio.
+
+Each call occupies one thread for as long as it runs. Threads are made when they are needed, and calls that may wait
+long (`Bridge.wait`) are refused before they could take the last ones, so that a quick call finds one at all times. A
+client that goes away cancels its work.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import grpc
+import trio
+import trio.from_thread
+
+from nsfs.errors import UnreachableError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_THREADS = 1024
+_PATIENT = _THREADS - 128
+"""Calls that may wait at one time."""
+
+
+class _Job(Generic[T]):
+    """Work in trio whose outcome a thread waits for."""
+
+    def __init__(self, work: Callable[[], Awaitable[T]]) -> None:
+        self._work = work
+        self._scope = trio.CancelScope()
+        self.outcome: Future[T] = Future()
+
+    async def run(self) -> None:
+        with self._scope:
+            try:
+                self.outcome.set_result(await self._work())
+            except Exception as error:  # noqa: BLE001  every failure is the client's to hear
+                self.outcome.set_exception(error)
+            finally:
+                if not self.outcome.done():
+                    self.outcome.set_exception(UnreachableError("the call was cancelled"))
+
+    def cancel(self) -> None:
+        self._scope.cancel()
+
+
+class Bridge:
+    """From gRPC's threads into trio. Made in trio; `start`, `call`, `wait` and `soon` are for the threads."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self.token = trio.lowlevel.current_trio_token()
+        self._waiting = threading.Semaphore(_PATIENT)
+
+    def start(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Begin `work` in a task."""
+        trio.from_thread.run_sync(self._nursery.start_soon, work, trio_token=self.token)
+
+    def soon(self, what: Callable[[], None]) -> None:
+        """Have `what` done in trio, if that still runs."""
+        try:
+            self.token.run_sync_soon(what)
+        except trio.RunFinishedError:
+            log.debug("a call ended after the daemon")
+
+    def call(self, work: Callable[[], Awaitable[T]], context: grpc.ServicerContext) -> T:
+        """What `work` gives; raises what it raises, UnreachableError if it was cancelled."""
+        job = _Job(work)
+        if not context.add_callback(lambda: self.soon(job.cancel)):
+            raise UnreachableError("the client went away")
+        self.start(job.run)
+        return job.outcome.result()
+
+    def wait(self, work: Callable[[], Awaitable[T]], context: grpc.ServicerContext) -> T:
+        """As `call`, for what may take long; raises UnreachableError where too many do."""
+        with self.patience():
+            return self.call(work, context)
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Count the calling thread among those that may wait."""
+        if not self._waiting.acquire(blocking=False):
+            raise UnreachableError(f"too many calls wait: {_PATIENT}", hint="see nsfs status")
+        try:
+            yield
+        finally:
+            self._waiting.release()
+
+
+@asynccontextmanager
+async def serve_rpc(path: str, services: Sequence[Callable[[Bridge], grpc.GenericRpcHandler]]) -> AsyncIterator[None]:
+    """Answer on the unix socket `path` (0600) until the block ends; calls still running are cancelled."""
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="rpc")
+    async with trio.open_nursery() as nursery:
+        bridge = Bridge(nursery)
+        handlers = [service(bridge) for service in services]
+        server = grpc.server(threads, handlers=handlers, options=[("grpc.so_reuseport", 0)])
+        _listen(server, path)
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
+            stopped = server.stop(grace=0.2)
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(stopped.wait)
+            threads.shutdown(wait=False)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _listen(server: grpc.Server, path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    mask = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+        server.start()
+    finally:
+        os.umask(mask)
