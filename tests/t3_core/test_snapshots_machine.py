@@ -79,6 +79,8 @@ KEY = st.integers(0, 5)
 
 class Machine(RuleBasedStateMachine):
     names = Bundle("names")
+    bases = Bundle("bases")
+    """Committed at some time."""
 
     @initialize()
     def begin(self) -> None:
@@ -135,11 +137,11 @@ class Machine(RuleBasedStateMachine):
     @rule(
         target=names,
         kind=st.sampled_from([Kind.ACTIVE, Kind.VIEW]),
-        parent=names,
+        parent=st.one_of(bases, bases, names),
         namespace=NAMESPACE,
         key=KEY,
         labels=LABELS,
-        same=st.booleans(),
+        same=st.sampled_from([True, True, True, False]),
     )
     def create_over(
         self, kind: Kind, parent: Name, namespace: str, key: int, labels: dict[str, str], same: bool
@@ -147,7 +149,10 @@ class Machine(RuleBasedStateMachine):
         namespace = parent.namespace if same else namespace
         return self.create(kind, Name(parent.plugin, namespace, f"{namespace}/{key}/k"), parent, labels)
 
-    @rule(target=names, active=names, key=KEY, labels=LABELS)
+    @rule(target=bases, active=names, key=KEY, labels=LABELS)
+    def commit_any(self, active: Name, key: int, labels: dict[str, str]) -> Any:
+        return self.commit(active, key, labels)
+
     def commit(self, active: Name, key: int, labels: dict[str, str]) -> Any:
         known = self.known[active.plugin]
         name = f"{active.namespace}/{key}/committed"
@@ -165,7 +170,16 @@ class Machine(RuleBasedStateMachine):
         known[name] = known.pop(active.key)._replace(kind=Kind.COMMITTED, labels=kept)
         return active._replace(key=name)
 
-    @rule(name=names)
+    @rule(target=bases, parent=st.one_of(st.none(), bases), plugin=PLUGIN, key=KEY)
+    def unpack(self, parent: Name | None, plugin: str, key: int) -> Any:
+        """A layer, as containerd makes it."""
+        namespace = parent.namespace if parent else NAMESPACES[0]
+        active = Name(parent.plugin if parent else plugin, namespace, f"{namespace}/{key}/extract")
+        if self.create(Kind.ACTIVE, active, parent, {}) != active:
+            return multiple()
+        return self.commit(active, key, {})
+
+    @rule(name=st.one_of(names, bases))
     def remove(self, name: Name) -> None:
         known = self.known[name.plugin]
         error: type[NsfsError] | None = None
@@ -177,7 +191,16 @@ class Machine(RuleBasedStateMachine):
         if error is None:
             del known[name.key]
 
-    @rule(name=names, labels=LABELS, whole=st.booleans())
+    @rule(plugin=PLUGIN)
+    def empty(self, plugin: str) -> None:
+        """Children before parents, as containerd's garbage collection does."""
+        known = self.known[plugin]
+        while known:
+            for key in [key for key in known if not any(each.parent == key for each in known.values())]:
+                self.expect(None, Snapshots.remove, Caller(plugin), key)
+                del known[key]
+
+    @rule(name=st.one_of(names, bases), labels=LABELS, whole=st.booleans())
     def update(self, name: Name, labels: dict[str, str], whole: bool) -> None:
         known = self.known[name.plugin]
         paths = ["labels"] if whole else ["labels.l"]
@@ -190,13 +213,13 @@ class Machine(RuleBasedStateMachine):
             assert record.labels == wanted
             assert record.updated >= record.created
 
-    @rule(name=names)
+    @rule(name=st.one_of(names, bases))
     def a_neighbour_finds_nothing(self, name: Name) -> None:
         other = Caller(name.plugin, next(each for each in NAMESPACES if each != name.namespace))
         self.expect(NotFoundError, Snapshots.mounts, other, name.key)
         self.expect(NotFoundError, Snapshots.remove, other, name.key)
 
-    @rule(name=names)
+    @rule(name=st.one_of(names, bases))
     def use(self, name: Name) -> None:
         error = None if name.key in self.known[name.plugin] else NotFoundError
         usage = self.expect(error, Snapshots.usage, Caller(name.plugin), name.key)
