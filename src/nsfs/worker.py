@@ -33,7 +33,7 @@ from nsfs.core.views import Views
 from nsfs.errors import NotFoundError, NsfsError, UnreachableError
 from nsfs.model.oci import Platform
 from nsfs.model.policy import parse_view_name
-from nsfs.remote.credentials import DockerConfig
+from nsfs.remote.credentials import DockerConfig, config_path
 from nsfs.remote.reference import LayoutReference, parse_reference
 from nsfs.remote.source import Remote, open_remote
 from nsfs.remote.transport import Timeouts
@@ -51,7 +51,7 @@ from nsfs.store.pool import open_pool
 from nsfs.store.recovery import recover
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from nsfs.core.ports import Source
     from nsfs.model.pool import LayerKey
@@ -119,7 +119,7 @@ async def _compose(
     stack.callback(nursery.cancel_scope.cancel)
     remote = await stack.enter_async_context(
         open_remote(
-            credentials=DockerConfig(config.registry.docker_config or _docker_config(os.environ)),
+            credentials=DockerConfig(config.registry.docker_config or config_path(os.environ)),
             hosts=config.registry.config_path,
             timeouts=Timeouts(config.registry.connect_timeout, config.registry.read_timeout),
             connections=config.registry.connections,
@@ -306,8 +306,3 @@ def fetch_config(config: Fetch) -> FetchConfig:
 def host_platform() -> Platform:
     """The platform of this machine's own programs."""
     return Platform(platform.machine(), "linux").normal()
-
-
-def _docker_config(environ: Mapping[str, str]) -> str:
-    directory = environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/root"), ".docker")
-    return os.path.join(directory, "config.json")

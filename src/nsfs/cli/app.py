@@ -31,6 +31,7 @@ _COMMANDS = {
     "tree": "nsfs.cli.looking",
     "stat": "nsfs.cli.looking",
     "inspect": "nsfs.cli.images",
+    "pull": "nsfs.cli.pulling",
     "evict": "nsfs.cli.images",
     "status": "nsfs.cli.images",
     "serve": "nsfs.cli.host",

@@ -13,11 +13,14 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
 from nsfs.errors import DeniedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _HUB_KEY = "https://index.docker.io/v1/"
 _HUB_HOSTS = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
@@ -91,6 +94,12 @@ class DockerConfig:
                 raise DeniedError(f"credential helper cannot be run: {program}: {error.strerror}") from None
             return parse_helper_answer(program, done.returncode, done.stdout)
         raise DeniedError(f"credential helper does not answer: {program}: {self.helper_timeout:g} s")
+
+
+def config_path(environ: Mapping[str, str]) -> str:
+    """Where `docker login` keeps what it is told."""
+    directory = environ.get("DOCKER_CONFIG") or os.path.join(environ.get("HOME", "/root"), ".docker")
+    return os.path.join(directory, "config.json")
 
 
 def load_config(path: str) -> dict[str, Any]:
