@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 _DEADLINE = 20.0
 """Seconds for the daemon to answer, and to end."""
@@ -83,7 +83,37 @@ class Daemon:
 
 @contextlib.contextmanager
 def run_daemon(directory: str, settings: Mapping[str, Any] | None = None) -> Iterator[Daemon]:
-    """Start a daemon below `directory`; `settings` are TOML keys, a table's as a mapping."""
+    """A daemon below `directory`; `settings` are TOML keys, a table's as a mapping."""
+    process, daemon = start_daemon(directory, settings)
+    try:
+        _wait_until_serving(process, daemon)
+        yield daemon
+    finally:
+        _end(process, directory, daemon)
+
+
+@contextlib.contextmanager
+def mortal_daemons(directory: str, settings: Mapping[str, Any] | None = None) -> Iterator[Callable[[], Daemon]]:
+    """Start daemons one after the other, all below `directory`, which the test ends in its own ways."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start() -> Daemon:
+        process, daemon = start_daemon(directory, settings)
+        processes.append(process)
+        _wait_until_serving(process, daemon)
+        return daemon
+
+    try:
+        yield start
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        sweep(directory)
+
+
+def start_daemon(directory: str, settings: Mapping[str, Any] | None) -> tuple[subprocess.Popen[bytes], Daemon]:
+    """Start one, and do not wait for it."""
     os.makedirs(directory, exist_ok=True)
     keys = {"root": f"{directory}/root", "run": f"{directory}/run", **(settings or {})}
     with open(f"{directory}/config.toml", "w") as file:
@@ -95,12 +125,7 @@ def run_daemon(directory: str, settings: Mapping[str, Any] | None = None) -> Ite
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-    daemon = Daemon(f"{directory}/run/nsfs.sock", f"{directory}/root", f"{directory}/run", log, process.pid)
-    try:
-        _wait_until_serving(process, daemon)
-        yield daemon
-    finally:
-        _end(process, directory, daemon)
+    return process, Daemon(f"{directory}/run/nsfs.sock", f"{directory}/root", f"{directory}/run", log, process.pid)
 
 
 def _render_toml(keys: Mapping[str, Any]) -> str:
