@@ -82,17 +82,24 @@ class Machine(RuleBasedStateMachine):
     bases = Bundle("bases")
     """Committed at some time."""
 
-    @initialize()
-    def begin(self) -> None:
+    def __init__(self) -> None:
+        super().__init__()
         shm = "/dev/shm"
         self.path = tempfile.mkdtemp(prefix="nsfs-", dir=shm if os.path.isdir(shm) else None)
         self.known: dict[str, dict[str, Known]] = {plugin: {} for plugin in PLUGINS}
         self.daemon = Daemon(self.path)
 
     def teardown(self) -> None:
-        if hasattr(self, "daemon"):
-            self.daemon.end()
-            shutil.rmtree(self.path)
+        self.daemon.end()
+        shutil.rmtree(self.path)
+
+    @initialize(target=bases)
+    def first_base(self) -> Any:
+        return self.unpack_one(None, PLUGINS[0], 0)
+
+    @initialize(target=names)
+    def first_name(self) -> Any:
+        return self.create(Kind.VIEW, Name(PLUGINS[0], NAMESPACES[0], f"{NAMESPACES[0]}/0/k"), None, {})
 
     def expect(self, error: type[NsfsError] | None, method: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -172,6 +179,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=bases, parent=st.one_of(st.none(), bases), plugin=PLUGIN, key=KEY)
     def unpack(self, parent: Name | None, plugin: str, key: int) -> Any:
+        return self.unpack_one(parent, plugin, key)
+
+    def unpack_one(self, parent: Name | None, plugin: str, key: int) -> Any:
         """A layer, as containerd makes it."""
         namespace = parent.namespace if parent else NAMESPACES[0]
         active = Name(parent.plugin if parent else plugin, namespace, f"{namespace}/{key}/extract")
@@ -238,8 +248,6 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def everything_is_as_known(self) -> None:
-        if not hasattr(self, "daemon"):
-            return
         for plugin, known in self.known.items():
             found = self.daemon.call(Snapshots.select, Caller(plugin), [])
             assert {each.name: Known(each.kind, each.parent, each.labels) for each in found} == known
