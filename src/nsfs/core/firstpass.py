@@ -15,6 +15,7 @@ import errno
 import hashlib
 import os
 import select
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -166,15 +167,24 @@ def _cleared_on_error(spool: str, placer: Placer) -> Iterator[None]:
 def _read_layer(job: FirstPassJob, source_fd: int, placer: Placer, progress: Callable[[int], None]) -> LayerRecord:
     blob, stream = _Hashed(job.blob), _Hashed(job.diff_id)
     parser = TarParser()
+    refused = threading.Event()
     with Ahead() as ahead:
         received = _spooled(job.spool, job.blob_size, _received(source_fd, ahead))
         compressed = ahead.run(_reported(blob.through(_exactly(received, job.blob_size)), progress))
-        inflated = _inflated(_INFLATERS[job.compression](), compressed)
-        for piece in ahead.run(stream.through(_at_most(inflated, job.max_stream))):
-            placer.place(parser.feed(piece))
+        inflated = _at_most(_inflated(_INFLATERS[job.compression](), compressed, refused), job.max_stream)
+        pieces = ahead.run(stream.through(_drained(inflated, compressed)))
+        try:
+            for piece in pieces:
+                placer.place(parser.feed(piece))
+            parser.close()
+        except CorruptError:
+            refused.set()
+            _exhaust(pieces)
+            if blob.size == job.blob_size:
+                blob.check("blob")
+            raise
     blob.check("blob")
     stream.check("diff ID")
-    parser.close()
     placer.finish()
     return _plan_record(job, placer.entries, stream.size, tuple(placer.slabs))
 
@@ -451,10 +461,31 @@ def _at_most(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
         yield piece
 
 
-def _inflated(inflater: Inflater, pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _inflated(
+    inflater: Inflater, pieces: Iterable[bytes], refused: threading.Event | None = None
+) -> Generator[bytes, None, None]:
+    """The stream, or no more of it once it is `refused`."""
     for piece in pieces:
+        if refused is not None and refused.is_set():
+            return
         yield from inflater.feed(piece)
     inflater.finish()
+
+
+def _drained(pieces: Iterable[bytes], source: Iterable[bytes]) -> Generator[bytes, None, None]:
+    """`pieces`, and then all of the `source` that they were made from, whatever became of them.
+
+    A blob that makes no sense is read to its end: only its digest tells a damaged one from one that never did.
+    """
+    try:
+        yield from pieces
+    finally:
+        _exhaust(source)
+
+
+def _exhaust(pieces: Iterable[bytes]) -> None:
+    for _ in pieces:
+        pass
 
 
 def _reported(pieces: Iterable[bytes], progress: Callable[[int], None]) -> Generator[bytes, None, None]:

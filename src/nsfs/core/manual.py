@@ -4,9 +4,10 @@ Owns: the life of a mount from request to record, and the *lowers*: each view of
 short name, for all mounts that stack it, and goes with the last of them. Refuses: a target that is no directory or has
 a mount of ours already.
 
-Concurrency: one lock around everything that changes lowers, so that a view is never mounted twice or taken away while
-another mount is about to stack it; the long part, preparing an image, runs outside of it. Whatever fails or is
-cancelled half-way is undone in reverse order before the error leaves.
+Concurrency: one lock per domain around everything that changes its lowers, so that a view is never mounted twice or
+taken away while another mount is about to stack it, and so that no domain waits for another's worker; the long part,
+preparing an image, runs outside of it. Whatever fails or is cancelled half-way is undone in reverse order, under the
+same lock, before the error leaves; what was begun to be taken away is taken away.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
+from collections import defaultdict
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import trio
 
 from nsfs.core import worker_api
-from nsfs.errors import BusyError, DeniedError, NsfsError
+from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError
 from nsfs.model.mounts import Bind, Driver, Host, MountRecord, Overlay, choose_driver, plan_rootfs, unique_maps
 from nsfs.model.policy import Domain, Isolation, parse_patience, resolve_domain, resolve_private_domain
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from msgspec import Struct
 
@@ -35,8 +38,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_UNDO_DEADLINE = 60.0
-"""Seconds for each thing that a mount which fails had begun."""
+_UNDO_DEADLINE = 90.0
+"""Seconds for each thing that is taken away: longer than those that do it take by themselves."""
 
 
 class Records(Protocol):
@@ -82,10 +85,13 @@ class Lower:
 
 
 class Kernel(Protocol):
-    """mount(2) and umount(2), done where a hanging call harms nobody. Raises NsfsError."""
+    """mount(2) and umount(2), done where a hanging call harms nobody. Raises NsfsError.
+
+    What mounts leaves nothing mounted where it fails or is cancelled.
+    """
 
     async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]]) -> None:
-        """Mount each view at its path; all or none."""
+        """Mount each view at its path."""
 
     async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
         """Put the tree at `target`."""
@@ -97,10 +103,10 @@ class Kernel(Protocol):
         """Take mounts away, in order; BusyError where somebody uses one, unless `force`."""
 
     async def check_target(self, target: str) -> None:
-        """Raise unless `target` is a directory that can be mounted on."""
+        """Raise unless `target` is a directory that can be mounted on, named as the kernel shows it."""
 
     def mounted(self) -> set[str]:
-        """Every path at which something is mounted now."""
+        """Every path at which something of our kind is mounted on top now."""
 
     def tree_path(self, domain: str, tree: str) -> str:
         """Where the FUSE tree of a mount shows."""
@@ -108,11 +114,14 @@ class Kernel(Protocol):
     def lower_path(self, name: str) -> str:
         """Where the lower of that short name is mounted."""
 
-    def make_upper(self, mount_id: str) -> tuple[str, str]:
+    async def make_upper(self, mount_id: str) -> tuple[str, str]:
         """Fresh (upper, work) directories for a writable mount."""
 
-    def drop_upper(self, mount_id: str) -> None:
-        """Delete them."""
+    async def drop_upper(self, mount_id: str) -> None:
+        """Delete them, as far as they are there."""
+
+    async def sweep(self) -> None:
+        """Take away the lowers and connections of a daemon that died."""
 
     @property
     def empty(self) -> str:
@@ -134,44 +143,72 @@ class Wish:
 
 
 class Lowers:
-    """Which views are mounted under which short names, and by how many mounts they are stacked."""
+    """Which views are mounted under which short names, and which mounts stack each.
+
+    Calls for one domain may not overlap, those for several may.
+    """
 
     def __init__(self, kernel: Kernel, workers: Workers) -> None:
         self._kernel = kernel
         self._workers = workers
         self._names: dict[Lower, str] = {}
-        self._users: dict[Lower, int] = {}
+        self._users: defaultdict[Lower, set[str]] = defaultdict(set)
+        """Mounts by ID. None of a daemon that died is among them, whatever the records say."""
 
-    async def acquire(self, lowers: Sequence[Lower]) -> list[str]:
-        """Mount what is not mounted yet; gives the paths in the order of `lowers`, which are distinct."""
-        taken = set(self._names.values())
-        free = (name for name in (f"{number:x}" for number in itertools.count()) if name not in taken)
-        fresh = {lower: next(free) for lower in lowers if lower not in self._names}
-        await self._tell("ShowViews", list(fresh))
-        await self._kernel.mount_lowers([(lower, self._kernel.lower_path(name)) for lower, name in fresh.items()])
-        self._names |= fresh
+    async def acquire(self, lowers: Sequence[Lower], user: str) -> list[str]:
+        """Mount what is not mounted yet; gives the paths in the order of `lowers`, distinct ones of one domain."""
+        fresh = [lower for lower in lowers if lower not in self._names]
+        self._names |= zip(fresh, self._free_names(), strict=False)
+        try:
+            await self._tell("ShowViews", fresh)
+            await self._kernel.mount_lowers([(lower, self._path(lower)) for lower in fresh])
+        except BaseException:
+            for lower in fresh:
+                del self._names[lower]
+            with trio.move_on_after(_UNDO_DEADLINE, shield=True):
+                await self._hide(fresh)
+            raise
         for lower in lowers:
-            self._users[lower] = self._users.get(lower, 0) + 1
-        return [self._kernel.lower_path(self._names[lower]) for lower in lowers]
+            self._users[lower].add(user)
+        return [self._path(lower) for lower in lowers]
 
-    async def release(self, lowers: Sequence[Lower]) -> None:
-        """Count down; unmount what nobody stacks any more."""
-        idle: list[Lower] = []
-        for lower in lowers:
-            self._users[lower] -= 1
-            if not self._users[lower]:
-                del self._users[lower]
-                idle.append(lower)
+    async def release(self, user: str) -> None:
+        """Unmount what nobody but `user` stacks."""
+        idle = [lower for lower, users in self._users.items() if users == {user}]
+        for users in self._users.values():
+            users.discard(user)
         if idle:
-            paths = [self._kernel.lower_path(self._names.pop(lower)) for lower in idle]
-            await self._kernel.unmount(paths, force=True)
-            await self._tell("HideViews", idle)
+            paths = [self._path(lower) for lower in idle]
+            for lower in idle:
+                del self._names[lower], self._users[lower]
+            try:
+                await self._kernel.unmount(paths, force=True)
+            finally:
+                await self._hide(idle)
+
+    def _path(self, lower: Lower) -> str:
+        return self._kernel.lower_path(self._names[lower])
+
+    def _free_names(self) -> Iterator[str]:
+        """Names that no lower has; one that could not be unmounted keeps its name from being used."""
+        taken = {self._path(lower) for lower in self._names} | self._kernel.mounted()
+        names = (f"{number:x}" for number in itertools.count())
+        return (name for name in names if self._kernel.lower_path(name) not in taken)
+
+    async def _hide(self, lowers: Sequence[Lower]) -> None:
+        """Have views taken away that no other driver's lower shows."""
+        shown = {(lower.domain, lower.view) for lower in self._names}
+        hidden = [lower for lower in lowers if (lower.domain, lower.view) not in shown]
+        try:
+            await self._tell("HideViews", hidden)
+        except NsfsError as error:
+            log.warning("views are still shown that nobody stacks any more: %s", error)
 
     async def _tell(self, method: str, lowers: Sequence[Lower]) -> None:
-        for domain in {lower.domain for lower in lowers}:
-            names = [lower.view for lower in lowers if lower.domain == domain]
-            params = worker_api.Views(names=names)
-            await self._workers.call(Domain(domain, Isolation.SHARED), method, params, worker_api.Empty)
+        if lowers:
+            domain = Domain(lowers[0].domain, Isolation.SHARED)
+            params = worker_api.Views(names=[lower.view for lower in lowers])
+            await self._workers.call(domain, method, params, worker_api.Empty)
 
 
 class ManualMounts:
@@ -186,7 +223,7 @@ class ManualMounts:
         self._host = host
         self._default = default
         self._lowers = Lowers(kernel, workers)
-        self._lock = trio.Lock()
+        self._locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
         self._claimed: set[str] = set()
 
     def domain_for(self, namespace: str, isolation: str | None, mount_id: str = "inspect") -> Domain:
@@ -203,10 +240,6 @@ class ManualMounts:
         """The domain that serves a mount."""
         return Domain(record.domain, Isolation.POD if record.transient else Isolation.SHARED)
 
-    def named_domain(self, name: str) -> Domain:
-        """The domain of that name, for questions that need no more than its name."""
-        return Domain(name, Isolation.SHARED)
-
     async def mount(self, wish: Wish, report: Callable[[Struct], Awaitable[None]]) -> MountRecord:
         """Make `wish` come true; raises NsfsError with nothing left behind."""
         driver = choose_driver(wish.driver, self._host)
@@ -219,13 +252,11 @@ class ManualMounts:
             self._claim(wish.target, undo)
             await self._kernel.check_target(wish.target)
             if domain.transient:
-                _push_undo(undo, self._workers.end, domain)
+                _push_undo(undo, partial(self._end, domain))
             params = worker_api.Prepare(reference=wish.reference, platform=wish.platform)
             image = await self._workers.call(domain, "Prepare", params, worker_api.Prepared, report)
             record = _record(mount_id, wish, domain, driver, patience, image)
-            async with self._lock:
-                await self._build(record, image, undo)
-                self._records.put_mount(record)
+            await self._set_up(record, image)
             undo.pop_all()
             self._claimed.discard(wish.target)
         log.info("mounted %s at %s", record.reference, record.target)
@@ -234,45 +265,60 @@ class ManualMounts:
     def _claim(self, target: str, undo: AsyncExitStack) -> None:
         if target in self._claimed or any(record.target == target for record in self._records.mounts()):
             raise BusyError(f"nsfs has a mount there already: {target}", hint=f"nsfs umount {target}")
+        if target in self._kernel.mounted():
+            raise BusyError(f"something is mounted there already: {target}", hint="unmount it, or mount elsewhere")
         self._claimed.add(target)
         undo.callback(self._claimed.discard, target)
 
+    async def _set_up(self, record: MountRecord, image: worker_api.Prepared) -> None:
+        async with self._locks[record.domain], AsyncExitStack() as undo:
+            await self._build(record, image, undo)
+            self._records.put_mount(record)
+            undo.pop_all()
+
     async def _build(self, record: MountRecord, image: worker_api.Prepared, undo: AsyncExitStack) -> None:
         infos = {info.id: info for info in image.maps}
+        maps = [infos[map_id] for map_id in record.maps]
         if not self._host.root:
-            await self._kernel.mount_front(record, [infos[map_id] for map_id in record.maps])
-            return
-        if record.driver == Driver.FUSE:
-            lowers = [await self._show_tree(record, [infos[map_id] for map_id in record.maps], undo)]
-            marks = False
+            await self._kernel.mount_front(record, maps)
         else:
-            views = _lowers_of(record)
-            lowers = await self._lowers.acquire(views)
-            _push_undo(undo, self._lowers.release, views)
-            marks = any(infos[map_id].marks for map_id in record.maps)
-        upper = None
-        if record.writable:
-            upper = self._kernel.make_upper(record.id)
-            undo.callback(self._kernel.drop_upper, record.id)
-        plan = plan_rootfs(lowers, marks=marks, empty=self._kernel.empty, upper=upper)
-        await self._kernel.mount_rootfs(record.target, plan)
+            lowers = await self._show(record, maps, undo)
+            marks = record.driver != Driver.FUSE and any(info.marks for info in maps)
+            upper = await self._make_upper(record, undo) if record.writable else None
+            plan = plan_rootfs(lowers, marks=marks, empty=self._kernel.empty, upper=upper)
+            await self._kernel.mount_rootfs(record.target, plan)
+        _push_undo(undo, partial(self._kernel.unmount, [record.target], force=True))
 
-    async def _show_tree(self, record: MountRecord, maps: list[worker_api.MapInfo], undo: AsyncExitStack) -> str:
-        domain = self.domain_of(record)
+    async def _show(self, record: MountRecord, maps: list[worker_api.MapInfo], undo: AsyncExitStack) -> list[str]:
+        """Have the kernel see the image's layers; where they are, top first."""
+        if record.driver != Driver.FUSE:
+            paths = await self._lowers.acquire(_lowers_of(record), record.id)
+            _push_undo(undo, partial(self._lowers.release, record.id))
+            return paths
+        _push_undo(undo, partial(self._hide_tree, record))
         tree = worker_api.Tree(id=record.id, maps=maps, suffix=record.suffix)
-        await self._workers.call(domain, "ShowTree", tree, worker_api.Empty)
-        _push_undo(undo, self._hide_tree, record)
-        return self._kernel.tree_path(record.domain, record.id)
+        await self._workers.call(self.domain_of(record), "ShowTree", tree, worker_api.Empty)
+        return [self._kernel.tree_path(record.domain, record.id)]
+
+    async def _make_upper(self, record: MountRecord, undo: AsyncExitStack) -> tuple[str, str]:
+        _push_undo(undo, partial(self._kernel.drop_upper, record.id))
+        return await self._kernel.make_upper(record.id)
 
     async def _hide_tree(self, record: MountRecord) -> None:
-        await self._workers.call(
-            self.domain_of(record), "HideTree", worker_api.TreeGone(id=record.id), worker_api.Empty
-        )
+        gone = worker_api.TreeGone(id=record.id)
+        await self._workers.call(self.domain_of(record), "HideTree", gone, worker_api.Empty)
+
+    async def _end(self, domain: Domain) -> None:
+        """End a domain that no mount will ever be in again."""
+        await self._workers.end(domain)
+        self._locks.pop(domain.name, None)
 
     async def umount(self, target: str, *, force: bool) -> None:
         """Take away the mount at `target`; raises NotFoundError, BusyError."""
         record = self._records.mount_at(target)
-        async with self._lock:
+        async with self._locks[record.domain]:
+            if not self._is_known(record):
+                raise NotFoundError(f"somebody else unmounts it: {target}")
             if target in self._kernel.mounted():
                 await self._kernel.unmount([target], force=force)
             await self._forget(record)
@@ -282,50 +328,81 @@ class ManualMounts:
         """Give up what was unmounted by others than us (umount(8)); gives how many mounts there are now."""
         records = self._records.mounts()
         mounted = self._kernel.mounted()
-        left = len(records)
         for record in records:
-            if record.target not in mounted and record.target not in self._claimed:
-                async with self._lock:
-                    await self._forget(record)
-                left -= 1
-        return left + len(self._claimed)
+            if record.target not in mounted:
+                async with self._locks[record.domain]:
+                    if self._is_known(record):
+                        await self._forget(record)
+        return len(self._records.mounts()) + len(self._claimed)
+
+    def _is_known(self, record: MountRecord) -> bool:
+        """It was not given up while we waited for the lock."""
+        return any(known.id == record.id for known in self._records.mounts())
 
     async def _forget(self, record: MountRecord) -> None:
+        """Give up a mount that the kernel has no more, and all that it alone had; once begun this is finished."""
         self._records.delete_mount(record.id)
+        with trio.CancelScope(shield=True):
+            for work in self._remains(record):
+                await _do_quietly(work)
+
+    def _remains(self, record: MountRecord) -> Iterator[Callable[[], Awaitable[None]]]:
+        if self._host.root and record.driver == Driver.FUSE:
+            yield partial(self._hide_tree, record)
+        elif self._host.root:
+            yield partial(self._lowers.release, record.id)
         if record.writable:
-            self._kernel.drop_upper(record.id)
-        if not self._host.root:
-            return
-        try:
-            if record.driver == Driver.FUSE:
-                await self._hide_tree(record)
-            else:
-                await self._lowers.release(_lowers_of(record))
-            if record.transient:
-                await self._workers.end(self.domain_of(record))
-        except NsfsError as error:
-            log.warning("unmounted %s, but something of it is left: %s", record.target, error)
+            yield partial(self._kernel.drop_upper, record.id)
+        if record.transient:
+            yield partial(self._end, self.domain_of(record))
 
     async def sweep(self) -> None:
-        """At start: the connections of a daemon that died are gone; take their mounts and records away."""
+        """At start: the connections of a daemon that died are gone; take its mounts and records away.
+
+        A mount that cannot be taken away keeps its record, so that it can be tried again by `umount`.
+        """
         for record in self._records.mounts():
-            if record.target in self._kernel.mounted():
-                await self._kernel.unmount([record.target], force=True)
-            self._records.delete_mount(record.id)
+            try:
+                if record.target in self._kernel.mounted():
+                    await self._kernel.unmount([record.target], force=True)
+            except NsfsError as error:
+                log.warning("a mount of a daemon that died is left: %s: %s", record.target, error)
+                continue
+            await self._forget_dead(record)
             log.warning("took away a mount of a daemon that died: %s", record.target)
+        await _do_quietly(self._kernel.sweep)
+
+    async def _forget_dead(self, record: MountRecord) -> None:
+        """As `_forget`, of a mount whose worker died with its daemon."""
+        self._records.delete_mount(record.id)
+        if record.writable:
+            await _do_quietly(partial(self._kernel.drop_upper, record.id))
+        if record.transient:
+            await _do_quietly(partial(self._end, self.domain_of(record)))
 
     async def end_all(self) -> None:
         """At the end of the daemon: take every mount away, in use or not."""
         for record in self._records.mounts():
-            await self.umount(record.target, force=True)
+            await _do_quietly(partial(self.umount, record.target, force=True))
 
 
-def _push_undo(undo: AsyncExitStack, work: Callable[[T], Awaitable[None]], what: T) -> None:
+async def _do_quietly(work: Callable[[], Awaitable[None]]) -> None:
+    """Do what others must not wait for, nor fail by; each has a deadline."""
+    with trio.move_on_after(_UNDO_DEADLINE) as scope:
+        try:
+            await work()
+        except NsfsError as error:
+            log.warning("something is left of a mount: %s", error)
+    if scope.cancelled_caught:
+        log.warning("something is left of a mount: gave up after %g s", _UNDO_DEADLINE)
+
+
+def _push_undo(undo: AsyncExitStack, work: Callable[[], Awaitable[None]]) -> None:
     """Have `work` done when `undo` ends, also for a caller who was cancelled: then nothing could be awaited else."""
 
     async def shielded() -> None:
-        with trio.move_on_after(_UNDO_DEADLINE, shield=True):
-            await work(what)
+        with trio.CancelScope(shield=True):
+            await _do_quietly(work)
 
     undo.push_async_callback(shielded)
 
