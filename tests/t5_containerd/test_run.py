@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _LOOK = "find / -xdev ! -path / ! -path '/proc*' ! -path '/sys*' ! -path '/dev*' ! -path '/run*'"
-LISTING = f"{_LOOK} -exec stat -c '%n %f %u %g %h %Y %N' {{}} + | sort; {_LOOK} -type f -exec sha256sum {{}} + | sort"
-"""Every name of the rootfs, with what stat tells of it, and the digest of every file; the root is each container's own."""
+LISTING = f"""
+    {_LOOK} -type d -exec stat -c '%n %f %u %g' {{}} + | sort
+    {_LOOK} ! -type d -exec stat -c '%n %f %u %g %s %h %Y %N' {{}} + | sort
+    {_LOOK} -type f -exec sha256sum {{}} + | sort
+"""
+"""Every name of the rootfs with what stat tells of it, and the digest of every file.
+
+Times of directories are those of the unpacking wherever that touched them, and the root is each container's own.
+"""
 
 
 @pytest.fixture(scope="module")
