@@ -1,142 +1,379 @@
-"""Manual mounts whose caller leaves half-way."""
+"""Manual mounts: whatever is asked, fails, or is given up, exactly what the records need is mounted and shown."""
 
-from __future__ import annotations
+from functools import partial
+from typing import Any
 
-import contextlib
-from typing import TYPE_CHECKING, Any, TypeVar
-
+import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nsfs.core import worker_api
-from nsfs.core.manual import Lower, ManualMounts, Wish
-from nsfs.errors import NotFoundError
-from nsfs.model.mounts import Bind, Host, MountRecord, Overlay
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from nsfs.model.policy import Domain
-
-T = TypeVar("T")
-HOST = Host(root=True, erofs=True, file_backed=True)
-MAPS = [worker_api.MapInfo(id=f"{n:032x}", path=f"/maps/{n}", marks=False) for n in range(2)]
+from manual_fakes import FAIL, HANG, USER, Site
+from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnreachableError
+from trio_tests import run
 
 
-class NoRecords:
-    def mounts(self) -> list[MountRecord]:
-        return []
+def test_a_mount_has_its_lowers_and_an_umount_takes_them() -> None:
+    async def body() -> None:
+        site = Site()
+        record = await site.mount("/t", 2)
+        site.check()
+        assert sorted(path for path in site.kernel.mounted() if path != "/t") == ["/l/0", "/l/1", "/l/2"]
+        assert record.maps == [f"{n:032x}" for n in (2, 1, 0)]
+        await site.manual.umount("/t", force=False)
+        site.check()
+        assert site.kernel.mounted() == set()
 
-    def mount_at(self, target: str) -> MountRecord:
-        raise NotFoundError(target)
-
-    def put_mount(self, record: MountRecord) -> None:
-        raise AssertionError(record)
-
-    def delete_mount(self, mount_id: str) -> None:
-        raise AssertionError(mount_id)
-
-
-class Workers:
-    """Their calls take a moment, as real ones do; Prepare waits for ever if it `stalls`."""
-
-    def __init__(self, *, stalls: bool = False) -> None:
-        self.said: list[str] = []
-        self._stalls = stalls
-
-    async def call(self, domain: Domain, method: str, params: object, result: type[T], report: object = None) -> T:
-        del domain, params, report
-        await trio.lowlevel.checkpoint()
-        self.said.append(method)
-        if method != "Prepare":
-            return result()
-        if self._stalls:
-            await trio.sleep_forever()
-        image: Any = worker_api.Prepared(reference="r", digest="d", platform="p", files=1, size=1, maps=MAPS)
-        return image  # type: ignore[no-any-return]
-
-    async def end(self, domain: Domain) -> None:
-        await trio.lowlevel.checkpoint()
-        self.said.append(f"end {domain.isolation}")
+    run(body)
 
 
-class HangingKernel:
-    """Mounts views; never comes to the end of a root filesystem."""
+def test_two_images_share_the_lowers_that_both_stack() -> None:
+    async def body() -> None:
+        site = Site()
+        await site.mount("/a", 1)
+        await site.mount("/b", 3)
+        site.check()
+        await site.manual.umount("/a", force=False)
+        site.check()
+        await site.mount("/c", 0)
+        site.check()
+        assert site.script.calls.count("ShowViews") == 2
 
-    def __init__(self) -> None:
-        self.paths: set[str] = set()
-
-    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]]) -> None:
-        await trio.lowlevel.checkpoint()
-        self.paths |= {path for _, path in lowers}
-
-    async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
-        del target, plan
-        await trio.sleep_forever()
-
-    async def unmount(self, paths: Sequence[str], *, force: bool) -> None:
-        assert force
-        await trio.lowlevel.checkpoint()
-        self.paths -= set(paths)
-
-    async def check_target(self, target: str) -> None:
-        del target
-
-    async def mount_front(self, record: MountRecord, maps: Sequence[worker_api.MapInfo]) -> None:
-        raise AssertionError(record, maps)
-
-    def mounted(self) -> set[str]:
-        return self.paths
-
-    def tree_path(self, domain: str, tree: str) -> str:
-        raise AssertionError(domain, tree)
-
-    def make_upper(self, mount_id: str) -> tuple[str, str]:
-        raise AssertionError(mount_id)
-
-    def drop_upper(self, mount_id: str) -> None:
-        raise AssertionError(mount_id)
-
-    def lower_path(self, name: str) -> str:
-        return f"/l/{name}"
-
-    @property
-    def empty(self) -> str:
-        return "/l/empty"
+    run(body)
 
 
-def give_up_mounting(workers: Workers, kernel: HangingKernel, isolation: str) -> None:
-    """Mount, and leave when nothing happens any more."""
-    wish = Wish(
-        reference="r",
-        target="/t",
-        namespace="default",
-        isolation=isolation,
-        platform=None,
-        driver="erofs",
-        writable=False,
-        on_error="wait",
-    )
+@pytest.mark.parametrize("apart", [0, 0.01, 0.02, 0.03])
+def test_many_who_mount_one_image_at_once_mount_its_views_once(apart: float) -> None:
+    async def body() -> None:
+        site = Site()
 
-    async def report(_: object) -> None:
-        raise AssertionError
+        async def mount(number: int) -> None:
+            await trio.sleep(number * apart)
+            await site.mount(f"/{number}", 2)
+            await site.manual.umount(f"/{number}", force=False)
 
-    async def main() -> None:
-        manual = ManualMounts(NoRecords(), workers, kernel, HOST)
-        with contextlib.suppress(trio.TooSlowError), trio.fail_after(5):
-            await manual.mount(wish, report)
+        async with trio.open_nursery() as nursery:
+            for number in range(6):
+                nursery.start_soon(mount, number)
+        site.check()
+        assert not site.kernel.mounted()
 
-    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    run(body)
 
 
-def test_a_pod_ends_with_the_call_that_made_it() -> None:
-    workers = Workers(stalls=True)
-    give_up_mounting(workers, HangingKernel(), "pod")
-    assert workers.said == ["Prepare", "end pod"]
+def test_one_view_under_two_drivers_is_shown_until_both_are_gone() -> None:
+    async def body() -> None:
+        site = Site()
+        await site.mount("/a", 1, driver="erofs")
+        await site.mount("/b", 1, driver="erofs-loop")
+        await site.manual.umount("/a", force=False)
+        site.check()
+        site.script.faults["mount_lowers"] = [FAIL]
+        with pytest.raises(UnreachableError):
+            await site.mount("/a", 1, driver="erofs")
+        site.check()
+
+    run(body)
 
 
-def test_views_are_taken_away_again() -> None:
-    workers, kernel = Workers(), HangingKernel()
-    give_up_mounting(workers, kernel, "shared")
-    assert kernel.paths == set()
-    assert workers.said == ["Prepare", "ShowViews", "HideViews"]
+@pytest.mark.parametrize(
+    "step", ["check_target", "Prepare", "ShowViews", "mount_lowers", "make_upper", "mount_rootfs", "put_mount"]
+)
+@pytest.mark.parametrize("isolation", ["shared", "pod"])
+@pytest.mark.parametrize("fault", [FAIL, HANG])
+def test_a_mount_that_fails_or_is_given_up_leaves_nothing(step: str, isolation: str, fault: str) -> None:
+    async def body() -> None:
+        site = Site()
+        site.script.faults[step] = [fault]
+        with trio.move_on_after(5):
+            with pytest.raises(UnreachableError):
+                await site.mount("/t", 2, isolation=isolation, writable=True)
+            assert fault == FAIL or step == "put_mount"
+        site.check()
+        assert not site.records.known
+        assert not site.kernel.mounted()
+        await site.mount("/t", 2, isolation=isolation, writable=True)
+        site.check()
+
+    run(body)
+
+
+@pytest.mark.parametrize("step", ["ShowTree", "mount_rootfs"])
+@pytest.mark.parametrize("fault", [FAIL, HANG])
+def test_a_tree_that_fails_or_is_given_up_leaves_nothing(step: str, fault: str) -> None:
+    async def body() -> None:
+        site = Site()
+        site.script.faults[step] = [fault]
+        with trio.move_on_after(5):
+            with pytest.raises(UnreachableError):
+                await site.mount(driver="fuse")
+            assert fault == FAIL
+        site.check()
+
+    run(body)
+
+
+@pytest.mark.parametrize("step", ["mount_front", "put_mount"])
+def test_a_front_that_fails_leaves_nothing(step: str) -> None:
+    async def body() -> None:
+        site = Site(USER)
+        site.script.faults[step] = [FAIL]
+        with pytest.raises(UnreachableError):
+            await site.mount(isolation=None)
+        site.check()
+        await site.mount(isolation=None)
+        site.check()
+        await site.manual.umount("/t", force=False)
+        site.check()
+
+    run(body)
+
+
+def test_a_user_cannot_have_what_needs_root() -> None:
+    async def body() -> None:
+        site = Site(USER)
+        with pytest.raises(DeniedError, match="writable"):
+            await site.mount(writable=True, isolation=None)
+        with pytest.raises(DeniedError, match="isolation"):
+            await site.mount(isolation="pod")
+        with pytest.raises(DeniedError, match="driver"):
+            await site.mount(driver="erofs", isolation=None)
+        assert site.script.calls == []
+
+    run(body)
+
+
+def test_one_target_is_mounted_once() -> None:
+    async def body() -> None:
+        site = Site()
+        outcomes: list[str] = []
+
+        async def mount() -> None:
+            try:
+                await site.mount("/t")
+                outcomes.append("mounted")
+            except BusyError:
+                outcomes.append("busy")
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(mount)
+        assert sorted(outcomes) == ["busy", "busy", "mounted"]
+        site.check()
+
+    run(body)
+
+
+def test_two_who_unmount_take_it_away_once() -> None:
+    async def body() -> None:
+        site = Site()
+        await site.mount("/a", 1)
+        await site.mount("/b", 1)
+        outcomes: list[str] = []
+
+        async def umount() -> None:
+            try:
+                await site.manual.umount("/a", force=False)
+                outcomes.append("gone")
+            except NotFoundError:
+                outcomes.append("not found")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(umount)
+            nursery.start_soon(umount)
+            nursery.start_soon(site.manual.forget_gone)
+        assert sorted(outcomes) == ["gone", "not found"]
+        site.check()
+
+    run(body)
+
+
+def test_a_busy_mount_stays_as_it_is() -> None:
+    async def body() -> None:
+        site = Site()
+        await site.mount()
+        site.kernel.busy.add("/t")
+        with pytest.raises(BusyError):
+            await site.manual.umount("/t", force=False)
+        site.check()
+        await site.manual.umount("/t", force=True)
+        site.check()
+
+    run(body)
+
+
+def test_what_others_unmounted_is_given_up() -> None:
+    async def body() -> None:
+        site = Site()
+        await site.mount("/a", 1, isolation="pod")
+        await site.mount("/b", 2, writable=True)
+        assert await site.manual.forget_gone() == 2
+        for target in ("/a", "/b"):
+            site.kernel.stacks[target].clear()
+        assert await site.manual.forget_gone() == 0
+        site.check()
+
+    run(body)
+
+
+def test_an_umount_once_begun_is_finished_without_its_caller() -> None:
+    async def body() -> None:
+        site = Site()
+        await site.mount("/t", 2, isolation="pod", writable=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(site.manual.umount, "/t", force=False))
+            await trio.sleep(0.015)
+            nursery.cancel_scope.cancel()
+        assert site.script.calls.count("unmount") == 2
+        site.check()
+
+    run(body)
+
+
+def test_what_cannot_be_taken_away_is_logged_and_stands_in_nobodys_way(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        site = Site()
+        await site.mount("/t", 1)
+        site.script.faults["unmount"] = ["", FAIL]
+        await site.manual.umount("/t", force=False)
+        assert "unmount fails" in caplog.text
+        left = site.kernel.mounted()
+        assert left == {"/l/0", "/l/1"}
+        await site.mount("/t", 1)
+        assert site.kernel.mounted() - left == {"/l/2", "/l/3", "/t"}
+
+    run(body)
+
+
+def test_a_domain_whose_worker_hangs_holds_up_no_other() -> None:
+    async def body() -> None:
+        site = Site()
+        site.script.faults["mount_lowers"] = [HANG]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(site.mount, "/a", isolation="isolated"))
+            await trio.testing.wait_all_tasks_blocked()
+            await trio.sleep(1)
+            begun = trio.current_time()
+            await site.mount("/b")
+            await site.manual.umount("/b", force=False)
+            assert trio.current_time() - begun < 1
+            nursery.cancel_scope.cancel()
+        site.check()
+
+    run(body)
+
+
+def test_a_new_daemon_takes_away_what_the_dead_one_mounted(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        site = Site()
+        await site.mount("/a", 1)
+        await site.mount("/b", 2, isolation="pod", writable=True)
+        await site.mount("/c", 1, driver="fuse")
+        site.kernel.stacks["/c"].clear()
+        site.restart()
+        await site.manual.sweep()
+        site.check()
+        assert site.manual.records() == []
+        assert caplog.text.count("took away") == 3
+
+    run(body)
+
+
+def test_a_dead_mount_that_stays_can_be_unmounted_later() -> None:
+    async def body() -> None:
+        site = Site()
+        await site.mount("/a", 1)
+        await site.mount("/b", 1)
+        site.restart()
+        site.script.faults["unmount"] = [FAIL]
+        await site.manual.sweep()
+        assert [record.target for record in site.manual.records()] == ["/a"]
+        await site.mount("/b", 1)
+        await site.manual.umount("/a", force=True)
+        site.check()
+
+    run(body)
+
+
+def test_at_the_end_one_that_cannot_be_unmounted_keeps_no_other() -> None:
+    async def body() -> None:
+        site = Site()
+        for target in ("/a", "/b", "/c"):
+            await site.mount(target)
+        site.script.faults["unmount"] = ["", "", FAIL]
+        await site.manual.end_all()
+        assert len(site.manual.records()) == 1
+        site.check()
+
+    run(body)
+
+
+FORWARD = [
+    "check_target",
+    "Prepare",
+    "ShowViews",
+    "ShowTree",
+    "mount_lowers",
+    "make_upper",
+    "mount_rootfs",
+    "put_mount",
+]
+TARGETS = st.sampled_from(["/a", "/b", "/c"])
+MOUNTS = st.builds(
+    lambda target, image, isolation, driver, writable: (
+        "mount",
+        {"target": target, "image": image, "isolation": isolation, "driver": driver, "writable": writable},
+    ),
+    TARGETS,
+    st.integers(0, 3),
+    st.sampled_from(["shared", "shared", "isolated", "pod"]),
+    st.sampled_from(["erofs", "erofs", "erofs-loop", "fuse"]),
+    st.booleans(),
+)
+UMOUNTS = st.tuples(st.sampled_from(["umount", "vanish", "forget"]), TARGETS.map(lambda target: {"target": target}))
+STEPS = st.lists(
+    st.tuples(
+        MOUNTS | UMOUNTS,
+        st.integers(0, 12),  # hundredths of a second until it begins
+        st.sampled_from([1, 2, 3, 5, 1000]),  # and until its caller gives up
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS, st.lists(st.tuples(st.sampled_from(FORWARD), st.sampled_from([FAIL, HANG, ""])), max_size=8))
+def test_any_calls_at_once_leave_what_the_records_need(steps: list[Any], faults: list[tuple[str, str]]) -> None:
+    async def body() -> None:
+        site = Site()
+        for name, fault in faults:
+            site.script.faults[name].append(fault)
+        async with trio.open_nursery() as nursery:
+            for step, begins, lasts in steps:
+                nursery.start_soon(_do, site, step, begins / 100, lasts / 100)
+        await site.manual.forget_gone()
+        site.check()
+        await site.manual.end_all()
+        site.check()
+        assert not site.kernel.mounted()
+
+    run(body)
+
+
+async def _do(site: Site, step: tuple[str, dict[str, Any]], begins: float, lasts: float) -> None:
+    name, arguments = step
+    await trio.sleep(begins)
+    with trio.move_on_after(lasts):
+        try:
+            match name:
+                case "mount":
+                    await site.mount(**arguments)
+                case "umount":
+                    await site.manual.umount(arguments["target"], force=False)
+                case "vanish":
+                    site.kernel.stacks[arguments["target"]].clear()
+                case "forget":
+                    await site.manual.forget_gone()
+        except NsfsError:
+            pass

@@ -45,6 +45,8 @@ Entry: TypeAlias = Callable[[bytes, list[int]], int | None]
 """What a child runs: the msgpack of its arguments, and its descriptors in the order they were given."""
 
 _PR_SET_PDEATHSIG: Final = 1
+_DEATH: Final = 2.0
+"""Seconds that a killed child may take to be gone."""
 _log = logging.getLogger(__name__)
 
 
@@ -368,12 +370,17 @@ class ForkServer:
         return pending.child
 
     async def run(self, entry: str, args: Struct | None, fds: Sequence[int] = ()) -> int:
-        """Spawn, wait, and give the exit status. A cancelled caller's child is killed and not waited for."""
+        """Spawn, wait, and give the exit status. A cancelled caller's child is killed, and gone when this returns.
+
+        Unless it cannot be killed for two seconds, because a disk or a kernel does not answer.
+        """
         child = await self.spawn(entry, args, fds)
         try:
             return await child.wait()
         except BaseException:
             child.kill()
+            with trio.move_on_after(_DEATH, shield=True), suppress(UnreachableError):
+                await child.wait()
             raise
         finally:
             child.close()

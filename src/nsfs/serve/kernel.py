@@ -1,11 +1,13 @@
 """The mounts of a host, as `core.manual` asks for them.
 
 Owns the translation of lowers, stacks and fronts into steps of `serve.mounts`, and where they go. Whatever may wait for
-a view's bytes is done by processes of the fork server and given up at a deadline.
+a view's bytes is done by processes of the fork server and given up at a deadline; directories are made, looked at and
+deleted in threads. What fails or is cancelled leaves nothing mounted.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from nsfs.core.manual import Kernel
-from nsfs.errors import NotFoundError, UnreachableError, UsageError
+from nsfs.errors import NoSpaceError, NotFoundError, NsfsError, UnreachableError, UsageError
 from nsfs.model.mounts import Bind, Driver
 from nsfs.serve import mounts
 from nsfs.serve.fronts import FrontArgs
@@ -34,6 +36,9 @@ READ_AHEAD_KB = 2048
 """Of FUSE and EROFS: sequential reads of local content reach 1 GB/s with it, 0.3 with the kernel's 128."""
 _DEADLINE = 60.0
 _CHECK_DEADLINE = 5.0
+_CHECKS = 8
+"""Directories that are looked at at a time."""
+_OUR_TYPES = {"overlay", "erofs", mounts.FUSE_TYPE}
 _EMPTY = "empty"
 _FRONT = "nsfs.front:main"
 
@@ -45,6 +50,7 @@ class HostKernel(Kernel):
         self._layout = layout
         self._config = config
         self._server = server
+        self._checks = trio.CapacityLimiter(_CHECKS)
         os.makedirs(self.empty, 0o755, exist_ok=True)
 
     @property
@@ -60,27 +66,35 @@ class HostKernel(Kernel):
         """See Kernel."""
         return self._layout.domain_run(domain).fuse_tree(tree)
 
-    def make_upper(self, mount_id: str) -> tuple[str, str]:
+    async def make_upper(self, mount_id: str) -> tuple[str, str]:
         """See Kernel."""
         upper, work = self._layout.upper(mount_id), self._layout.work(mount_id)
-        for path in (upper, work):
-            os.makedirs(path, 0o755)
+        await trio.to_thread.run_sync(_make_directories, upper, work)
         return upper, work
 
-    def drop_upper(self, mount_id: str) -> None:
+    async def drop_upper(self, mount_id: str) -> None:
         """See Kernel."""
-        shutil.rmtree(os.path.dirname(self._layout.upper(mount_id)), ignore_errors=True)
+        top = os.path.dirname(self._layout.upper(mount_id))
+        await trio.to_thread.run_sync(partial(shutil.rmtree, top, ignore_errors=True))
 
     def mounted(self) -> set[str]:
-        """See Kernel."""
-        return {mount.target for mount in mounts.load_mounts()}
+        """See Kernel. What others have mounted over or under ours has another type, mostly."""
+        types = {mount.target: mount.fstype for mount in mounts.load_mounts()}
+        return {target for target, fstype in types.items() if fstype in _OUR_TYPES}
 
     async def check_target(self, target: str) -> None:
         """See Kernel."""
         with trio.move_on_after(_CHECK_DEADLINE):
-            await trio.to_thread.run_sync(_check_directory, target, abandon_on_cancel=True)
+            # A thread that hangs below somebody's mount keeps its slot, so these have slots of their own.
+            await trio.to_thread.run_sync(_check_directory, target, abandon_on_cancel=True, limiter=self._checks)
             return
         raise UnreachableError(f"the directory does not answer: {target}", hint="is it below a mount that hangs?")
+
+    async def sweep(self) -> None:
+        """See Kernel."""
+        ours = (self._layout.lowers + "/", os.path.join(self._layout.run, "domains") + "/")
+        stale = [mount.target for mount in mounts.load_mounts() if mount.target.startswith(ours)]
+        await self.unmount(stale[::-1], force=True)
 
     async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]]) -> None:
         """See Kernel."""
@@ -89,12 +103,7 @@ class HostKernel(Kernel):
         for _, path in lowers:
             os.makedirs(path, 0o755, exist_ok=True)
         steps = tuple(self._step(lower, path) for lower, path in lowers)
-        try:
-            await self._carry_out(steps)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self.unmount([path for _, path in lowers], force=True)
-            raise
+        await self._mount(steps)
 
     def _step(self, lower: Lower, path: str) -> mounts.Step:
         run = self._layout.domain_run(lower.domain)
@@ -110,12 +119,24 @@ class HostKernel(Kernel):
     async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
         """See Kernel."""
         if isinstance(plan, Bind):
-            await self._carry_out((mounts.Bind(target=target, source=plan.source, guarded=True),))
+            await self._mount((mounts.Bind(target=target, source=plan.source, guarded=True),))
             return
         base = self._layout.lowers
         lowers = tuple(path.removeprefix(base + "/") for path in plan.lowers)
         step = mounts.Overlay(target=target, base=base, lowers=lowers, upper=plan.upper, work=plan.work, guarded=True)
-        await self._carry_out((step,))
+        await self._mount((step,))
+
+    async def _mount(self, steps: tuple[mounts.Step, ...]) -> None:
+        """Carry out all of `steps` or none; what was mounted at their targets before stays."""
+        before = {mount.id for mount in mounts.load_mounts()}
+        try:
+            await self._carry_out(steps)
+        except BaseException:
+            targets = {step.target for step in steps}
+            fresh = [each.target for each in mounts.load_mounts() if each.target in targets and each.id not in before]
+            with trio.CancelScope(shield=True):
+                await self.unmount(fresh[::-1], force=True)
+            raise
 
     async def mount_front(self, record: MountRecord, maps: Sequence[worker_api.MapInfo]) -> None:
         """See Kernel."""
@@ -123,7 +144,8 @@ class HostKernel(Kernel):
 
     async def unmount(self, paths: Sequence[str], *, force: bool) -> None:
         """See Kernel."""
-        await self._carry_out(tuple(mounts.Umount(target=path, detach=force) for path in paths))
+        if paths:
+            await self._carry_out(tuple(mounts.Umount(target=path, detach=force) for path in paths))
 
     async def _carry_out(self, steps: tuple[mounts.Step, ...]) -> None:
         await mounts.carry_out(self._server, mounts.MountPlan(steps), deadline=_DEADLINE)
@@ -165,9 +187,21 @@ class UserKernel(HostKernel):
 def _check_directory(path: str) -> None:
     try:
         found = os.stat(path)
+        real = os.path.realpath(path)
     except FileNotFoundError:
         raise NotFoundError(f"no such directory: {path}", hint=f"mkdir -p {path}") from None
     except OSError as error:
         raise UsageError(f"cannot be mounted on: {path}: {error.strerror}") from None
     if not stat.S_ISDIR(found.st_mode):
         raise UsageError(f"not a directory: {path}")
+    if real != path:
+        raise UsageError(f"not the directory's own path: {path}", hint=f"it is {real}")
+
+
+def _make_directories(*paths: str) -> None:
+    try:
+        for path in paths:
+            os.makedirs(path, 0o755)
+    except OSError as error:
+        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else NsfsError
+        raise kind(f"cannot make a directory for what will be written: {error.filename}: {error.strerror}") from None
