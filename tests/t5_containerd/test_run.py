@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import subprocess
@@ -78,8 +79,9 @@ def test_shows_what_overlayfs_shows(node: Node, reference: str, namespace: str) 
     node.pull(reference, "--snapshotter", "overlayfs", namespace=namespace)
     wanted = node.containerd.run(reference, "a", "/bin/sh", "-c", LISTING, namespace=namespace)
     node.pull(reference, namespace=namespace)
-    assert node.run(reference, "b", "/bin/sh", "-c", LISTING, namespace=namespace) == wanted
-    assert wanted.count("\n") > 30
+    seen = node.run(reference, "b", "/bin/sh", "-c", LISTING, namespace=namespace)
+    assert "".join(difflib.unified_diff(wanted.splitlines(True), seen.splitlines(True), n=0)) == ""
+    assert wanted.count("\n") > 20
 
 
 def test_keeps_what_a_container_writes_to_itself(node: Node, reference: str, namespace: str) -> None:
