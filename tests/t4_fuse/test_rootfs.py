@@ -121,7 +121,7 @@ def test_isolated_namespaces_share_nothing(daemon: Daemon, registry: Registry, t
 def test_an_evicted_image_comes_back_by_ranges(daemon: Daemon, registry: Registry, tmp_path: Path, driver: str) -> None:
     """One small file of a large layer must not cost the layer."""
     seed = 1000 * (1 + DRIVERS.index(driver))  # content of its own: nothing is local or cached by another driver's turn
-    content = {f"d/{n}": random.Random(seed + n).randbytes(200_000) for n in range(40)}
+    content = {f"d/{n}": random.Random(seed + n).randbytes(400_000) for n in range(40)}
     image = Image((gzip_layer([file(name, data) for name, data in content.items()]),))
     reference, _ = push(image, registry, tmp_path, f"evicted/{driver}")
     target = str(tmp_path / "mnt")
