@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import signal
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -19,7 +21,7 @@ import trio
 from nsfs import __version__
 from nsfs.core.manual import ManualMounts
 from nsfs.core.snapshots import open_snapshots
-from nsfs.errors import BusyError, DeniedError, NotFoundError, UnsupportedError
+from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model.mounts import Host
 from nsfs.serve import doctor, mounts
 from nsfs.serve.control import Control
@@ -30,7 +32,7 @@ from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.session import read_init
 from nsfs.serve.snapshots_rpc import snapshots_service
 from nsfs.serve.supervisor import Connection, open_supervisor
-from nsfs.store.layout import Layout
+from nsfs.store.layout import Layout, escape_component
 from nsfs.store.meta import open_meta
 from nsfs.store.pool import create_bitmap
 from nsfs.store.snapshots import SnapshotDirs
@@ -48,6 +50,8 @@ _TIDY_EVERY: Final = 1.0
 """Seconds between looks for mounts that others took away."""
 _LINGER: Final = 5
 """So many looks without a mount or a call end a private daemon."""
+_POD: Final = escape_component("pod/")
+"""How the directories of pods' domains begin."""
 
 
 def run(config: Config, *, private: bool) -> None:
@@ -71,17 +75,22 @@ def _owned(layout: Layout) -> Iterator[None]:
             ) from None
     fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(fd, layout.root)
         yield
-    except BlockingIOError:
-        raise BusyError(f"another daemon owns {layout.root}", hint="set another root, run and socket") from None
     finally:
         os.close(fd)
 
 
+def _lock(fd: int, root: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError(f"another daemon owns {root}", hint="set another root, run and socket") from None
+
+
 async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private: bool) -> None:  # noqa: FBT001
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(open_fork_server(zygote))
+        server = await stack.enter_async_context(open_fork_server(zygote, partial(launch_server, _WARM)))
         meta = stack.enter_context(open_meta(layout.meta))
         host = await trio.to_thread.run_sync(host_of, config, os.environ, os.geteuid())
         domains = _Domains(layout)
@@ -100,6 +109,8 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         )
         manual = ManualMounts(meta, supervisor, kernel, host, config.isolation)
         await manual.sweep()
+        stack.push_async_callback(manual.end_all)
+        await trio.to_thread.run_sync(_drop_pods, layout)
         control = Control(config, manual, supervisor, private=private)
         services = [control_service(control.handlers())]
         if host.root and not private:
@@ -109,7 +120,6 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         await stack.enter_async_context(serve_rpc(config.socket, services))
         log.info("nsfs %s serves at %s", __version__, config.socket)
         await _wait_end(manual, control, private=private)
-        await manual.end_all()
 
 
 def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
@@ -133,14 +143,38 @@ class _Domains:
         with suppress(NotFoundError):
             mounts.unmount(target, detach=True)
         os.makedirs(target, 0o700, exist_ok=True)
-        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        mounts.mount_fuse(target, fd)
-        mounts.set_read_ahead(mounts.find_mount(target).device, READ_AHEAD_KB)
-        return Connection(fd, target, await read_init(fd))
+        with ExitStack() as undo:
+            fd = _open_fuse()
+            undo.callback(os.close, fd)
+            mounts.mount_fuse(target, fd)
+            undo.callback(mounts.unmount, target, detach=True)
+            mounts.set_read_ahead(mounts.find_mount(target).device, READ_AHEAD_KB)
+            connection = Connection(fd, target, await read_init(fd))
+            undo.pop_all()
+        return connection
 
     async def disconnect(self, connection: Connection) -> None:
         """Take it away; readers that wait get an error."""
         mounts.unmount(connection.mountpoint, detach=True)
+        with suppress(OSError):
+            os.removedirs(connection.mountpoint)
+
+
+def _open_fuse() -> int:
+    try:
+        return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnsupportedError(
+            f"cannot open /dev/fuse: {error.strerror}", hint="modprobe fuse; see nsfs doctor"
+        ) from None
+
+
+def _drop_pods(layout: Layout) -> None:
+    """Delete the pools of pods, none of which outlives its daemon."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(layout.domains):
+            if name.startswith(_POD):
+                shutil.rmtree(os.path.join(layout.domains, name), ignore_errors=True)
 
 
 async def _wait_end(manual: ManualMounts, control: Control, *, private: bool) -> None:
@@ -158,7 +192,16 @@ async def _tidy(manual: ManualMounts, control: Control, private: bool, scope: tr
     idle, handled = 0, 0
     while not private or idle < _LINGER:
         await trio.sleep(_TIDY_EVERY)
-        used = await manual.forget_gone() > 0 or control.running > 0 or control.handled != handled
+        used = await _count_mounts(manual) > 0 or control.running > 0 or control.handled != handled
         idle, handled = 0 if used else idle + 1, control.handled
     log.info("ends, because nobody needs it")
     scope.cancel()
+
+
+async def _count_mounts(manual: ManualMounts) -> int:
+    """How many there are, once those that others took away are given up; also where one cannot be."""
+    try:
+        return await manual.forget_gone()
+    except NsfsError as error:
+        log.warning("cannot look after the mounts: %s", error)
+        return len(manual.records())

@@ -67,10 +67,14 @@ def shout(args, fds):
 """
 
 
-def with_server(body: Callable[[ForkServer], Awaitable[None]], process: ServerProcess | None = None) -> None:
+def with_server(
+    body: Callable[[ForkServer], Awaitable[None]],
+    process: ServerProcess | None = None,
+    relaunch: Callable[[], ServerProcess] | None = None,
+) -> None:
     async def limited() -> None:
         with trio.fail_after(20):
-            async with open_fork_server(process or forkserver.launch_server([ME])) as server:
+            async with open_fork_server(process or forkserver.launch_server([ME]), relaunch) as server:
                 await body(server)
 
     trio.run(limited)
@@ -126,6 +130,7 @@ def test_a_cancelled_job_is_killed() -> None:
     async def body(server: ForkServer) -> None:
         with trio.move_on_after(0.1):
             await server.run(f"{ME}:sleep", None)
+        assert server.children == 0
         with trio.CancelScope() as scope:
             scope.cancel()
             await server.spawn(f"{ME}:sleep", None)
@@ -154,6 +159,41 @@ def test_tied_children_die_with_the_server_and_others_do_not() -> None:
 
     process = forkserver.launch_server([ME])
     with_server(body, process)
+
+
+def test_a_server_that_died_is_followed_by_another(caplog: pytest.LogCaptureFixture) -> None:
+    launched: list[ServerProcess] = []
+
+    def launch() -> ServerProcess:
+        launched.append(forkserver.launch_server([ME]))
+        return launched[-1]
+
+    async def body(server: ForkServer) -> None:
+        for _ in range(2):
+            child = await server.spawn(f"{ME}:sleep", None)
+            os.kill(launched[-1].pid, signal.SIGKILL)
+            with pytest.raises(UnreachableError):
+                await child.wait()
+            with pytest.raises(UnreachableError):
+                await server.run(f"{ME}:nothing", None)
+            assert select.select([child.pidfd], [], [], 5)[0]
+            child.close()
+            assert await until_answered(server) == 7
+
+    with_server(body, launch(), launch)
+    assert len(launched) == 3
+    assert caplog.text.count("another one follows") == 2
+    for process in launched:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid, 0)
+
+
+async def until_answered(server: ForkServer) -> int:
+    while True:
+        try:
+            return await server.run(f"{ME}:seven", None)
+        except UnreachableError:
+            await trio.sleep(0.02)
 
 
 def test_a_process_can_fork_its_own_server(tmp_path: Path) -> None:

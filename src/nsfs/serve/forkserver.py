@@ -35,6 +35,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
+from nsfs.core.tasks import open_tasks
 from nsfs.errors import NsfsError, UnreachableError
 
 MAX_MESSAGE: Final = 128 << 10
@@ -47,6 +48,8 @@ Entry: TypeAlias = Callable[[bytes, list[int]], int | None]
 _PR_SET_PDEATHSIG: Final = 1
 _DEATH: Final = 2.0
 """Seconds that a killed child may take to be gone."""
+_RELAUNCH_PAUSE: Final = 0.5
+"""Seconds before a fork server follows one that died: something may kill each of them at once."""
 _log = logging.getLogger(__name__)
 
 
@@ -334,17 +337,24 @@ class _Pending:
         self.reason = "the fork server died"
         self.abandoned = False
 
+    def abandon(self) -> None:
+        """Nobody waits for it: kill what was or will be started."""
+        self.abandoned = True
+        if self.child is not None:
+            self.child.kill()
+            self.child.close()
+
 
 class ForkServer:
     """The client of a fork server. Made by `open_fork_server`."""
 
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        self._sock = sock
+    def __init__(self) -> None:
+        self._sock: trio.socket.SocketType | None = None
+        """None while there is no server."""
         self._ids = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._children: dict[int, Child] = {}
         self._lock = trio.Lock()
-        self._gone = False
 
     async def spawn(
         self, entry: str, args: Struct | None, fds: Sequence[int] = (), *, session: bool = False, tied: bool = True
@@ -358,12 +368,12 @@ class ForkServer:
         message = msgspec.msgpack.encode(Spawn(number, entry, msgspec.msgpack.encode(args), session, tied))
         if len(message) > MAX_MESSAGE or len(fds) > MAX_FDS:
             raise ValueError(f"request is too large: {len(message)} bytes, {len(fds)} descriptors")
-        pending = self._pending[number] = _Pending()
+        pending = _Pending()
+        await self._send(number, pending, message, fds)
         try:
-            await self._send(message, fds)
             await pending.answered.wait()
         except BaseException:
-            self._abandon(number, pending)
+            pending.abandon()
             raise
         if pending.child is None:
             raise UnreachableError(f"cannot start a process: {pending.reason}")
@@ -385,11 +395,13 @@ class ForkServer:
         finally:
             child.close()
 
-    async def receive(self) -> None:
-        """Take the server's messages until it is gone; run by `open_fork_server`."""
+    async def talk(self, sock: trio.socket.SocketType, task_status: trio.TaskStatus[None]) -> None:
+        """Have `sock`'s other end as the server until it is gone; run by `open_fork_server`."""
+        self._sock = sock
+        task_status.started()
         try:
             while True:
-                data, ancillary, _, _ = await self._sock.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+                data, ancillary, _, _ = await sock.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
                 if not data:
                     return
                 self._take(_reply_decoder.decode(data), _received_fds(ancillary))
@@ -398,23 +410,19 @@ class ForkServer:
         finally:
             self._lose()
 
-    async def _send(self, message: bytes, fds: Sequence[int]) -> None:
-        if self._gone:
-            raise UnreachableError("cannot start a process: the fork server died")
+    async def _send(self, number: int, pending: _Pending, message: bytes, fds: Sequence[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        try:
-            async with self._lock:
+        async with self._lock:
+            if self._sock is None:
+                raise UnreachableError("cannot start a process: the fork server died")
+            self._pending[number] = pending
+            try:
                 await self._sock.sendmsg([message], rights)
-        except (BrokenPipeError, ConnectionResetError):
-            raise UnreachableError("cannot start a process: the fork server died") from None
-
-    def _abandon(self, number: int, pending: _Pending) -> None:
-        pending.abandoned = True
-        if pending.child is not None:
-            pending.child.kill()
-            pending.child.close()
-        elif self._gone:
-            self._pending.pop(number, None)
+            except BaseException as error:  # then nothing was sent: a datagram is sent whole
+                self._pending.pop(number, None)
+                if isinstance(error, BrokenPipeError | ConnectionResetError | trio.ClosedResourceError):
+                    raise UnreachableError("cannot start a process: the fork server died") from None
+                raise
 
     def _take(self, reply: Reply, fds: list[int]) -> None:
         match reply:
@@ -442,7 +450,7 @@ class ForkServer:
         return len(self._children)
 
     def _lose(self) -> None:
-        self._gone = True
+        self._sock = None
         for pending in self._pending.values():
             pending.answered.set()
         for child in self._children.values():
@@ -471,23 +479,35 @@ def _reaped(pid: int) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def open_fork_server(process: ServerProcess) -> AsyncIterator[ForkServer]:
+async def open_fork_server(
+    process: ServerProcess, relaunch: Callable[[], ServerProcess] | None = None
+) -> AsyncIterator[ForkServer]:
     """Talk to a server that this process has started; leaving ends and reaps it.
 
-    Children spawned with `tied` die with it. What the body raises leaves as it is, not in a group.
+    Children spawned with `tied` die with it. Where it dies by itself, `relaunch`, called in a thread, makes the next
+    one; without, every further spawn fails. What the body raises leaves as it is, not in a group.
     """
-    failure: Exception | None = None
-    with _reaped(process.pid), trio.socket.from_stdlib_socket(process.sock) as ours:
-        server = ForkServer(ours)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.receive)
-            try:
-                yield server
-            except Exception as error:  # noqa: BLE001 - raised again below, outside of the nursery
-                failure = error
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+    async with open_tasks() as tasks:
+        server = ForkServer()
+        await tasks.start(_keep, server, process, relaunch)
+        yield server
+
+
+async def _keep(
+    server: ForkServer,
+    process: ServerProcess,
+    relaunch: Callable[[], ServerProcess] | None,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    while True:
+        with _reaped(process.pid), trio.socket.from_stdlib_socket(process.sock) as sock:
+            await server.talk(sock, task_status)
+        if relaunch is None:
+            return
+        _log.error("the fork server died, and with it what it had started: pid %d; another one follows", process.pid)
+        await trio.sleep(_RELAUNCH_PAUSE)
+        process = await trio.to_thread.run_sync(relaunch)
+        task_status = trio.TASK_STATUS_IGNORED
 
 
 if __name__ == "__main__":
