@@ -79,10 +79,10 @@ def views_of(daemon: Daemon) -> set[str]:
     return {mount.target for mount in mounts_of(daemon) if mount.fstype == "erofs"}
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+def is_dead(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in {"Z", "X"}
+            return file.read().rpartition(")")[2].split()[0] in {"Z", "X"}
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return True

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meter import Meter
+from mounting import arena
 from registry import Registry, run_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+__all__ = ["arena"]
 
 
 @pytest.fixture(scope="session")

@@ -39,11 +39,11 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("driver", ["erofs", "fuse"])
 def test_a_file_comes_back_alone_and_then_all_of_them(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path, kind: str, driver: str
+    daemon: Daemon, registry: Registry, meter: Meter, arena: Path, kind: str, driver: str
 ) -> None:
     layer = LAYERS[kind]()
-    push(Image((layer,)), registry, tmp_path, f"evicted-{kind}")
-    reference, target = f"{meter.host}/evicted-{kind}", str(tmp_path / "mnt")
+    push(Image((layer,)), registry, arena, f"evicted-{kind}")
+    reference, target = f"{meter.host}/evicted-{kind}", str(arena / "mnt")
     names = ("--namespace", f"evicted-{kind}-{driver}")
     with daemon.mounted(reference, target, *names):
         assert read(f"{target}/f00") == FILES["f00"]
@@ -63,11 +63,11 @@ def test_a_file_comes_back_alone_and_then_all_of_them(
 
 @pytest.mark.parametrize("driver", ["erofs", "fuse"])
 def test_evicting_under_readers_never_gives_them_wrong_bytes(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path, driver: str
+    daemon: Daemon, registry: Registry, meter: Meter, arena: Path, driver: str
 ) -> None:
     layers = [gzip_layer(ITEMS[:20], level=1), zstd_layer(ITEMS[20:], frames=5)]
-    push(Image(layers), registry, tmp_path, "busy")
-    reference, target, names = f"{meter.host}/busy", str(tmp_path / "mnt"), ("--namespace", f"busy-{driver}")
+    push(Image(layers), registry, arena, "busy")
+    reference, target, names = f"{meter.host}/busy", str(arena / "mnt"), ("--namespace", f"busy-{driver}")
     stop, wrong, passes = threading.Event(), list[str](), [0]
 
     def read_on() -> None:
@@ -91,11 +91,9 @@ def test_evicting_under_readers_never_gives_them_wrong_bytes(
     assert freed > SIZE
 
 
-def test_evicting_what_is_not_here_frees_nothing(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path
-) -> None:
+def test_evicting_what_is_not_here_frees_nothing(daemon: Daemon, registry: Registry, meter: Meter, arena: Path) -> None:
     layer = gzip_layer([file("a", noise(100_000, 1))])
-    push(Image((layer,)), registry, tmp_path, "unknown")
+    push(Image((layer,)), registry, arena, "unknown")
     done = daemon.nsfs("evict", f"{meter.host}/unknown", "--namespace", "unknown")
     assert done.stderr == "freed 0 B of 0 layers\n"
     assert meter.served(layer.digest) == 0
@@ -104,12 +102,12 @@ def test_evicting_what_is_not_here_frees_nothing(
 
 
 def test_evicting_while_the_registry_is_gone_is_clear(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path
+    daemon: Daemon, registry: Registry, meter: Meter, arena: Path
 ) -> None:
     layer = gzip_layer([file("a", noise(300_000, 2))])
-    push(Image((layer,)), registry, tmp_path, "gone")
+    push(Image((layer,)), registry, arena, "gone")
     names = ("--namespace", "gone")
-    with daemon.mounted(f"{meter.host}/gone", str(tmp_path / "mnt"), *names):
+    with daemon.mounted(f"{meter.host}/gone", str(arena / "mnt"), *names):
         pass
     daemon.nsfs("evict", f"{meter.host}/gone", *names)  # waits for checkpoints
     assert cat(daemon, f"{meter.host}/gone:/a", *names) == noise(300_000, 2)

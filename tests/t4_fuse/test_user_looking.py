@@ -51,13 +51,11 @@ LAYERS: dict[str, Callable[[list[Item]], Layer]] = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_every_format_reads_the_same(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path, kind: str
-) -> None:
+def test_every_format_reads_the_same(daemon: Daemon, registry: Registry, meter: Meter, arena: Path, kind: str) -> None:
     data = noise(300_000, 1)
     items = [directory("etc"), file("etc/data", data), symlink("etc/link", "data"), file("motd", b"hello\n")]
     layer = LAYERS[kind](items)
-    push(Image((layer,)), registry, tmp_path, f"kinds-{kind}")
+    push(Image((layer,)), registry, arena, f"kinds-{kind}")
     reference, names = f"{meter.host}/kinds-{kind}", ("--namespace", f"kind-{kind}")
     assert daemon.nsfs("ls", f"{reference}:/", *names).stdout == "etc\nmotd\n"
     assert daemon.nsfs("cat", f"{reference}:/motd", *names).stdout == "hello\n"
@@ -78,13 +76,13 @@ def test_every_format_reads_the_same(
 
 
 def test_what_the_top_layer_decides_costs_the_top_layer(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path
+    daemon: Daemon, registry: Registry, meter: Meter, arena: Path
 ) -> None:
     hidden = [directory("hidden"), opaque("hidden"), file("hidden/y", b"y\n")]
     bottom = gzip_layer([directory("d"), file("d/below", noise(900_000, 2)), file("gone", b"1")])
     middle = gzip_layer([directory("hidden"), file("hidden/x", noise(500_000, 3)), file("middle", b"m")])
     top = gzip_layer([directory("d"), file("d/top", b"top\n"), whiteout("gone"), *hidden])
-    push(Image((bottom, middle, top)), registry, tmp_path, "decided")
+    push(Image((bottom, middle, top)), registry, arena, "decided")
     reference = f"{meter.host}/decided"
     first = daemon.nsfs("cat", f"{reference}:/d/top", "--namespace", "decided")
     assert first.stdout == "top\n"
@@ -106,9 +104,9 @@ def test_what_the_top_layer_decides_costs_the_top_layer(
     assert meter.served(bottom.digest) == len(bottom.blob)
 
 
-def test_the_cost_is_said_before_the_download(daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path) -> None:
+def test_the_cost_is_said_before_the_download(daemon: Daemon, registry: Registry, meter: Meter, arena: Path) -> None:
     layers = [gzip_layer([file(f"f{n}", noise(400_000, 10 + n))]) for n in range(3)]
-    push(Image(layers), registry, tmp_path, "announced")
+    push(Image(layers), registry, arena, "announced")
     total = sum(len(layer.blob) for layer in layers)
     meter.hold_after = 1000
     with daemon.started("tree", f"{meter.host}/announced", "--namespace", "announced") as running:
@@ -124,17 +122,17 @@ def test_the_cost_is_said_before_the_download(daemon: Daemon, registry: Registry
 
 
 def test_an_estargz_file_costs_its_table_and_its_chunk(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path
+    daemon: Daemon, registry: Registry, meter: Meter, arena: Path
 ) -> None:
     data = noise(4_000_000, 4)
     layer = estargz_layer([file("big", data), file("small", b"small\n")], 250_000)
-    push(Image((layer,)), registry, tmp_path, "chunks")
+    push(Image((layer,)), registry, arena, "chunks")
     names = ("--namespace", "chunks")
     done = daemon.nsfs("cat", f"{meter.host}/chunks:/small", *names)
     assert (done.stdout, done.stderr) == ("small\n", "")
     assert meter.served(layer.digest) < len(layer.blob) / 12
     before = meter.served(layer.digest)
-    target = str(tmp_path / "mnt")
+    target = str(arena / "mnt")
     with daemon.mounted(f"{meter.host}/chunks", target, *names), open(f"{target}/big", "rb") as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         assert os.pread(opened.fileno(), 100, 2_100_000) == data[2_100_000:2_100_100]
@@ -144,16 +142,16 @@ def test_an_estargz_file_costs_its_table_and_its_chunk(
         assert 0 < mount["local"] < 1_000_000
 
 
-def test_a_layout_is_read_and_nothing_is_said_of_downloads(daemon: Daemon, tmp_path: Path) -> None:
+def test_a_layout_is_read_and_nothing_is_said_of_downloads(daemon: Daemon, arena: Path) -> None:
     image = Image((gzip_layer([file("a", noise(50_000, 5))]), gzip_layer([file("b", b"b\n")])))
-    layout = write_oci_layout(tmp_path / "layout", image, tag="v1")
+    layout = write_oci_layout(arena / "layout", image, tag="v1")
     for reference in (f"oci:{layout}", f"oci:{layout}:v1"):
         done = daemon.nsfs("cat", f"{reference}:/b", "--namespace", "layout")
         assert (done.stdout, done.stderr) == ("b\n", "")
     (mounted,) = [one for one in daemon.json("status")["domains"] if one["name"] == "ns/layout"]
     assert (mounted["layers"], mounted["fetched"]) == (1, 0)
     command = [*NSFS, "--socket", daemon.socket, "ls", "oci:layout:/"]
-    assert subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout == "a\nb\n"
+    assert subprocess.run(command, cwd=arena, check=True, capture_output=True, text=True).stdout == "a\nb\n"
 
 
 def test_the_socket_may_come_from_the_environment(daemon: Daemon) -> None:
@@ -162,10 +160,10 @@ def test_the_socket_may_come_from_the_environment(daemon: Daemon) -> None:
     assert json.loads(said)["root"] == daemon.root
 
 
-def test_inspect_says_what_is_lazy_and_why(daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path) -> None:
+def test_inspect_says_what_is_lazy_and_why(daemon: Daemon, registry: Registry, meter: Meter, arena: Path) -> None:
     plain = gzip_layer([file("plain", noise(200_000, 6))])
     lazy = estargz_layer([file("lazy", noise(200_000, 7))], 50_000)
-    push(Image((plain, lazy)), registry, tmp_path, "inspected")
+    push(Image((plain, lazy)), registry, arena, "inspected")
     reference, names = f"{meter.host}/inspected", ("--namespace", "inspected")
     first, second = daemon.json("inspect", reference, *names)["layers"]
     assert (first["lazy"], first["indexed"], first["local"]) == (False, False, 0)
@@ -173,7 +171,7 @@ def test_inspect_says_what_is_lazy_and_why(daemon: Daemon, registry: Registry, m
     assert (second["lazy"], second["indexed"], second["format"]) == (True, False, "estargz")
     assert meter.served(plain.digest) == meter.served(lazy.digest) == 0
     daemon.nsfs("evict", reference, *names)
-    with daemon.mounted(reference, str(tmp_path / "mnt"), *names) as report:
+    with daemon.mounted(reference, str(arena / "mnt"), *names) as report:
         assert (report["files"], report["size"]) == (2, 400_000)
     daemon.nsfs("evict", reference, *names)
     first, second = daemon.json("inspect", reference, *names)["layers"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from images import Image, directory, file, gzip_layer
 from nsfs.serve import mounts
 from nsfs_daemon import Daemon, mortal_daemons, run_daemon
-from users import is_alive, mounts_of, noise, push, read, views_of, wait_until
+from users import is_dead, mounts_of, noise, push, read, views_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,11 +42,11 @@ def push_pair(registry: Registry, path: Path, name: str) -> tuple[Image, Image]:
 
 
 def test_two_images_share_the_views_of_their_base(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path
+    daemon: Daemon, registry: Registry, meter: Meter, arena: Path
 ) -> None:
-    first, _ = push_pair(registry, tmp_path, "pair")
+    first, _ = push_pair(registry, arena, "pair")
     names = ("--namespace", "pair")
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    one, two = str(arena / "one"), str(arena / "two")
     with daemon.mounted(f"{meter.host}/pair-0", one, *names):
         views = views_of(daemon)
         assert len(views) == 2
@@ -78,9 +79,9 @@ def lowers_of(target: str) -> set[str]:
     return set(lowers.partition("=")[2].split(":"))
 
 
-def test_the_same_image_at_two_places(daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path) -> None:
-    push(Image((gzip_layer([file("a", b"a\n")]),)), registry, tmp_path, "twice")
-    one, two, names = str(tmp_path / "one"), str(tmp_path / "two"), ("--namespace", "twice")
+def test_the_same_image_at_two_places(daemon: Daemon, registry: Registry, meter: Meter, arena: Path) -> None:
+    push(Image((gzip_layer([file("a", b"a\n")]),)), registry, arena, "twice")
+    one, two, names = str(arena / "one"), str(arena / "two"), ("--namespace", "twice")
     with daemon.mounted(f"{meter.host}/twice", one, *names):
         with daemon.mounted(f"{meter.host}/twice", two, *names, "--on-error", "eio"):
             assert len(views_of(daemon)) == 2  # their readers differ in patience
@@ -94,9 +95,9 @@ def test_the_same_image_at_two_places(daemon: Daemon, registry: Registry, meter:
     assert views_of(daemon) == set()
 
 
-def test_namespaces_apart_share_nothing(daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path) -> None:
-    image, _ = push_pair(registry, tmp_path, "apart")
-    red, blue = str(tmp_path / "red"), str(tmp_path / "blue")
+def test_namespaces_apart_share_nothing(daemon: Daemon, registry: Registry, meter: Meter, arena: Path) -> None:
+    image, _ = push_pair(registry, arena, "apart")
+    red, blue = str(arena / "red"), str(arena / "blue")
     reference = f"{meter.host}/apart-0"
     with (
         daemon.mounted(reference, red, "--namespace", "red") as one,
@@ -108,15 +109,15 @@ def test_namespaces_apart_share_nothing(daemon: Daemon, registry: Registry, mete
         assert len({mount.connection for mount in mounts_of(daemon) if mount.fstype == mounts.FUSE_TYPE}) >= 2
         assert not lowers_of(red) & lowers_of(blue)
         assert meter.served(image.layers[0].digest) == 2 * len(image.layers[0].blob)
-        with daemon.mounted(reference, str(tmp_path / "shared"), "--namespace", "red", "--isolation", "shared") as pub:
+        with daemon.mounted(reference, str(arena / "shared"), "--namespace", "red", "--isolation", "shared") as pub:
             assert pub["domain"] == "shared"
 
 
 def test_a_pod_s_domain_lives_and_dies_with_its_mount(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path
+    daemon: Daemon, registry: Registry, meter: Meter, arena: Path
 ) -> None:
-    push_pair(registry, tmp_path, "pods")
-    target = str(tmp_path / "mnt")
+    push_pair(registry, arena, "pods")
+    target = str(arena / "mnt")
     before = set(daemon.workers())
     for driver in ("erofs", "fuse"):
         with daemon.mounted(f"{meter.host}/pods-0", target, "--isolation", "pod", "--driver", driver) as report:
@@ -126,17 +127,17 @@ def test_a_pod_s_domain_lives_and_dies_with_its_mount(
             root = f"{daemon.root}/domains/{domain.replace('/', '%2F')}"
             assert os.path.isdir(root)
             assert read(f"{target}/base/data") == BASE
-        wait_until(lambda pid=worker: not is_alive(pid), "the pod's worker ends")
+        wait_until(partial(is_dead, worker), "the pod's worker ends")
         assert set(daemon.workers()) == before
         assert not os.path.exists(root)
         assert not os.path.exists(f"{daemon.run}/domains/{os.path.basename(root)}/fuse/maps")
 
 
 def test_a_mount_that_somebody_else_takes_away_is_forgotten(
-    daemon: Daemon, registry: Registry, meter: Meter, tmp_path: Path
+    daemon: Daemon, registry: Registry, meter: Meter, arena: Path
 ) -> None:
-    push_pair(registry, tmp_path, "others")
-    target = tmp_path / "mnt"
+    push_pair(registry, arena, "others")
+    target = arena / "mnt"
     target.mkdir()
     daemon.nsfs("mount", f"{meter.host}/others-0", str(target), "--namespace", "others")
     mounts.unmount(str(target))
@@ -144,10 +145,10 @@ def test_a_mount_that_somebody_else_takes_away_is_forgotten(
     assert views_of(daemon) == set()
 
 
-def test_sigterm_leaves_no_mount_even_where_somebody_works(registry: Registry, meter: Meter, tmp_path: Path) -> None:
-    push_pair(registry, tmp_path, "ended")
-    one, two = tmp_path / "one", tmp_path / "two"
-    with mortal_daemons(str(tmp_path / "d")) as start:
+def test_sigterm_leaves_no_mount_even_where_somebody_works(registry: Registry, meter: Meter, arena: Path) -> None:
+    push_pair(registry, arena, "ended")
+    one, two = arena / "one", arena / "two"
+    with mortal_daemons(str(arena / "d")) as start:
         daemon = start()
         for target, driver in ((one, "auto"), (two, "fuse")):
             target.mkdir()
@@ -155,21 +156,21 @@ def test_sigterm_leaves_no_mount_even_where_somebody_works(registry: Registry, m
         workers = daemon.workers()
         with open(one / "base/data", "rb") as held:
             os.kill(daemon.pid, signal.SIGTERM)
-            wait_until(lambda: not is_alive(daemon.pid), "the daemon ends", 20)
-            assert [mount.target for mount in mounts.load_mounts() if str(tmp_path) in mount.target] == []
+            wait_until(lambda: is_dead(daemon.pid), "the daemon ends", 20)
+            assert [mount.target for mount in mounts.load_mounts() if str(arena) in mount.target] == []
             assert held.fileno() >= 0
         assert not os.path.exists(daemon.socket)
-        wait_until(lambda: not any(map(is_alive, workers.values())), "workers end")
+        wait_until(lambda: all(map(is_dead, workers.values())), "workers end")
         assert list(one.iterdir()) == []
 
 
 def test_a_daemon_that_was_killed_is_followed_by_one_that_tidies_up(
-    registry: Registry, meter: Meter, tmp_path: Path
+    registry: Registry, meter: Meter, arena: Path
 ) -> None:
-    push_pair(registry, tmp_path, "killed")
+    push_pair(registry, arena, "killed")
     reference = f"{meter.host}/killed-0"
-    one, two = tmp_path / "one", tmp_path / "two"
-    with mortal_daemons(str(tmp_path / "d")) as start:
+    one, two = arena / "one", arena / "two"
+    with mortal_daemons(str(arena / "d")) as start:
         daemon = start()
         for target, driver in ((one, "auto"), (two, "fuse")):
             target.mkdir()
@@ -178,10 +179,10 @@ def test_a_daemon_that_was_killed_is_followed_by_one_that_tidies_up(
         daemon.nsfs("evict", reference)  # waits for checkpoints, and leaves absent blocks to be asked for
         assert read(one / "base/data") == BASE
         os.kill(daemon.pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(is_alive, workers.values())), "workers end with their daemon")
+        wait_until(lambda: all(map(is_dead, workers.values())), "workers end with their daemon")
         before = meter.served()
         daemon = start()
-        assert [mount.target for mount in mounts.load_mounts() if str(tmp_path) in mount.target] == []
+        assert [mount.target for mount in mounts.load_mounts() if str(arena) in mount.target] == []
         assert daemon.json("status")["mounts"] == []
         with daemon.mounted(reference, str(one)) as report:
             assert report["local"] >= len(BASE)
@@ -189,13 +190,13 @@ def test_a_daemon_that_was_killed_is_followed_by_one_that_tidies_up(
             assert meter.served() == before
             assert read(one / "own-0") == noise(50_000, 201)
         os.kill(daemon.pid, signal.SIGTERM)
-        wait_until(lambda: not is_alive(daemon.pid), "the daemon ends", 20)
+        wait_until(lambda: is_dead(daemon.pid), "the daemon ends", 20)
 
 
-def test_daemons_side_by_side(registry: Registry, meter: Meter, tmp_path: Path) -> None:
-    push_pair(registry, tmp_path, "beside")
-    reference, target = f"{meter.host}/beside-0", str(tmp_path / "mnt")
-    with run_daemon(str(tmp_path / "a")) as one, run_daemon(str(tmp_path / "b")) as two:
+def test_daemons_side_by_side(registry: Registry, meter: Meter, arena: Path) -> None:
+    push_pair(registry, arena, "beside")
+    reference, target = f"{meter.host}/beside-0", str(arena / "mnt")
+    with run_daemon(str(arena / "a")) as one, run_daemon(str(arena / "b")) as two:
         assert one.root != two.root
         with one.mounted(reference, target):
             assert two.json("status")["mounts"] == []
@@ -204,8 +205,8 @@ def test_daemons_side_by_side(registry: Registry, meter: Meter, tmp_path: Path) 
             assert stranger.returncode == 3
             other = two.nsfs("mount", reference, target, check=False)
             assert other.returncode == 8, other.stderr
-            with two.mounted(reference, str(tmp_path / "other")):
-                assert read(f"{target}/own-0") == read(tmp_path / "other/own-0")
-        third = one.nsfs("serve", "--config", f"{tmp_path}/a/config.toml", check=False)
+            with two.mounted(reference, str(arena / "other")):
+                assert read(f"{target}/own-0") == read(arena / "other/own-0")
+        third = one.nsfs("serve", "--config", f"{arena}/a/config.toml", check=False)
         assert third.returncode == 8
         assert f"another daemon owns {one.root}" in third.stderr

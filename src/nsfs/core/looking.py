@@ -184,5 +184,5 @@ def _entry(stack: Stack, path: bytes, node: UnionNode) -> EntryReport:
         target=stack.tree.readlink(node) if inode.kind is Kind.SYMLINK else b"",
         device=inode.device,
         xattrs=dict(stack.tree.xattrs(node)),
-        layer=str(stack.maps[node.layer].blob),
+        layer=str(stack.maps[node.layer].blob) if stack.maps else "",
     )

@@ -255,7 +255,7 @@ class ManualMounts:
                 _push_undo(undo, partial(self._end, domain))
             params = worker_api.Prepare(reference=wish.reference, platform=wish.platform)
             image = await self._workers.call(domain, "Prepare", params, worker_api.Prepared, report)
-            record = _record(mount_id, wish, domain, driver, patience, image)
+            record = _record(mount_id, wish, domain, driver if image.maps else Driver.FUSE, patience, image)
             await self._set_up(record, image)
             undo.pop_all()
             self._claimed.discard(wish.target)

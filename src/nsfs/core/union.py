@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from msgspec import Struct
 
 from nsfs.errors import CorruptError, NotFoundError
+from nsfs.format.erofs import render_erofs
+from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.layer import Kind, Node
 from nsfs.model.tree import OPAQUE, UNNAMED_ROOT, Found
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from nsfs.format.erofs_image import ErofsImage, Inode
+    from nsfs.format.erofs_image import Inode
 
 MAX_SYMLINKS: Final = 40
 """Followed in one path, as Linux does (include/linux/namei.h, MAXSYMLINKS)."""
@@ -74,12 +76,15 @@ class _Part(NamedTuple):
 _part_name = attrgetter("name")
 
 
+_NOTHING: Final = bytes(render_erofs(Node(Kind.DIRECTORY, 0o755), disk_blocks=1, uuid=bytes(16)))
+"""What an image without layers has: a root."""
+
+
 class UnionTree:
-    """`images` stacked, top first; at least one."""
+    """`images` stacked, top first; none give an empty directory."""
 
     def __init__(self, images: Sequence[ErofsImage], *, partial: bool = False) -> None:
-        assert images
-        self.images = tuple(images)
+        self.images = tuple(images) or (ErofsImage(_NOTHING),)
         self._partial = partial
         self.root = self._merge_roots()
 
