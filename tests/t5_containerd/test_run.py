@@ -14,7 +14,7 @@ import pytest
 
 import busybox
 from containerd import RELEASES
-from images import write_oci_layout
+from images import Image, file, gzip_layer, write_oci_layout
 from nodes import Node, run_node
 from registry import push_layout, run_registry
 
@@ -156,3 +156,31 @@ def test_a_namespace_goes_and_the_other_goes_on(node: Node, reference: str, name
     assert node.snapshots(namespace) == []
     assert node.run(reference, "a", namespace=other) == "the second layer\n"
     clear(node, other)
+
+
+DEEP = "".join("deep-" * 15) + "x"
+"""A namespace of 76 characters, containerd's longest."""
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An image of 128 layers, of which one comes three times: containerd's overlayfs takes as many."""
+    twice = gzip_layer([file("again", b"again\n")])
+    layers = [busybox.base(), twice, *(gzip_layer([file(f"n/{number}", b"%d\n" % number)]) for number in range(124))]
+    layout = write_oci_layout(tmp_path_factory.mktemp("deep"), Image([*layers[:60], twice, *layers[60:], twice]))
+    with run_registry() as registry:
+        push_layout(str(layout), registry, "deep")
+        yield f"{registry.host}/deep:latest"
+
+
+@pytest.mark.slow
+def test_an_image_of_128_layers_runs_in_a_namespace_of_the_longest_name(node: Node, deep: str) -> None:
+    assert len(DEEP) == 76
+    node.pull(deep, namespace=DEEP)
+    try:
+        assert len(node.snapshots(DEEP)) == 128
+        script = "cat /again /n/0 /n/123; ls /n | busybox wc -l"
+        assert node.run(deep, "a", "/bin/busybox", "sh", "-c", script, namespace=DEEP) == "again\n0\n123\n124\n"
+    finally:
+        clear(node, DEEP)
+    assert directories(node) == set()
