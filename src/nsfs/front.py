@@ -9,7 +9,6 @@ Concurrency: one trio run; reads of the pool in its threads. One connection to t
 
 from __future__ import annotations
 
-import json
 import logging
 import mmap
 import os
@@ -20,9 +19,10 @@ import msgspec
 import trio
 
 from nsfs.core import worker_api
+from nsfs.core.tasks import running
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import TreeFs
-from nsfs.errors import UnreachableError
+from nsfs.errors import NsfsError, UnreachableError
 from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.policy import parse_view_name
 from nsfs.serve.fronts import FrontArgs
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_USAGE_EVERY: Final = 1.0
+"""Seconds between two questions how much of the mount is local."""
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 """Seconds between two attempts to reach a worker that is being started again."""
@@ -69,6 +71,11 @@ class WorkerLine:
                 return
             await trio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def usage(self, maps: list[str]) -> worker_api.UsageReport:
+        """What the worker says of these maps; raises UnreachableError while there is none."""
+        peer = await self._connected()
+        return await peer.call("Usage", worker_api.Usage(maps=maps), worker_api.UsageReport)
 
     async def _connected(self) -> Peer:
         async with self._lock:
@@ -122,10 +129,26 @@ def open_images(paths: Sequence[str]) -> list[ErofsImage]:
     return images
 
 
-def _state_files(args: FrontArgs) -> dict[str, Callable[[], bytes]]:
-    described = {**args.info, "pid": os.getpid(), "worker": args.worker, "views": args.views}
-    content = json.dumps(described, indent=2).encode() + b"\n"
-    return {"mount.json": lambda: content}
+class FrontState:
+    """What `.nsfs/mount.json` says: as the worker said it at most `_USAGE_EVERY` ago, while there is one."""
+
+    def __init__(self, args: FrontArgs) -> None:
+        self._info = args.info
+        self._maps = [parse_view_name(view)[0] for view in args.views]
+        self._usage = worker_api.UsageReport(local=0, fetched=0, state="starts")
+
+    def files(self) -> dict[str, Callable[[], bytes]]:
+        """For the tree."""
+        return {"mount.json": lambda: worker_api.render_mount(self._info, self._usage)}
+
+    async def follow(self, line: WorkerLine) -> None:
+        """Ask again and again."""
+        while True:
+            try:
+                self._usage = await line.usage(self._maps)
+            except NsfsError as error:
+                self._usage = msgspec.structs.replace(self._usage, state=str(error))
+            await trio.sleep(_USAGE_EVERY)
 
 
 async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
@@ -134,8 +157,10 @@ async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
     pool = open_pool(DomainLayout(args.domain), bitmap_fd, readonly=True)
     async with open_worker_line(args.worker) as line:
         reader = FrontReader(pool, line)
-        vfs = TreeFs(tree, args.views, reader.read, state=_state_files(args))
-        await Session(FuseOperations(vfs), fuse_fd).serve()
+        state = FrontState(args)
+        vfs = TreeFs(tree, args.views, reader.read, state=state.files())
+        async with running(lambda: state.follow(line)):
+            await Session(FuseOperations(vfs), fuse_fd).serve()
 
 
 def main(args: bytes, fds: list[int]) -> None:

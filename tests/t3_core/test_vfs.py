@@ -274,3 +274,19 @@ def test_a_large_image_costs_little_memory(tmp_path: Path) -> None:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def test_each_tree_of_a_domain_tells_its_own_state_beside_files_of_its_own() -> None:
+    fs = vfs.DomainFs(no_reader, {})
+    for name in ("one", "two"):
+        fs.add_tree(name, UnionTree(layers()), [MAP, OTHER], {"mount.json": name.encode})
+    for name in ("one", "two"):
+        root = find(fs, f"trees/{name}")
+        state = find(fs, ".nsfs/mount.json", root)
+        assert fs.getattr(state).size == len(name)
+        assert read(fs, state, 0, 100) == name.encode()
+        assert stat.S_ISDIR(fs.getattr(find(fs, ".nsfs", root)).mode)
+        assert ".nsfs" not in {entry.name.decode() for entry in fs.readdir(root, 0)}
+        paths = [entry.attr.inode for _, entry in walk(fs, root)]
+        assert state not in paths
+    assert find(fs, "trees/one/.nsfs") != find(fs, "trees/two/.nsfs")

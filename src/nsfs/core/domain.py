@@ -191,12 +191,7 @@ class Domain:
         return worker_api.Evicted(layers=len(keys), freed=freed)
 
     async def _usage(self, params: worker_api.Usage, _report: Report) -> worker_api.UsageReport:
-        records = [record for map_id in params.maps if (record := self._catalog.map(map_id))]
-        return worker_api.UsageReport(
-            local=self._views.local_bytes([record.key for record in records]),
-            fetched=sum(self._blobs.fetched[blob] for blob in {record.blob for record in records}),
-            state=self._views.state(set(params.maps)),
-        )
+        return self._views.usage(params.maps)
 
     async def _status(self, _params: worker_api.Empty, _report: Report) -> worker_api.WorkerStatus:
         records = self._catalog.layers()
@@ -224,7 +219,11 @@ class Domain:
         self._shown.hide_tree(params.id)
         return worker_api.Empty()
 
-    async def fetch(self, params: worker_api.Fetch, _report: Report) -> worker_api.Empty:
+    def front_methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
+        """What the fronts of a user's mounts may call, by name."""
+        return {"Fetch": (worker_api.Fetch, self._fetch), "Usage": (worker_api.Usage, self._usage)}
+
+    async def _fetch(self, params: worker_api.Fetch, _report: Report) -> worker_api.Empty:
         """Make blocks present for a front, which cannot."""
         await self._views.make_present(params.view, params.address, params.size)
         return worker_api.Empty()
@@ -257,6 +256,8 @@ def _laziness(layer: Layer, record: LayerRecord | None) -> tuple[bool, str]:
 
 
 def _verified(layer: Layer, record: LayerRecord | None) -> str:
+    if record is not None and record.diff_id not in {None, layer.diff_id}:
+        return f"against nothing: the image claims diff ID {layer.diff_id}, and its content has {record.diff_id}"
     if record is not None and record.verified == "diff-id":
         return f"blob digest and diff ID, in one pass over all of it: {layer.diff_id}"
     if layer.format.toc:

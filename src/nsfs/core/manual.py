@@ -296,7 +296,7 @@ class ManualMounts:
             _push_undo(undo, partial(self._lowers.release, record.id))
             return paths
         _push_undo(undo, partial(self._hide_tree, record))
-        tree = worker_api.Tree(id=record.id, maps=maps, suffix=record.suffix)
+        tree = worker_api.Tree(id=record.id, maps=maps, suffix=record.suffix, info=record.describe())
         await self._workers.call(self.domain_of(record), "ShowTree", tree, worker_api.Empty)
         return [self._kernel.tree_path(record.domain, record.id)]
 

@@ -191,8 +191,9 @@ class StateFiles:
 class TreeFs:
     """`tree`, whose contents are read as `views` (one for each of its images, top first).
 
-    `base` is the part of the inode numbers that tells trees of one filesystem apart; with 0 the tree is a filesystem of
-    its own, whose root is inode 1 and has the hidden `.nsfs/` with `state`, unless the image has that name itself.
+    `base` is the part of the inode numbers that tells trees of one filesystem apart; with 0 the tree is a filesystem
+    of its own, whose root is inode 1. Its root has the hidden `.nsfs/` with `state`, unless the image has that name
+    itself; these files have numbers that no map uses (its superblock is there).
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class TreeFs:
         self._views = tuple(views)
         self._reader = reader
         self._base = base
-        self._state = None if state is None else StateFiles(state, ROOT + 1)
+        self._state = None if state is None else StateFiles(state, base | ROOT + 1)
         self._directories: dict[int, UnionNode] = {}
         self.root = self._number(tree.root)
 
@@ -219,7 +220,7 @@ class TreeFs:
         if self._state is not None:
             if parent == self._state.inode:
                 return self._state.lookup(name)
-            if parent == ROOT and name == _HIDDEN and self._tree.lookup(self._tree.root, name) is None:
+            if parent == self.root and name == _HIDDEN and self._tree.lookup(self._tree.root, name) is None:
                 return self._state.getattr(self._state.inode)
         node = self._tree.lookup(self._directory(parent), name)
         return None if node is None else self._found(node)
@@ -357,8 +358,14 @@ class DomainFs:
         """Take it away; what is open goes on failing with ENOENT."""
         self._maps.pop(_hash_bits(view) & _NAME_MASK, None)
 
-    def add_tree(self, tree_id: str, tree: UnionTree, views: Sequence[str]) -> None:
-        """Show `trees/<tree_id>`, read as `views` (top first). Nothing happens if it is there.
+    def add_tree(
+        self,
+        tree_id: str,
+        tree: UnionTree,
+        views: Sequence[str],
+        state: Mapping[str, Callable[[], bytes]] | None = None,
+    ) -> None:
+        """Show `trees/<tree_id>`, read as `views` (top first), with `state` in it. Nothing happens if it is there.
 
         Raises ExistsError if another tree has its number (one chance in eight million for each): take another id.
         """
@@ -368,7 +375,7 @@ class DomainFs:
                 raise ExistsError(f"two trees have one number: {tree_id}, {self._trees[bits][0]}")
             return
         base = _KIND_TREE << _KIND_SHIFT | bits << _TREE_SHIFT
-        self._trees[bits] = tree_id, TreeFs(tree, views, self._reader, base=base)
+        self._trees[bits] = tree_id, TreeFs(tree, views, self._reader, base=base, state=state)
 
     def remove_tree(self, tree_id: str) -> None:
         """Take it away."""

@@ -1,25 +1,28 @@
 """Views: from the name under which a disk was opened to the bytes that its reader gets.
 
-Owns the table and the blob of each layer that somebody reads, opened when first wanted, and what of a layer is local. A
-view's name says which map asks and how long its readers wait; nothing has to be registered, so a worker that takes over
+Owns the table and the blob of each layer that somebody reads, opened when first wanted and let go with its last view,
+and what of a layer is local. Views that nobody closes, because nobody mounted them, make room for later ones. A view's
+name says which map asks and how long its readers wait; nothing has to be registered, so a worker that takes over
 from one that was killed serves every view at once.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
+from weakref import WeakValueDictionary
 
 import trio
 
 from nsfs.core import landing
-from nsfs.core.fetchplan import Table
+from nsfs.core.fetchplan import Table, join_blocks
 from nsfs.core.fetchview import LayerSource, View
 from nsfs.core.refill import refill
-from nsfs.errors import NotFoundError
+from nsfs.core.worker_api import UsageReport
+from nsfs.errors import NotFoundError, UnreachableError
 from nsfs.model.policy import Patience, parse_view_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from nsfs.core.blobs import Blobs
     from nsfs.core.fetcher import Fetcher
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
 
 _LOOKING: Final = Patience(0)
 """One attempt, however long its bytes take: somebody sits in front of it."""
+
+_KEPT_VIEWS: Final = 4096
+_KEPT_RANGES: Final = 4096
+_FEW_RANGES: Final = 256
 
 
 class Catalog(Protocol):
@@ -45,7 +52,7 @@ class LayerTable(Table, Protocol):
     """A layer's tables, for more than reading."""
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Addresses of all its files, in whole blocks."""
+        """Addresses of all its files, in whole blocks, neighbours joined."""
 
 
 class Pool(landing.Pool, Protocol):
@@ -53,6 +60,9 @@ class Pool(landing.Pool, Protocol):
 
     def local_bytes(self, ranges: Iterable[tuple[int, int]]) -> int:
         """How many bytes of `ranges` are there."""
+
+    def evict_all(self, ranges: Sequence[tuple[int, int]]) -> int:
+        """Drop blocks, with one sync; how many bytes that freed."""
 
 
 class Views:
@@ -75,7 +85,9 @@ class Views:
         self._fetcher = fetcher
         self._views: dict[str, tuple[View, float | None]] = {}
         self._closed: set[str] = set()
-        self._sources: dict[LayerKey, LayerSource] = {}
+        self._sources: WeakValueDictionary[LayerKey, LayerSource] = WeakValueDictionary()
+        """Of the views there are."""
+        self._ranges: dict[LayerKey, list[tuple[int, int]]] = {}
 
     async def read(self, name: str, address: int, size: int) -> bytes:
         """Exactly these bytes of the disk as the view sees it; raises as its mount's patience says."""
@@ -107,12 +119,20 @@ class Views:
     async def evict(self, key: LayerKey) -> int:
         """Drop a layer's contents, which can come back by ranges; gives the bytes freed."""
         self._fetcher.forget(_name_of(key))
-        ranges = self._table(key).ranges()
-        return await trio.to_thread.run_sync(lambda: sum(self._pool.evict(*each) for each in ranges))
+        return await trio.to_thread.run_sync(lambda: self._pool.evict_all(self._ranges_of(key)))
 
     def local_bytes(self, keys: Iterable[LayerKey]) -> int:
         """Bytes of these layers' contents that are in the pool; what two of them share counts once."""
-        return self._pool.local_bytes({each for key in set(keys) for each in self._table(key).ranges()})
+        return self._pool.local_bytes(join_blocks(each for key in set(keys) for each in self._ranges_of(key)))
+
+    def usage(self, maps: Collection[str]) -> UsageReport:
+        """What of these maps is local, what their blobs cost, and what their readers wait for."""
+        records = [record for map_id in maps if (record := self._catalog.map(map_id))]
+        return UsageReport(
+            local=self.local_bytes([record.key for record in records]),
+            fetched=sum(self._blobs.fetched[blob] for blob in {record.blob for record in records}),
+            state=self.state(set(maps)),
+        )
 
     def waiting(self) -> int:
         """Readers that wait for the network now."""
@@ -135,7 +155,7 @@ class Views:
         if found is not None:
             return found
         if name in self._closed:
-            raise NotFoundError(f"nobody shows the view any more: {name}")
+            raise UnreachableError(f"nobody shows the view any more: {name}")
         return self._open(name, *parse_view_name(name))
 
     def _open(self, name: str, map_id: str, patience: Patience) -> tuple[View, float | None]:
@@ -144,14 +164,23 @@ class Views:
             raise NotFoundError(f"no such view in this domain: {name}")
         keys = [record.key, *record.lowers]
         view = View(name, [self._source(key) for key in dict.fromkeys(keys)])
+        while len(self._views) >= _KEPT_VIEWS:
+            del self._views[next(iter(self._views))]
         self._views[name] = view, patience.seconds
         return self._views[name]
 
-    def _table(self, key: LayerKey) -> LayerTable:
-        return self._open_table(key)
+    def _ranges_of(self, key: LayerKey) -> list[tuple[int, int]]:
+        """A layer's addresses, kept where they are few, as those of a layer that brought its contents itself are."""
+        found = self._ranges.get(key)
+        if found is None:
+            found = self._open_table(key).ranges()
+            if len(found) <= _FEW_RANGES and len(self._ranges) < _KEPT_RANGES:
+                self._ranges[key] = found
+        return found
 
     def _source(self, key: LayerKey) -> LayerSource:
-        if key not in self._sources:
+        source = self._sources.get(key)
+        if source is None:
             record = self._catalog.layer(key)
             if record is None:
                 raise NotFoundError(f"no such layer in this domain: {key.blob}")
@@ -163,13 +192,13 @@ class Views:
                     await self._layers.refill(key, lambda job: refill(job, self._pool, table))
                 return table
 
-            self._sources[key] = LayerSource(
+            source = self._sources[key] = LayerSource(
                 key=_name_of(key),
                 table=self._open_table(key),
                 blob=self._blobs.blob(record.blob, record.blob_size),
                 make_spans=make_spans,
             )
-        return self._sources[key]
+        return source
 
 
 def map_of(view: str) -> str:

@@ -5,11 +5,15 @@ All structs are msgpack on the wire (`serve.wire`). Requests that take long repo
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import msgspec
 from msgspec import Struct, field
 
 from nsfs.model.report import Data, Item, Note, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 OnTheWay: TypeAlias = Progress | Note | Item | Data
 """What a worker reports before its result."""
@@ -30,6 +34,10 @@ class MapInfo(Struct, frozen=True, kw_only=True):
     """Of the map's file in the domain's directory."""
     marks: bool
     """Has whiteouts or opaque marks."""
+    opaque: bool = False
+    """Its root hides all layers below."""
+    owner: tuple[int, int] = (0, 0)
+    """(uid, gid) of its root."""
 
 
 class Prepared(Struct, kw_only=True):
@@ -58,6 +66,8 @@ class Tree(Struct, kw_only=True):
     id: str
     maps: list[MapInfo]
     suffix: str = ""
+    info: dict[str, str | int] = field(default_factory=dict)
+    """What `.nsfs/mount.json` says beside the usage: `MountRecord.describe`."""
 
 
 class TreeGone(Struct, kw_only=True):
@@ -88,6 +98,12 @@ class UsageReport(Struct, kw_only=True):
     state: str
 
 
+def render_mount(info: Mapping[str, str | int], usage: UsageReport) -> bytes:
+    """The content of a mount's own `.nsfs/mount.json`: what `nsfs status --json` says of it."""
+    report = {**info, "local": usage.local, "fetched": usage.fetched, "state": usage.state}
+    return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+
+
 class WorkerStatus(Struct, kw_only=True):
     """A domain's figures."""
 
@@ -103,6 +119,40 @@ class Name(Struct, kw_only=True):
 
     reference: str
     platform: str | None = None
+
+
+class LayerName(Struct, frozen=True, kw_only=True):
+    """Names a layer of an image: for Offer (answered by Empty) and Await (answered by Indexed).
+
+    Offer begins to index every layer of the image, and is answered when that has begun.
+    """
+
+    reference: str
+    """The image, by its manifest's digest."""
+    blob: str
+    chain: str
+
+
+class Indexed(Struct, kw_only=True):
+    """A layer's index is complete."""
+
+    verified: str
+    """Against what: "diff-id", "toc"."""
+    needs_lower: bool
+    """It cannot be shown without the layers below."""
+
+
+class Stack(Struct, kw_only=True):
+    """Have layers of one stack indexed and mapped. Answered by Stacked."""
+
+    layers: list[LayerName | None]
+    """Lowest first; None for a layer that is not ours."""
+
+
+class Stacked(Struct, kw_only=True):
+    """The maps of a Stack's own layers, lowest first."""
+
+    maps: list[MapInfo]
 
 
 class PathName(Name, kw_only=True):

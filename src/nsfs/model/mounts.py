@@ -117,3 +117,8 @@ class MountRecord(Struct, frozen=True, kw_only=True):
     """Map IDs, top first."""
     suffix: str
     """Of the views' names: how long a read may wait (`model.policy.Patience`)."""
+
+    def describe(self) -> dict[str, str | int]:
+        """What a mount's own `.nsfs/mount.json` says of it, beside its usage."""
+        fields = ("id", "target", "reference", "digest", "namespace", "domain", "driver", "writable", "files", "size")
+        return {name: getattr(self, name) for name in fields}

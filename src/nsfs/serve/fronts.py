@@ -16,5 +16,5 @@ class FrontArgs(Struct, frozen=True, kw_only=True):
     """Files of the layers' maps, top first."""
     views: tuple[str, ...]
     """Names of the views, as the worker knows them, in the same order."""
-    info: dict[str, str] = {}
+    info: dict[str, str | int] = {}
     """What `.nsfs/mount.json` says: reference, digest, …"""

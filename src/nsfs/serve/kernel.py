@@ -165,7 +165,7 @@ class UserKernel(HostKernel):
             worker=self._layout.domain_run(record.domain).socket,
             maps=tuple(info.path for info in maps),
             views=tuple(info.id + record.suffix for info in maps),
-            info={"id": record.id, "reference": record.reference, "digest": record.digest, "domain": record.domain},
+            info=record.describe(),
         )
         fd = await trio.to_thread.run_sync(mounts.mount_fuse_as_user, record.target)
         try:
