@@ -10,6 +10,7 @@ well:
     S  connection closed half-way           L  429, Retry-After in seconds
     C  one byte flipped in the middle       D  429, Retry-After as a date
     W  206 of another range                 X  connection reset before any answer
+    H  half of it, then silence until `go_on` is set, then the rest
 
 Blobs may be redirected to a second server (`redirect=True`), whose URLs carry a signature that `expire_urls` makes
 void. Every request is logged with its headers and the number of body bytes sent.
@@ -100,6 +101,7 @@ class FakeRegistry:
         self._tokens: set[str] = set()
         self._signature = 0
         self.closing = threading.Event()
+        self.go_on = threading.Event()
 
     def __enter__(self) -> Self:
         for name in ("registry", "storage", "token"):
@@ -114,6 +116,7 @@ class FakeRegistry:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.closing.set()
+        self.go_on.set()
         for server in self._servers.values():
             server.shutdown()
             server.hang_up()
@@ -347,6 +350,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._log(status, 0)
             self.registry.closing.wait(30)
             self.close_connection = True
+        elif self._fault == "H":
+            self._start(status, headers, len(body))
+            for part in (body[: len(body) // 2], body[len(body) // 2 :]):
+                self.wfile.write(part)
+                self._log(status, len(part))
+                self.registry.go_on.wait(60)
         elif self._fault == "S":
             self._start(status, headers, len(body))
             self.wfile.write(body[: len(body) // 2])

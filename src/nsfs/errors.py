@@ -66,7 +66,7 @@ class CorruptError(NsfsError):
 
 
 class NoSpaceError(NsfsError):
-    """The pool or the address space is full."""
+    """The pool, the address space or memory is full."""
 
     code, errno, exit_code, transient = "RESOURCE_EXHAUSTED", errno.ENOSPC, 7, True
 

@@ -19,7 +19,7 @@ import msgspec
 import trio
 from msgspec import Raw, Struct
 
-from nsfs.errors import ERRORS, NsfsError, UnreachableError
+from nsfs.errors import ERRORS, NoSpaceError, NsfsError, UnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -138,6 +138,11 @@ class Jobs:
                 with theirs:
                     process = await self._spawner.spawn(entry, args, [theirs.fileno(), *fds])
                 packed, status = await _attend(process, channel, report)
+        if packed is None and status < 0:
+            raise NoSpaceError(
+                f"a job was killed: {entry.partition(':')[2]}: signal {-status}",
+                hint="the kernel kills where memory runs out: see its log; another attempt goes on from what is here",
+            )
         if packed is None:
             raise NsfsError(f"a job died: {entry}, exit status {status}", hint="the log of the worker says more")
         return msgspec.msgpack.decode(packed, type=result)

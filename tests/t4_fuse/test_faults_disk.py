@@ -1,0 +1,185 @@
+"""A pool's filesystem that is full, and processes that are killed while a pool is written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fakes import FakeRegistry
+from images import Image, Layer, file, gzip_layer
+from mounting import swept
+from nsfs.model.pool import LayerKey
+from nsfs.store.index import open_index
+from nsfs.store.layers import open_table
+from nsfs.store.layout import DomainLayout, Layout
+from nsfs.store.pool import create_bitmap, open_pool
+from nsfs_daemon import Daemon, run_daemon
+from published import publish
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SETTINGS = {"fetch": {"read_ahead": 0}}
+NO_SPACE = 7
+FLUSHED = 6.0
+"""Seconds after which what was written is durable: a worker flushes every 5."""
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as running:
+        yield running
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 filesystem of 128 MiB."""
+    image, target = tmp_path / "ext4", tmp_path / "small"
+    target.mkdir()
+    with image.open("wb") as opened:
+        opened.truncate(128 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-m", "0", image], check=True)
+    with swept(tmp_path):
+        subprocess.run(["mount", "-o", "loop", image, target], check=True)
+        yield target
+        subprocess.run(["umount", target], check=True)
+
+
+def layout_of(daemon: Daemon) -> DomainLayout:
+    return Layout(daemon.root, daemon.run).domain("ns/default")
+
+
+def make(seed: str, size: int = 1 << 20, count: int = 24) -> tuple[dict[str, bytes], Layer]:
+    files = {f"d/{n}": random.Random(f"{seed} {n}").randbytes(size) for n in range(count)}
+    return files, gzip_layer([file(name, data) for name, data in files.items()], level=0)
+
+
+def read(path: str) -> bytes:
+    with open(path, "rb") as opened:
+        return opened.read()
+
+
+@contextlib.contextmanager
+def filled(path: Path, left: int) -> Iterator[None]:
+    """Take all but `left` bytes of a filesystem."""
+    filler = path / "filler"
+    free = os.statvfs(path).f_bavail * 4096
+    with filler.open("wb") as opened:
+        os.posix_fallocate(opened.fileno(), 0, free - left)
+    with filler.open("ab") as opened, contextlib.suppress(OSError):
+        while not left:
+            os.write(opened.fileno(), bytes(4096))
+    try:
+        yield
+    finally:
+        filler.unlink()
+        subprocess.run(["sync", "-f", path], check=True)  # ext4 gives freed blocks out again once that is committed
+
+
+def test_a_first_pass_into_a_full_disk_is_no_space_and_goes_on_by_range(
+    registry: FakeRegistry, small_disk: Path, tmp_path: Path
+) -> None:
+    files, layer = make("full")
+    reference = publish(registry, Image((layer,)), "full")
+    target = tmp_path / "mnt"
+    target.mkdir()
+    with run_daemon(str(small_disk / "d"), SETTINGS) as daemon:
+        daemon.nsfs("inspect", reference)
+        with filled(small_disk, 28 << 20):
+            refused = daemon.nsfs("mount", reference, str(target), check=False)
+            assert refused.returncode == NO_SPACE, refused.stderr
+            assert "No space left" in refused.stderr
+            layout = layout_of(daemon)
+            assert os.stat(layout.disk).st_blocks * 512 < 1 << 20
+            with open_index(layout.index, readonly=True) as index:
+                assert index.orphan_slabs() == []
+            spooled = os.stat(layout.spool(layer.digest)).st_size
+            assert spooled > 4 << 20
+        with daemon.mounted(reference, str(target)):
+            assert {name: read(f"{target}/{name}") for name in files} == files
+        asked = [each.headers.get("range", "") for each in registry.requests(path=layer.digest.hex)]
+        assert asked == ["", f"bytes={spooled}-{len(layer.blob) - 1}"]
+
+
+def test_a_full_disk_under_a_mount_costs_speed_alone(registry: FakeRegistry, small_disk: Path, tmp_path: Path) -> None:
+    files, layer = make("reads")
+    reference = publish(registry, Image((layer,)), "reads")
+    target = str(tmp_path / "mnt")
+    with run_daemon(str(small_disk / "d"), SETTINGS) as daemon:
+        with daemon.mounted(reference, target):
+            pass
+        daemon.nsfs("evict", reference)
+        with daemon.mounted(reference, target):
+            workers = daemon.workers()
+            with filled(small_disk, 0):
+                half = list(files)[:12]
+                for name in half:
+                    assert read(f"{target}/{name}") == files[name]
+                time.sleep(FLUSHED)
+                for name in half:
+                    assert read(f"{target}/{name}") == files[name]
+            for name in list(files)[12:]:
+                assert read(f"{target}/{name}") == files[name]
+            (mount,) = daemon.json("status")["mounts"]
+            assert mount["local"] >= 11 << 20
+        assert daemon.workers() == workers
+        assert "Traceback" not in daemon.tail()
+
+
+def test_what_is_claimed_after_kills_is_what_was_fetched(registry: FakeRegistry, tmp_path: Path) -> None:
+    """Reads, evictions and kills in any order; then every block that the durable bitmap claims is compared."""
+    files, layer = make("durable", 300_000, 30)
+    reference = publish(registry, Image((layer,)), "durable")
+    directory, target = str(tmp_path / "daemon"), str(tmp_path / "mnt")
+    chance = random.Random(5)
+    with swept(tmp_path), contextlib.suppress(RuntimeError), run_daemon(directory, SETTINGS) as daemon:
+        with daemon.mounted(reference, target):
+            pass
+        daemon.nsfs("evict", reference)
+        daemon.nsfs("mount", reference, target)
+        began = time.monotonic()
+        while time.monotonic() < began + FLUSHED:
+            for name in chance.sample(list(files), 4):
+                assert read(f"{target}/{name}") == files[name]
+            os.kill(daemon.workers().get("ns/default") or daemon.pid, signal.SIGKILL)
+            time.sleep(chance.random())
+        time.sleep(FLUSHED)
+        read(f"{target}/d/1")
+        for pid in (daemon.pid, *daemon.workers().values()):
+            os.kill(pid, signal.SIGKILL)
+    layout = Layout(f"{directory}/root", f"{directory}/run").domain("ns/default")
+    assert compare(layout, layer) > 1 << 20
+    with run_daemon(directory, SETTINGS) as daemon, daemon.mounted(reference, target):
+        assert {name: read(f"{target}/{name}") for name in files} == files
+
+
+def compare(layout: DomainLayout, layer: Layer) -> int:
+    """Bytes that the durable bitmap claims of a layer, all of which are right."""
+    for path in (layout.disk, layout.present):
+        with open(path, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    bitmap = create_bitmap(layout)
+    pool = open_pool(layout, bitmap, readonly=True)
+    table = open_table(layout.layer_dir(LayerKey(layer.digest, "plain")))
+    present = 0
+    for address, size in table.ranges():
+        for start in range(address, address + size, 4096):
+            if pool.missing(start, 4096):
+                continue
+            present += 4096
+            block = pool.read(start, 4096)
+            for low, length, stream in table.segments(start, 4096):
+                first, last = max(low, start), min(low + length, start + 4096)
+                wanted = layer.tar[stream + first - low : stream + last - low]
+                assert block[first - start : last - start] == wanted
+    pool.close()
+    os.close(bitmap)
+    return present

@@ -1,0 +1,199 @@
+"""First passes that are interrupted, by whoever can: what is left, what is said, and that the next attempt goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fakes import FakeRegistry
+from images import Image, Layer, file, gzip_layer
+from mounting import swept
+from nsfs.serve import mounts
+from nsfs.store.index import open_index
+from nsfs.store.layout import DomainLayout, Layout
+from nsfs_daemon import NSFS, Daemon, run_daemon
+from published import publish
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+DOMAIN = "ns/default"
+SIZE = 24 << 20
+SETTINGS = {"registry": {"read_timeout": "60s"}, "fetch": {"read_ahead": 0}}
+
+
+@dataclass(frozen=True)
+class Passing:
+    """An image of one large layer, whose download stops half-way for as long as it is told to."""
+
+    registry: FakeRegistry
+    reference: str
+    layer: Layer
+    content: bytes
+    target: str
+
+    def offsets(self) -> list[int]:
+        """Where each request for the layer began, as far as it got bytes."""
+        asked = [each for each in self.registry.requests(path=self.layer.digest.hex) if each.sent]
+        return [int((re.findall(r"\d+", each.headers.get("range", "")) or ["0"])[0]) for each in asked]
+
+    def check(self) -> None:
+        with open(f"{self.target}/large", "rb") as opened:
+            assert opened.read() == self.content
+
+
+@pytest.fixture
+def passing(tmp_path: Path) -> Iterator[Passing]:
+    """The first request for the layer gets half of it and then silence."""
+    content = random.Random(str(tmp_path)).randbytes(SIZE)
+    layer = gzip_layer([file("large", content), file("small", b"small")], level=0)
+    target = tmp_path / "mnt"
+    target.mkdir()
+    with swept(tmp_path), FakeRegistry() as registry:
+        reference = publish(registry, Image((layer,)), "passing")
+        registry.faults_on, registry.script = layer.digest.hex, "H"
+        yield Passing(registry, reference, layer, content, str(target))
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    with run_daemon(str(tmp_path / "daemon"), SETTINGS) as running:
+        yield running
+
+
+def layout_of(daemon: Daemon) -> DomainLayout:
+    return Layout(daemon.root, daemon.run).domain(DOMAIN)
+
+
+def start_mount(daemon: Daemon, passing: Passing) -> subprocess.Popen[str]:
+    """`nsfs mount`, once half of the layer is there."""
+    command = [*NSFS, "--socket", daemon.socket, "mount", passing.reference, passing.target]
+    mount = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for_spool(daemon, passing)
+    return mount
+
+
+def wait_for_spool(daemon: Daemon, passing: Passing) -> None:
+    spool = layout_of(daemon).spool(passing.layer.digest)
+    deadline = time.monotonic() + 20
+    while not os.path.exists(spool) or os.stat(spool).st_size < len(passing.layer.blob) // 2 - (1 << 20):
+        assert time.monotonic() < deadline, daemon.tail()
+        time.sleep(0.05)
+
+
+def finish(mount: subprocess.Popen[str]) -> tuple[int, str]:
+    _, said = mount.communicate(timeout=30)
+    return mount.returncode, said
+
+
+def check_goes_on(daemon: Daemon, passing: Passing) -> None:
+    """Nothing of the killed pass is in the pool, and the next one does not read again what was spooled."""
+    layout = layout_of(daemon)
+    passing.registry.script = ""
+    with daemon.mounted(passing.reference, passing.target):
+        passing.check()
+        with open_index(layout.index, readonly=True) as index:
+            assert index.orphan_slabs() == []
+        assert os.stat(layout.disk).st_blocks * 512 < SIZE + (2 << 20)
+    assert [offset > len(passing.layer.blob) // 3 for offset in passing.offsets()] == [False, True]
+
+
+def children_of(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def jobs_of(worker: int) -> list[int]:
+    """Jobs are forked by the fork server, the worker's only child."""
+    return [job for server in children_of(worker) for job in children_of(server)]
+
+
+def test_ctrl_c_leaves_the_pass_to_the_worker(daemon: Daemon, passing: Passing) -> None:
+    mount = start_mount(daemon, passing)
+    mount.send_signal(signal.SIGINT)
+    status, said = finish(mount)
+    assert status == 130
+    assert "Traceback" not in said
+    passing.registry.go_on.set()
+    with daemon.mounted(passing.reference, passing.target):
+        passing.check()
+    assert sum(each.sent for each in passing.registry.requests(path=passing.layer.digest.hex)) < 1.1 * SIZE
+
+
+def test_a_killed_job_is_a_clear_error_and_leaves_its_spool(daemon: Daemon, passing: Passing) -> None:
+    mount = start_mount(daemon, passing)
+    (job,) = jobs_of(daemon.workers()[DOMAIN])
+    os.kill(job, signal.SIGKILL)
+    status, said = finish(mount)
+    assert status == 7, said
+    assert "killed" in said
+    os.kill(daemon.workers()[DOMAIN], signal.SIGKILL)
+    wait_for_worker(daemon)
+    with open_index(layout_of(daemon).index, readonly=True) as index:
+        assert index.orphan_slabs() == []
+    assert os.stat(layout_of(daemon).disk).st_blocks * 512 < 100_000
+    check_goes_on(daemon, passing)
+
+
+def wait_for_worker(daemon: Daemon) -> None:
+    deadline = time.monotonic() + 15
+    while DOMAIN not in daemon.workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_job_that_was_killed_does_not_hinder_the_next_in_the_same_worker(daemon: Daemon, passing: Passing) -> None:
+    mount = start_mount(daemon, passing)
+    (job,) = jobs_of(daemon.workers()[DOMAIN])
+    os.kill(job, signal.SIGKILL)
+    assert finish(mount)[0] == 7
+    passing.registry.script = ""
+    with daemon.mounted(passing.reference, passing.target):
+        passing.check()
+    assert passing.offsets()[-1] > len(passing.layer.blob) // 3
+
+
+def test_the_worker_after_one_that_was_killed_goes_on_by_itself(daemon: Daemon, passing: Passing) -> None:
+    mount = start_mount(daemon, passing)
+    os.kill(daemon.workers()[DOMAIN], signal.SIGKILL)
+    status, said = finish(mount)
+    assert status == 0, said
+    daemon.nsfs("umount", passing.target)
+    check_goes_on(daemon, passing)
+
+
+def test_a_killed_daemon_goes_on_when_it_is_started_again(tmp_path: Path, passing: Passing) -> None:
+    directory = str(tmp_path / "daemon")
+    with contextlib.suppress(RuntimeError), run_daemon(directory, SETTINGS) as first:
+        mount = start_mount(first, passing)
+        os.kill(first.pid, signal.SIGKILL)
+        status, said = finish(mount)
+    assert status == 5, said
+    with run_daemon(directory, SETTINGS) as second:
+        check_goes_on(second, passing)
+
+
+def test_a_daemon_takes_away_all_mounts_of_one_that_was_killed(tmp_path: Path, passing: Passing) -> None:
+    passing.registry.script = ""
+    directory = str(tmp_path / "daemon")
+    with contextlib.suppress(RuntimeError), run_daemon(directory, SETTINGS) as first:
+        for driver in ("erofs", "erofs-loop", "fuse"):
+            target = tmp_path / driver
+            target.mkdir()
+            first.nsfs("mount", passing.reference, str(target), "--driver", driver)
+        os.kill(first.pid, signal.SIGKILL)
+        with run_daemon(directory, SETTINGS) as second:
+            assert second.json("status")["mounts"] == []
+            assert [each.target for each in mounts.load_mounts() if each.target.startswith(str(tmp_path))] == []
+            with second.mounted(passing.reference, passing.target):
+                passing.check()
