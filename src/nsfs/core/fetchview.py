@@ -43,7 +43,7 @@ class FetchConfig:
     retry_after_most: float = 3600.0
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class LayerSource:
     """One layer as a view asks it: where its bytes are, and who can fetch them.
 
