@@ -89,7 +89,7 @@ class Containerd(Protocol):
         """Make an active snapshot a committed one; raises ExistsError."""
 
     async def remove(self, snapshotter: str, key: str) -> None:
-        """Give up a snapshot; one that is not there is no error."""
+        """Give up a snapshot, as well as it goes."""
 
     async def put_image(self, name: str, target: oci.Descriptor) -> None:
         """Have `name` stand for `target`."""

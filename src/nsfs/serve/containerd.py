@@ -8,6 +8,7 @@ For trio; any number of calls at a time. A call that is cancelled is cancelled i
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import secrets
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import trio
 
 from nsfs.core.pull import Mounts
-from nsfs.core.tasks import finish
 from nsfs.errors import ERRORS, BusyError, CorruptError, ExistsError, NotFoundError, NsfsError, UnreachableError
 from nsfs.model.digest import Digest
 from nsfs.serve.client import probe
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from nsfs.model.oci import Descriptor
     from nsfs.model.pull import Content
 
+log = logging.getLogger(__name__)
+
 M = TypeVar("M", bound="Message")
 
 _OPTIONS = [
@@ -61,7 +63,7 @@ _LEASE_LIFE = timedelta(hours=24)
 _LOCKED_PAUSE = 0.2
 """Seconds between attempts to write what somebody else is writing."""
 _GOODBYE = 5.0
-"""Seconds for what must still be said when a pull is cancelled."""
+"""Seconds for cleaning up."""
 
 
 class Containerd:
@@ -90,8 +92,7 @@ class Containerd:
             yield
         finally:
             self._metadata.pop()
-            with trio.move_on_after(_GOODBYE):
-                await finish(self._call("leases.v1.Leases/Delete", leases_pb2.DeleteRequest(id=name), Empty))
+            await self._give_up("leases.v1.Leases/Delete", leases_pb2.DeleteRequest(id=name))
 
     async def labels(self, digest: Digest) -> dict[str, str] | None:
         """The labels of a blob of the content store, None if this namespace has no such blob."""
@@ -134,7 +135,7 @@ class Containerd:
             yield writer
         except CorruptError:
             writer.close()
-            await self._call("content.v1.Content/Abort", content_pb2.AbortRequest(ref=content.ref), Empty)
+            await self._give_up("content.v1.Content/Abort", content_pb2.AbortRequest(ref=content.ref))
             raise
         finally:
             writer.close()
@@ -167,13 +168,9 @@ class Containerd:
         await self._call("snapshots.v1.Snapshots/Commit", request, Empty)
 
     async def remove(self, snapshotter: str, key: str) -> None:
-        """Give up a snapshot; one that is not there is no error."""
+        """Give up a snapshot, as well as it goes."""
         request = snapshots_pb2.RemoveSnapshotRequest(snapshotter=snapshotter, key=key)
-        try:
-            with trio.move_on_after(_GOODBYE):
-                await finish(self._call("snapshots.v1.Snapshots/Remove", request, Empty))
-        except NotFoundError:
-            return
+        await self._give_up("snapshots.v1.Snapshots/Remove", request)
 
     async def put_image(self, name: str, target: Descriptor) -> None:
         """Have `name` stand for `target`, whatever it stood for."""
@@ -184,6 +181,14 @@ class Containerd:
         except ExistsError:
             update = images_pb2.UpdateImageRequest(image=image, update_mask=FieldMask(paths=["target"]))
             await self._call("images.v1.Images/Update", update, images_pb2.UpdateImageResponse)
+
+    async def _give_up(self, method: str, request: Message) -> None:
+        """Clean up, also where the caller is cancelled; what fails here garbage collection makes good."""
+        with trio.move_on_after(_GOODBYE, shield=True):
+            try:
+                await self._call(method, request, Empty)
+            except NsfsError as error:
+                log.debug("containerd did not clean up: %s: %s", method, error)
 
     async def _call(self, method: str, request: Message, kind: type[M]) -> M:
         start: grpc.UnaryUnaryMultiCallable[Message, M] = self._channel.unary_unary(
