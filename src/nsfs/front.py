@@ -151,8 +151,8 @@ class FrontState:
             await trio.sleep(_USAGE_EVERY)
 
 
-async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
-    """Serve the mount until it is taken away."""
+async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int, ready: Callable[[], None]) -> None:
+    """Serve the mount until it is taken away; `ready` is called when requests begin to be answered."""
     tree = UnionTree(open_images(args.maps))
     pool = open_pool(DomainLayout(args.domain), bitmap_fd, readonly=True)
     async with open_worker_line(args.worker) as line:
@@ -160,10 +160,15 @@ async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
         state = FrontState(args)
         vfs = TreeFs(tree, args.views, reader.read, state=state.files())
         async with running(lambda: state.follow(line)):
-            await Session(FuseOperations(vfs), fuse_fd).serve()
+            await Session(FuseOperations(vfs), fuse_fd).serve(on_ready=ready)
 
 
 def main(args: bytes, fds: list[int]) -> None:
-    """Entry point for a fork server."""
-    fuse_fd, bitmap_fd = fds
-    trio.run(serve, msgspec.msgpack.decode(args, type=FrontArgs), fuse_fd, bitmap_fd)
+    """Entry point for a fork server; a byte to the last descriptor says that the mount is served."""
+    fuse_fd, bitmap_fd, ready_fd = fds
+
+    def ready() -> None:
+        os.write(ready_fd, b"1")
+        os.close(ready_fd)
+
+    trio.run(serve, msgspec.msgpack.decode(args, type=FrontArgs), fuse_fd, bitmap_fd, ready)

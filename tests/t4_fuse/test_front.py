@@ -85,7 +85,11 @@ class Stage:
             views=(VIEW + suffix,),
             info={"reference": "example.org/image:1"},
         )
-        (await server.spawn("nsfs.front:main", args, [self.fuse, self.bitmap])).close()
+        receive, send = os.pipe()
+        async with trio.lowlevel.FdStream(receive) as line:
+            (await server.spawn("nsfs.front:main", args, [self.fuse, self.bitmap, send])).close()
+            os.close(send)
+            assert await line.receive_some(1) == b"1"
 
     async def read(self, name: str = "file") -> bytes:
         return await trio.to_thread.run_sync((self.target / name).read_bytes, abandon_on_cancel=True)

@@ -66,7 +66,7 @@ class Tree(Struct, kw_only=True):
     id: str
     maps: list[MapInfo]
     suffix: str = ""
-    info: dict[str, str | int] = field(default_factory=dict)
+    info: dict[str, str | int | bool] = field(default_factory=dict)
     """What `.nsfs/mount.json` says beside the usage: `MountRecord.describe`."""
 
 
@@ -98,7 +98,7 @@ class UsageReport(Struct, kw_only=True):
     state: str
 
 
-def render_mount(info: Mapping[str, str | int], usage: UsageReport) -> bytes:
+def render_mount(info: Mapping[str, str | int | bool], usage: UsageReport) -> bytes:
     """The content of a mount's own `.nsfs/mount.json`: what `nsfs status --json` says of it."""
     report = {**info, "local": usage.local, "fetched": usage.fetched, "state": usage.state}
     return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"

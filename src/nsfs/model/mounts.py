@@ -118,7 +118,7 @@ class MountRecord(Struct, frozen=True, kw_only=True):
     suffix: str
     """Of the views' names: how long a read may wait (`model.policy.Patience`)."""
 
-    def describe(self) -> dict[str, str | int]:
+    def describe(self) -> dict[str, str | int | bool]:
         """What a mount's own `.nsfs/mount.json` says of it, beside its usage."""
         fields = ("id", "target", "reference", "digest", "namespace", "domain", "driver", "writable", "files", "size")
         return {name: getattr(self, name) for name in fields}

@@ -6,7 +6,10 @@ from msgspec import Struct
 
 
 class FrontArgs(Struct, frozen=True, kw_only=True):
-    """What a front is started with. Its descriptors: /dev/fuse, mounted already, and the domain's live bitmap."""
+    """What a front is started with.
+
+    Its descriptors: /dev/fuse, mounted already, the domain's live bitmap, and a pipe for a byte when it serves.
+    """
 
     domain: str
     """The domain's directory."""
@@ -16,5 +19,5 @@ class FrontArgs(Struct, frozen=True, kw_only=True):
     """Files of the layers' maps, top first."""
     views: tuple[str, ...]
     """Names of the views, as the worker knows them, in the same order."""
-    info: dict[str, str | int] = {}
+    info: dict[str, str | int | bool] = {}
     """What `.nsfs/mount.json` says: reference, digest, …"""

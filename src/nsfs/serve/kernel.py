@@ -169,14 +169,25 @@ class UserKernel(HostKernel):
         )
         fd = await trio.to_thread.run_sync(mounts.mount_fuse_as_user, record.target)
         try:
-            front = await self._server.spawn(_FRONT, args, [fd, self._bitmap(record.domain)])
-            front.close()
+            await self._start_front(args, fd, record.domain)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self.unmount([record.target], force=True)
             raise
         finally:
             os.close(fd)
+
+    async def _start_front(self, args: FrontArgs, fuse_fd: int, domain: str) -> None:
+        """Return when the front serves; raises NsfsError if it ends before."""
+        receive, send = os.pipe2(os.O_CLOEXEC)
+        async with trio.lowlevel.FdStream(receive) as line:
+            try:
+                front = await self._server.spawn(_FRONT, args, [fuse_fd, self._bitmap(domain), send])
+            finally:
+                os.close(send)
+            front.close()
+            if not await line.receive_some(1):
+                raise NsfsError("the mount's process ended at its start", hint="the daemon's log says more")
 
     async def unmount(self, paths: Sequence[str], *, force: bool) -> None:
         """See Kernel."""
