@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+import trio
 
 from nsfs.errors import CorruptError, UnreachableError
 from nsfs.model import oci
@@ -89,7 +90,7 @@ class Sources(Protocol):
 
 
 class ImageMemory(Protocol):
-    """Where a domain keeps ImageRecords, durably, by complete reference and platform."""
+    """Where a domain keeps ImageRecords, durably, by complete reference and platform. Writing may block."""
 
     def image(self, key: str) -> ImageRecord | None:
         """The record, if there is one."""
@@ -130,7 +131,7 @@ class Images:
             log.warning("%s, going on with what %s was: %s", error, located.reference, _digest_of(remembered))
             return _read(located, remembered, stale=str(error))
         if record != remembered:
-            self._memory.put_image(key, record)
+            await trio.to_thread.run_sync(self._memory.put_image, key, record)
         return _read(located, record)
 
 
@@ -141,17 +142,21 @@ async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord
         parsed = oci.parse_document(document)
         if isinstance(parsed, oci.Manifest):
             if remembered is not None and remembered.manifest == document.data:
-                return msgspec.structs.replace(remembered, repository=located.repository)
+                return msgspec.structs.replace(remembered, repository=located.repository, digest=document.digest)
             config = await located.source.read_blob(parsed.config, oci.MAX_CONFIG)
             return ImageRecord(
-                repository=located.repository, manifest=document.data, media_type=document.media_type, config=config
+                repository=located.repository,
+                manifest=document.data,
+                media_type=document.media_type,
+                config=config,
+                digest=document.digest,
             )
         document = await located.source.manifest(oci.choose_platform(parsed, wanted).digest)
     raise CorruptError(f"image indexes are nested too deeply: {located.reference}")
 
 
 def _digest_of(record: ImageRecord) -> Digest:
-    return Digest.of(record.manifest)
+    return Digest(record.digest) if record.digest else Digest.of(record.manifest)
 
 
 def _read(located: Located, record: ImageRecord, stale: str = "") -> Image:

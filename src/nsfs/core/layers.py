@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 
 class Catalog(Protocol):
-    """The domain's records of layers and maps, durable."""
+    """The domain's records of layers and maps, durable. Writing may block: jobs write there, too."""
 
     def layer(self, key: LayerKey) -> LayerRecord | None:
         """A layer whose index is complete."""
@@ -236,7 +236,7 @@ class Layers:
         blob = self._blobs.blob(layer.digest, layer.descriptor.size)
         with self._shown(layer, key) as progress:
             made = await self._resumed(blob, lambda: self._read_all(layer, blob, progress))
-        self._note(key, made)
+        await self._note(key, made)
         self._nursery.start_soon(self._make_spans_quietly, key)
         return key
 
@@ -266,7 +266,7 @@ class Layers:
                 return await self._index_without_toc(layer, error)
         else:
             toc = found.cut(tail, offset) or await blob.fetch(*found)
-        self._note(key, await self._read_toc(layer, found, toc))
+        await self._note(key, await self._read_toc(layer, found, toc))
         return key
 
     async def _fetch_external(self, image: Image, layer: Layer) -> bytes:
@@ -276,13 +276,17 @@ class Layers:
     async def _index_without_toc(self, layer: Layer, error: NotFoundError) -> LayerKey:
         log.warning("layer %s is read as a plain one: %s", short(layer.digest), error)
         key = await self._index_plain(layer)
-        self._catalog.update_layer(key, lambda record: msgspec.structs.replace(record, no_toc=error.message))
+
+        def note(record: LayerRecord) -> LayerRecord:
+            return msgspec.structs.replace(record, no_toc=error.message)
+
+        await trio.to_thread.run_sync(self._catalog.update_layer, key, note)
         return key
 
-    def _note(self, key: LayerKey, made: LayerMade) -> None:
+    async def _note(self, key: LayerKey, made: LayerMade) -> None:
         self._written(made.ranges)
         if made.map is not None:
-            self._remember_map(key, map_id_of(key), made.map, None)
+            await self._remember_map(key, map_id_of(key), made.map, None)
 
     async def _resumed(self, blob: OriginBlob, work: Callable[[], Awaitable[T]]) -> T:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
@@ -372,9 +376,11 @@ class Layers:
             lowers=None if lowers is None else [record.path for record in lowers],
         )
         made = await self._jobs.run("nsfs.layer_jobs:build_map", args, [], MapMade)
-        return self._remember_map(key, map_id, made, lowers)
+        return await self._remember_map(key, map_id, made, lowers)
 
-    def _remember_map(self, key: LayerKey, map_id: str, made: MapMade, lowers: Sequence[MapRecord] | None) -> MapRecord:
+    async def _remember_map(
+        self, key: LayerKey, map_id: str, made: MapMade, lowers: Sequence[MapRecord] | None
+    ) -> MapRecord:
         record = MapRecord(
             id=map_id,
             blob=key.blob,
@@ -385,7 +391,7 @@ class Layers:
             opaque=made.opaque,
             lowers=tuple(_sources_of([lowers[number] for number in made.borrowed])) if lowers else (),
         )
-        self._catalog.put_map(record)
+        await trio.to_thread.run_sync(self._catalog.put_map, record)
         return record
 
     async def ensure_spans(self, key: LayerKey) -> LayerRecord:

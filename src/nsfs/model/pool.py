@@ -98,3 +98,5 @@ class ImageRecord(Struct, frozen=True, kw_only=True):
     manifest: bytes
     media_type: str
     config: bytes
+    digest: str = ""
+    """Of the manifest, as it was asked for: an index or a user may name it by sha512. Empty: its sha256."""

@@ -1,0 +1,267 @@
+"""From references to images, and from digests to bytes: who is asked, what is believed, and what memory is for."""
+
+import pytest
+
+from core_sources import FakeLocalBlob, FakeMemory, FakeSource, FakeSources, digest_of
+from nsfs.core.blobs import Blobs
+from nsfs.core.images import Image, Images
+from nsfs.core.ports import LocalBlob
+from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError, UnreachableError
+from nsfs.model.digest import Digest
+from nsfs.model.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Platform
+from trio_tests import run
+
+AMD64 = Platform("amd64", "linux")
+
+
+class Site:
+    def __init__(self) -> None:
+        self.registry = FakeSource("registry/app")
+        self.memory = FakeMemory()
+        self.images = Images(FakeSources(self.registry), self.memory, AMD64)
+
+    async def resolve(self, version: str = ":latest", platform: str | None = None) -> Image:
+        return await self.images.resolve("registry/app" + version, platform)
+
+
+def entry(digest: Digest, machine: str, kind: str = OCI_MANIFEST) -> dict[str, object]:
+    return {"mediaType": kind, "digest": digest, "size": 1, "platform": {"architecture": machine, "os": "linux"}}
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_an_image_is_its_documents(algorithm: str) -> None:
+    async def body() -> None:
+        site = Site()
+        digest = site.registry.add_image("latest", [b"base", b"top"], algorithm)
+        fresh = await site.resolve()
+        site.registry.error = UnreachableError("down")
+        for image in (fresh, await site.resolve()):
+            assert image.digest == digest
+            assert [layer.digest for layer in image.layers] == [digest_of(x, algorithm) for x in (b"base", b"top")]
+            assert [layer.diff_id for layer in image.layers] == [
+                digest_of(x, algorithm) for x in (b"stream of base", b"stream of top")
+            ]
+            assert (image.reference, image.repository, image.size) == ("registry/app:latest", "registry/app", 7)
+
+    run(body)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_an_image_named_by_its_digest_needs_its_registry_once(algorithm: str) -> None:
+    async def body() -> None:
+        site = Site()
+        digest = site.registry.add_image("latest", [b"base"], algorithm)
+        for _ in range(2):
+            image = await site.images.pinned(f"registry/app@{digest}")
+            assert image.digest == digest
+            site.registry.error = UnreachableError("down")
+
+    run(body)
+
+
+def test_of_an_index_the_manifest_for_the_platform_is_taken() -> None:
+    async def body() -> None:
+        site = Site()
+        machines = ("amd64", "arm64")
+        digests = {each: site.registry.add_image("", [each.encode()], "sha512", each) for each in machines}
+        inner = site.registry.add_index("", *(entry(digest, machine) for machine, digest in digests.items()))
+        site.registry.add_index("latest", entry(inner, "amd64", OCI_INDEX), entry(digests["arm64"], "arm64"))
+        assert (await site.resolve()).digest == digests["amd64"]
+        assert (await site.resolve(platform="linux/arm64/v8")).digest == digests["arm64"]
+        with pytest.raises(NotFoundError):
+            await site.resolve(platform="linux/riscv64")
+
+    run(body)
+
+
+def test_indexes_that_never_end_are_refused() -> None:
+    async def body() -> None:
+        site = Site()
+        digest = site.registry.add_image("", [b"base"])
+        for _ in range(3):
+            digest = site.registry.add_index("latest", entry(digest, "amd64", OCI_INDEX))
+        with pytest.raises(CorruptError, match="nested"):
+            await site.resolve()
+
+    run(body)
+
+
+def test_a_single_image_of_another_platform_is_refused_where_one_was_asked_for() -> None:
+    async def body() -> None:
+        site = Site()
+        site.registry.add_image("latest", [b"base"], machine="arm64")
+        assert (await site.resolve()).config.platform.architecture == "arm64"
+        with pytest.raises(NotFoundError):
+            await site.resolve(platform="linux/amd64")
+
+    run(body)
+
+
+@pytest.mark.parametrize("error", [DeniedError("no"), NotFoundError("gone"), CorruptError("bad")])
+def test_memory_is_not_asked_where_a_registry_answers_no(error: NsfsError) -> None:
+    async def body() -> None:
+        site = Site()
+        site.registry.add_image("latest", [b"base"])
+        await site.resolve()
+        site.registry.error = error
+        with pytest.raises(type(error)):
+            await site.resolve()
+
+    run(body)
+
+
+def test_memory_is_asked_where_a_registry_is_down_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        site = Site()
+        site.registry.add_image("latest", [b"base"])
+        site.registry.error = UnreachableError("down")
+        with pytest.raises(UnreachableError):
+            await site.resolve()
+        site.registry.error = None
+        assert (await site.resolve()).stale == ""
+        site.registry.error = UnreachableError("down")
+        assert (await site.resolve()).stale == "down"
+        with pytest.raises(UnreachableError):
+            await site.resolve(platform="linux/arm64")
+        with pytest.raises(UnreachableError):
+            await site.resolve(":other")
+        assert "going on with what registry/app:latest was" in caplog.text
+
+    run(body)
+
+
+def test_a_tag_that_moved_is_followed_and_one_that_did_not_costs_one_document() -> None:
+    async def body() -> None:
+        site = Site()
+        site.registry.add_image("latest", [b"old"])
+        await site.resolve()
+        await site.resolve()
+        assert (len(site.registry.read), site.memory.puts) == (1, 1)
+        site.registry.add_image("latest", [b"new"])
+        image = await site.resolve()
+        assert image.layers[0].digest == digest_of(b"new")
+        assert (len(site.registry.read), site.memory.puts) == (2, 2)
+
+    run(body)
+
+
+# Blobs
+
+DATA = bytes(range(100))
+BLOB = digest_of(DATA)
+
+
+class Places:
+    """Three repositories that were all named as having one blob, the last one latest; the first has it."""
+
+    def __init__(self, kind: type[FakeLocalBlob] | None = None) -> None:
+        self.places = [FakeSource(name, *([kind] if kind else [])) for name in ("first", "second", "third")]
+        self.places[0].add_blob(DATA)
+        self.sources = FakeSources(*self.places)
+        self.memory = FakeMemory()
+        for place in self.places:
+            self.memory.put_origin(BLOB, place.name)
+        self.blobs = Blobs(self.sources, self.memory)
+        self.blob = self.blobs.blob(BLOB, len(DATA))
+
+    async def stream(self, offset: int = 0) -> bytes:
+        async with self.blob.stream(offset) as pieces:
+            return b"".join([piece async for piece in pieces])
+
+
+def test_nothing_is_opened_before_bytes_are_wanted() -> None:
+    assert Places().sources.opened == []
+
+
+@pytest.mark.parametrize("error", [DeniedError("no"), UnreachableError("down"), CorruptError("bad"), None])
+def test_where_the_latest_repository_fails_earlier_ones_are_asked(error: NsfsError | None) -> None:
+    async def body() -> None:
+        site = Places()
+        for place in site.places[1:]:
+            place.error = error
+        assert await site.blob.fetch(10, 5) == DATA[10:15]
+        assert await site.blob.fetch(20, 5) == DATA[20:25]
+        assert await site.stream(30) == DATA[30:]
+        assert [len(place.asked) for place in site.places] == [3, 1, 1], "who has it is asked first from then on"
+        assert site.blobs.fetched[BLOB] == 80
+
+    run(body)
+
+
+def test_a_repository_that_is_named_anew_is_asked_first_again() -> None:
+    async def body() -> None:
+        site = Places()
+        await site.blob.fetch(0, 1)
+        site.places[2].add_blob(DATA)
+        await site.blobs.add(BLOB, "third")
+        await site.blob.fetch(0, 1)
+        assert [len(place.asked) for place in site.places] == [1, 1, 2]
+
+    run(body)
+
+
+def test_a_stream_that_breaks_goes_on_elsewhere() -> None:
+    async def body() -> None:
+        site = Places()
+        site.places[2].add_blob(DATA)
+        site.places[2].error, site.places[2].gives = UnreachableError("broke"), 40
+        assert await site.stream() == DATA
+        assert site.places[0].asked == [(40, -1)]
+        assert site.blobs.fetched[BLOB] == 100
+
+    run(body)
+
+
+def test_what_is_told_is_the_latest_repositorys_error_or_one_that_may_mend() -> None:
+    async def body() -> None:
+        site = Places()
+        site.places[0].error = NotFoundError("first")
+        site.places[2].error = DeniedError("third")
+        with pytest.raises(DeniedError, match="third"):
+            await site.blob.fetch(0, 1)
+        site.places[1].error = UnreachableError("second")
+        with pytest.raises(UnreachableError, match="second"):
+            await site.blob.fetch(0, 1)
+        with pytest.raises(UnreachableError, match="second"):
+            await site.stream()
+
+    run(body)
+
+
+def test_a_blob_that_nobody_named_is_not_found() -> None:
+    async def body() -> None:
+        unknown = Places().blobs.blob(digest_of(b"unknown"), 7)
+        with pytest.raises(NotFoundError, match="no repository is known"):
+            await unknown.fetch(0, 1)
+        with pytest.raises(NotFoundError):
+            await unknown.open_fd()
+
+    run(body)
+
+
+def test_a_layouts_blob_is_a_file_and_costs_no_network() -> None:
+    async def body() -> None:
+        site = Places(FakeLocalBlob)
+        assert isinstance(site.places[0].blob(Descriptor(media_type="", digest=BLOB, size=len(DATA))), LocalBlob)
+        assert await site.blob.open_fd() == 77
+        assert await site.blobs.is_local(BLOB, len(DATA))
+        assert await site.stream() == DATA
+        assert site.blobs.fetched[BLOB] == 0
+        far = Places()
+        assert await far.blob.open_fd() is None
+        assert not await far.blobs.is_local(BLOB, len(DATA))
+
+    run(body)
+
+
+def test_open_blobs_are_bounded() -> None:
+    async def body() -> None:
+        site = Places()
+        for number in range(2000):
+            digest = digest_of(b"%d" % number)
+            await site.blobs.add(digest, "first")
+            site.places[0].blobs[digest] = b"x"
+            await site.blobs.blob(digest, 1).fetch(0, 1)
+        assert len(site.blobs._found) <= 1024
+
+    run(body)
