@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import subprocess
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,15 +26,29 @@ def below(top: Path) -> list[mounts.MountInfo]:
     return [mount for mount in reversed(mounts.load_mounts()) if f"{mount.target}/".startswith(prefix)]
 
 
+CONNECTIONS = "/sys/fs/fuse/connections"
+
+
+def ensure_fusectl() -> None:
+    """Mount fusectl if it is not."""
+    if not any(mount.fstype == "fusectl" for mount in mounts.load_mounts()):
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", CONNECTIONS], check=True)
+
+
+def abort_connection(connection: int) -> None:
+    """End a FUSE connection: whoever waits for it gets an error at once."""
+    Path(f"{CONNECTIONS}/{connection}/abort").write_text("1")
+
+
 def sweep(top: Path) -> None:
     """End every FUSE connection below `top`, so that nothing waits for it, then take every mount away."""
     found = below(top)
     if any(mount.fstype.startswith("fuse") for mount in found):
-        mounts.ensure_fusectl()
+        ensure_fusectl()
     for mount in found:
         if mount.fstype.startswith("fuse"):
             with contextlib.suppress(Exception):
-                mounts.abort_connection(mount.connection)
+                abort_connection(mount.connection)
     for mount in found:
         _libc.umount2(os.fsencode(mount.target), _DETACH)
     _detach_loops(top)
@@ -69,7 +84,7 @@ def swept(top: Path) -> Iterator[Path]:
     finally:
         sweep(top)
         if not had_fusectl:
-            mounts.unmount("/sys/fs/fuse/connections", detach=True)
+            mounts.unmount(CONNECTIONS, detach=True)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
+import mounting
 from mounting import arena, make_directory
 from nsfs.serve import mounts, session
 from nsfs.serve.forkserver import Child, ForkServer, ServerProcess, launch_server, open_fork_server
@@ -221,7 +222,7 @@ def test_requests_that_vanish_before_they_are_read_do_not_end_the_loop(
 def test_limits_reach_the_kernel(launched: Callable[[], ServerProcess], arena: Path) -> None:
     async def body() -> None:
         async with stage(launched, arena) as on:
-            mounts.ensure_fusectl()
+            mounting.ensure_fusectl()
             mount = mounts.find_mount(str(on.target))
             mounts.set_read_ahead(mount.device, 4096)
             worker = await on.start()
@@ -229,15 +230,13 @@ def test_limits_reach_the_kernel(launched: Callable[[], ServerProcess], arena: P
             def look() -> None:
                 folder = Path(f"/sys/fs/fuse/connections/{mount.connection}")
                 os.stat(on.disk)
-                assert (folder / "max_background").read_text() == "512\n"
-                assert (folder / "congestion_threshold").read_text() == "384\n"
+                assert (folder / "max_background").read_text() == "4096\n"
+                assert (folder / "congestion_threshold").read_text() == "3072\n"
                 with opened(on.disk) as fd:
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
                     for offset in range(0, SIZE, 1 << 20):
                         os.pread(fd, 1 << 20, offset)
                 assert on.counts()["largest"] == 1 << 20
-                mounts.set_max_background(mount.connection, 100)
-                assert (folder / "max_background").read_text() == "100\n"
 
             await in_thread(look)
             worker.close()
@@ -288,8 +287,8 @@ def test_an_aborted_connection_ends_its_session(launched: Callable[[], ServerPro
             init = await session.read_init(on.fuse)
             worker = await on.start(init)
             await in_thread(lambda: os.stat(on.disk))
-            mounts.ensure_fusectl()
-            mounts.abort_connection(mounts.find_mount(str(on.target)).connection)
+            mounting.ensure_fusectl()
+            mounting.abort_connection(mounts.find_mount(str(on.target)).connection)
             assert await worker.wait() == 0
             late = await on.start(init)
             assert await late.wait() == 0

@@ -58,7 +58,6 @@ FEATURES = (
     Feature("/dev/fuse", "", "nothing works: no FUSE connection", needed=True),
     Feature("libfuse", "", "nothing works: pyfuse3 needs libfuse 3.3", needed=True),
     Feature("fusermount3", "", "nothing works for users who are not root", who="user", needed=True),
-    Feature("fusectl", "2.6.18", "twelve cold reads of a domain make warm ones wait", who="root"),
     Feature("erofs", "5.16", "metadata and mmap go through the FUSE tree, slower", who="root"),
     Feature("erofs from files", "6.12", "views take a loop device each", who="root", key="file_backed"),
     Feature(
@@ -254,13 +253,6 @@ def _probe_fusermount(_host: _Host) -> Finding:
     return Finding(setuid, path if setuid else f"not setuid root: {path}")
 
 
-def _probe_fusectl(host: _Host) -> Finding:
-    if os.path.ismount("/sys/fs/fuse/connections"):
-        return Finding(present=True, detail="mounted")
-    finding = _knows_filesystem(b"fusectl", "2.6.18")(host)
-    return Finding(finding.present, "not mounted yet")
-
-
 def _probe_erofs_option(option: bytes, since: str) -> Callable[[_Host], Finding]:
     def probe(host: _Host) -> Finding:
         if host.uid != 0:
@@ -427,7 +419,6 @@ PROBES: dict[str, Callable[[_Host], Finding]] = {
     "/dev/fuse": _probe_device,
     "libfuse": _probe_libfuse,
     "fusermount3": _probe_fusermount,
-    "fusectl": _probe_fusectl,
     "erofs": _knows_filesystem(b"erofs", "5.16"),
     "erofs from files": _probe_file_backed,
     "erofs directio": _probe_erofs_option(b"directio", "6.13"),

@@ -1,6 +1,6 @@
 """Mounting: the system calls, what the kernel shows of mounts, and a way to call it that can be given up.
 
-Owns mount(2), umount2(2), loop devices, fusermount3, /sys/class/bdi and fusectl, and the words in which their errors
+Owns mount(2), umount2(2), loop devices, fusermount3, /sys/class/bdi, and the words in which their errors
 are told. Steps are plain data; `run_mounts` does them in a process forked for it, so that `carry_out` can kill it at a
 deadline: mounting a view reads it through FUSE, and whatever reads through FUSE may wait for ever.
 
@@ -501,31 +501,3 @@ def set_read_ahead(bdi: str, kib: int) -> None:
     """
     with suppress(OSError), open(f"/sys/class/bdi/{bdi}/read_ahead_kb", "w", encoding="ascii") as file:
         file.write(str(kib))
-
-
-_CONNECTIONS: Final = "/sys/fs/fuse/connections"
-
-
-def ensure_fusectl() -> None:
-    """Mount fusectl if it is not."""
-    if not any(mount.fstype == "fusectl" for mount in load_mounts()):
-        _mount("fusectl", _CONNECTIONS, "fusectl", _NOSUID | _NODEV, None)
-
-
-def set_max_background(connection: int, number: int) -> None:
-    """Let the kernel have `number` reads of a FUSE connection under way before others wait for them."""
-    for name, value in (("max_background", number), ("congestion_threshold", number * 3 // 4)):
-        _write_connection(connection, name, str(value))
-
-
-def abort_connection(connection: int) -> None:
-    """End a FUSE connection: whoever waits for it gets an error at once."""
-    _write_connection(connection, "abort", "1")
-
-
-def _write_connection(connection: int, name: str, value: str) -> None:
-    try:
-        with open(f"{_CONNECTIONS}/{connection}/{name}", "w", encoding="ascii") as file:
-            file.write(value)
-    except OSError as error:
-        raise plan_error(error.errno or errno.EIO, f"cannot set {name} of fuse connection {connection}", "") from error

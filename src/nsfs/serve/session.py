@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_TASKS: Final = 1024
+MAX_TASKS: Final = 8192
 """Requests that are answered at a time; the rest stays in the kernel's queue."""
 _LARGEST_REQUEST: Final = (1 << 20) + (1 << 16)
 _HIGH_FD: Final = 100
@@ -59,8 +59,8 @@ class Limits:
     module parameter max_user_bgreq (Linux fs/fuse/inode.c, process_init_limits).
     """
 
-    max_background: int = 512
-    congestion_threshold: int = 384
+    max_background: int = 4096
+    congestion_threshold: int = 3072
 
 
 def plan_reply(reply: bytes, request: bytes, limits: Limits) -> bytes:

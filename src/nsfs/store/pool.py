@@ -397,6 +397,13 @@ class Pool:
         """Drop all blocks that [address, address + size) touches; returns how many bytes were there."""
         return self.evict_all([(address, size)])
 
+    def clear(self) -> int:
+        """Drop every block there is; for who has just opened the pool. Returns how many bytes were there."""
+        with self._bits_lock:
+            pages = sorted(self._dirty)
+        covered = ((page * _PAGE_COVERS, _PAGE_COVERS) for page in pages)
+        return self.evict_all([(address, min(size, DISK_SIZE - address)) for address, size in covered])
+
     def evict_all(self, ranges: Sequence[tuple[int, int]]) -> int:
         """Drop all blocks that `ranges` (address, size) touch; returns how many bytes were there.
 

@@ -38,6 +38,8 @@ def recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[LayerK
     time.
     """
     with _locked(layout, fcntl.LOCK_EX):
+        if not index.reserved():
+            pool.clear()  # an index that is new knows of none of it, and would give its addresses out again
         clear_orphans(index, pool)
         _remove_temporaries(layout)
         return _judge_spools(layout, index.layers())
