@@ -4,8 +4,8 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import subprocess
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
