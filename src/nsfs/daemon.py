@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from nsfs import __version__
-from nsfs.core.manual import ManualMounts
+from nsfs.core.lazy import LazyConfig, LazyLayers
+from nsfs.core.manual import Lowers, ManualMounts
 from nsfs.core.snapshots import open_snapshots
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model.mounts import Host
@@ -107,15 +108,18 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         kernel = (
             HostKernel(layout, config, server) if host.root else UserKernel(layout, config, server, supervisor.bitmap)
         )
-        manual = ManualMounts(meta, supervisor, kernel, host, config.isolation)
+        lowers = Lowers(kernel, supervisor)
+        manual = ManualMounts(meta, supervisor, kernel, host, config.isolation, lowers)
         await manual.sweep()
         stack.push_async_callback(manual.end_all)
         await trio.to_thread.run_sync(_drop_pods, layout)
         control = Control(config, manual, supervisor, private=private)
         services = [control_service(control.handlers())]
         if host.root and not private:
+            choice = LazyConfig(isolation=config.isolation, wait=config.prepare_wait, strict=config.prepare == "strict")
+            lazy = LazyLayers(supervisor, lowers, host, choice)
             directories = SnapshotDirs(layout.snapshots, layout.lowers)
-            snapshots = await stack.enter_async_context(open_snapshots(meta, directories, empty=kernel.empty))
+            snapshots = await stack.enter_async_context(open_snapshots(meta, directories, lazy, empty=kernel.empty))
             services.append(snapshots_service(snapshots))
         await stack.enter_async_context(serve_rpc(config.socket, services))
         log.info("nsfs %s serves at %s", __version__, config.socket)

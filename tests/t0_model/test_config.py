@@ -56,6 +56,8 @@ def test_every_key_can_be_changed() -> None:
     log_format = "json"
     isolation = "pod"
     on_error = "eio"
+    prepare = "strict"
+    prepare_wait = "3s"
     [registry]
     config_path = "/d"
     docker_config = "/e"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from nsfs.core.snapshots import Caller, Snapshots, open_snapshots
-from nsfs.errors import BusyError, ExistsError, NotFoundError, NsfsError, UsageError
+from nsfs.errors import BusyError, ExistsError, NotFoundError, NsfsError, UnsupportedError, UsageError
 from nsfs.model.snapshot import Kind
 from nsfs.store.meta import open_meta
 from nsfs.store.snapshots import SnapshotDirs
@@ -23,8 +23,31 @@ from nsfs.store.snapshots import SnapshotDirs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nsfs.model.lazy import LazyLayer
+
 PLUGINS = ("nsfs", "nsfs-shared")
 NAMESPACES = ("a", "b")
+
+
+class NothingLazy:
+    """No worker serves anything."""
+
+    wait = 1.0
+
+    async def offer(self, namespace: str, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
+        raise UnsupportedError("nothing is served on demand here")
+
+    async def settle(self, namespace: str, layer: LazyLayer) -> LazyLayer:
+        raise AssertionError
+
+    async def stack(self, snapshot: int, namespace: str, layers: object) -> Any:
+        raise AssertionError
+
+    async def release(self, snapshot: int) -> None:
+        raise AssertionError
+
+    def stacked(self) -> set[int]:
+        return set()
 
 
 class Daemon:
@@ -40,7 +63,7 @@ class Daemon:
     async def _serve(self) -> None:
         directories = SnapshotDirs(f"{self._path}/snapshots", f"{self._path}/l")
         with open_meta(f"{self._path}/meta") as meta:
-            async with open_snapshots(meta, directories, empty="/empty") as self.service:
+            async with open_snapshots(meta, directories, NothingLazy(), empty="/empty") as self.service:
                 self._token = trio.lowlevel.current_trio_token()
                 self._end = trio.Event()
                 self._ready.set()

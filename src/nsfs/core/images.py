@@ -134,6 +134,21 @@ class Images:
             await trio.to_thread.run_sync(self._memory.put_image, key, record)
         return _read(located, record)
 
+    async def pinned(self, reference: str) -> Image:
+        """The image that `reference` names by its manifest's digest: what such a name means never changes.
+
+        So it needs no network where it is remembered. Raises CorruptError for what has another digest.
+        """
+        located = await self._sources.locate(reference)
+        key = f"{located.reference} {self._platform}"
+        record = self._memory.image(key)
+        if record is None or _digest_of(record) != located.version:
+            record = await _fetch(located, self._platform, None)
+            if _digest_of(record) != located.version:
+                raise CorruptError(f"not a manifest's digest: {located.version}")
+            await trio.to_thread.run_sync(self._memory.put_image, key, record)
+        return _read(located, record)
+
 
 async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord | None) -> ImageRecord:
     """The image's documents; a manifest that is `remembered` still has the configuration it had."""

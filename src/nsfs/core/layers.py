@@ -209,6 +209,18 @@ class Layers:
         if layer.format.refused:
             raise UnsupportedError(f"layer {short(layer.digest)} cannot be shown: {layer.format.refused}")
 
+    def begin(self, image: Image) -> None:
+        """Index every layer of an image that can be, in the background; who needs one asks for it and hears more."""
+        for layer in {layer.digest: layer for layer in image.layers}.values():
+            if not layer.format.refused and not self.is_indexed(layer):
+                self._nursery.start_soon(self._index_quietly, image, layer)
+
+    async def _index_quietly(self, image: Image, layer: Layer) -> None:
+        try:
+            await self.index(image, layer)
+        except NsfsError as error:
+            log.info("layer %s is not indexed ahead of its use: %s", short(layer.digest), error)
+
     async def index(self, image: Image, layer: Layer) -> LayerKey:
         """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
         self.check(layer)

@@ -154,6 +154,8 @@ class Lowers:
         self._names: dict[Lower, str] = {}
         self._users: defaultdict[Lower, set[str]] = defaultdict(set)
         """Mounts by ID. None of a daemon that died is among them, whatever the records say."""
+        self.locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        """One per domain; who calls for it holds it."""
 
     async def acquire(self, lowers: Sequence[Lower], user: str) -> list[str]:
         """Mount what is not mounted yet; gives the paths in the order of `lowers`, distinct ones of one domain."""
@@ -215,15 +217,21 @@ class ManualMounts:
     """The service."""
 
     def __init__(
-        self, records: Records, workers: Workers, kernel: Kernel, host: Host, default: Isolation = Isolation.ISOLATED
+        self,
+        records: Records,
+        workers: Workers,
+        kernel: Kernel,
+        host: Host,
+        default: Isolation = Isolation.ISOLATED,
+        lowers: Lowers | None = None,
     ) -> None:
         self._records = records
         self._workers = workers
         self._kernel = kernel
         self._host = host
         self._default = default
-        self._lowers = Lowers(kernel, workers)
-        self._locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        self._lowers = lowers or Lowers(kernel, workers)
+        self._locks = self._lowers.locks
         self._claimed: set[str] = set()
 
     def domain_for(self, namespace: str, isolation: str | None, mount_id: str = "inspect") -> Domain:

@@ -1,31 +1,34 @@
 """Snapshots: what containerd's calls mean, carried out.
 
-Owns the records of every plugin name, in memory as they are on disk, and the directories that belong to them. Refuses
-what `model.snapshot` refuses. `remove` deletes a record and nothing else; what it leaves behind is `cleanup`'s.
+Owns the directories and views that belong to snapshots; their records are the ledger's. Refuses what `model.snapshot`
+refuses. `remove` deletes a record and nothing else; what it leaves behind is `cleanup`'s.
 
-Concurrency: one lock around everything that changes records, from the decision to the durable write, so that a call
-sees a change whole or not at all. Whoever only asks takes no lock. containerd holds locks of its own through these
-calls, so nothing here waits for a network but `mounts`, which it asks without any.
+Concurrency: containerd holds locks of its own through all calls but `mounts`: that one waits for a layer for as long as
+it takes, `create` for as long as is configured, the others for nothing but the local disk.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
+import msgspec
 import trio
 
 from nsfs.core.flights import Flights
-from nsfs.errors import UsageError
+from nsfs.core.ledger import Ledger
+from nsfs.core.offers import Offers
+from nsfs.errors import CorruptError, ExistsError, NsfsError, UnreachableError, UsageError
 from nsfs.model.filters import parse_filters
+from nsfs.model.lazy import State, is_offered, is_unpack
 from nsfs.model.snapshot import (
     Change,
     Kind,
+    Mount,
     Record,
     Stacked,
     chain,
@@ -36,13 +39,15 @@ from nsfs.model.snapshot import (
     plan_mounts,
     plan_remove,
     plan_update,
+    refuse_committed,
     select,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 
-    from nsfs.model.snapshot import Mount
+    from nsfs.core.ledger import Records, Table
+    from nsfs.core.offers import Lazy
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +55,8 @@ _USAGE_FRESH: Final = 5.0
 """Seconds for which a walk's result is given again: containerd asks for every active snapshot every ten."""
 _WALKERS: Final = 2
 _ROOT: Final = (0, 0)
+_END: Final = 30.0
+"""Seconds to unmount every view at the end of the daemon."""
 
 
 class Usage(Protocol):
@@ -64,19 +71,6 @@ class Usage(Protocol):
         """How many."""
 
 
-class Records(Protocol):
-    """Where snapshots are remembered, durably. Blocks."""
-
-    def snapshots(self) -> list[Record]:
-        """All of them."""
-
-    def last_snapshot(self) -> int:
-        """The highest ID ever given."""
-
-    def change_snapshots(self, change: Change) -> None:
-        """Carry out a change, all of it or nothing."""
-
-
 class Directories(Protocol):
     """Where active snapshots are written. Blocks."""
 
@@ -88,6 +82,9 @@ class Directories(Protocol):
 
     def owner(self, number: int) -> tuple[int, int]:
         """Who owns the root of a snapshot's tree."""
+
+    def adopt(self, number: int, owner: tuple[int, int]) -> None:
+        """Give the root of a snapshot's tree to `owner`, while nothing is in there."""
 
     def link(self, number: int) -> str:
         """A short path to the tree of a snapshot, to be stacked."""
@@ -107,79 +104,47 @@ class Caller:
     namespace: str | None = None
 
 
-class _Table:
-    """The records of one plugin name."""
-
-    def __init__(self) -> None:
-        self._records: dict[str, Record] = {}
-        self._children: Counter[str] = Counter()
-
-    def get(self, name: str) -> Record | None:
-        return self._records.get(name)
-
-    def has_children(self, name: str) -> bool:
-        return self._children[name] > 0
-
-    def records(self) -> Iterable[Record]:
-        return self._records.values()
-
-    def apply(self, change: Change) -> None:
-        if change.gone is not None:
-            del self._records[change.gone.name]
-            self._children[change.gone.parent] -= 1
-        if change.put is not None:
-            self._records[change.put.name] = change.put
-            self._children[change.put.parent] += 1
-
-
 class Snapshots:
     """The service. Made by `open_snapshots`."""
 
     def __init__(
         self,
-        records: Records,
+        ledger: Ledger,
         directories: Directories,
+        lazy: Lazy,
         nursery: trio.Nursery,
         *,
         empty: str,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._records = records
+        self._ledger = ledger
         self._directories = directories
+        self._lazy = lazy
+        self._offers = Offers(ledger, lazy, nursery)
         self._empty = empty
         self._clock = clock
-        self._lock = trio.Lock()
         self._sweeping = trio.Lock()
         self._walking: Flights[tuple[Usage, float]] = Flights(nursery)
         self._walkers = trio.CapacityLimiter(_WALKERS)
         self._walked: dict[int, tuple[Usage, float]] = {}
-        self._next = records.last_snapshot() + 1
-        self._tables: dict[str, _Table] = {}
-        for record in records.snapshots():
-            self._table_of(record.snapshotter).apply(Change(put=record))
 
     async def create(self, caller: Caller, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
-        """Prepare or View: a new snapshot over `parent`, and its mounts."""
+        """Prepare or View: a new snapshot over `parent`, and its mounts.
+
+        Raises ExistsError for a layer that need not be downloaded: the caller asks next which snapshot that is.
+        """
         table = self._table(caller)
-        namespace = namespace_of(key, caller.namespace)
-        async with self._lock:
-            now = self._clock()
-            new = Record(
-                snapshotter=caller.snapshotter,
-                name=key,
-                namespace=namespace,
-                id=self._next,
-                kind=kind,
-                parent=parent,
-                labels=dict(labels),
-                created=now,
-                updated=now,
-            )
+        new = self._new(caller, kind, key, parent, labels)
+        if kind is Kind.ACTIVE and is_offered(labels):
+            plan_create(table, new)
+            if await self._offers.take(new) is not None:
+                raise ExistsError(f"this layer need not be downloaded: {key}")
+        async with self._ledger.lock:
+            new = msgspec.structs.replace(new, id=self._ledger.take_number())
             change = plan_create(table, new)
-            self._next += 1
             await self._make_directory(table, new)
-            await self._carry_out(table, change)
-        return await self._mounts(table, new)
+            await self._ledger.carry_out(change)
+        return await self._first_mounts(table, new)
 
     async def mounts(self, caller: Caller, key: str) -> list[Mount]:
         """The mounts of an active snapshot or a view."""
@@ -189,26 +154,23 @@ class Snapshots:
     async def commit(self, caller: Caller, name: str, key: str, parent: str, labels: Mapping[str, str]) -> None:
         """Turn an active snapshot into a committed one of another name."""
         table = self._table(caller)
-        async with self._lock:
-            await self._carry_out(
-                table,
-                plan_commit(
-                    table, name, key, labels=labels, parent=parent, claimed=caller.namespace, now=self._clock()
-                ),
-            )
+        plan = partial(plan_commit, table, name, key, labels=labels, parent=parent, claimed=caller.namespace)
+        async with self._ledger.lock:
+            change = plan(now=self._clock())
+            await self._ledger.carry_out(change)
+        if change.put is not None:
+            self._walked.pop(change.put.id, None)
 
     async def remove(self, caller: Caller, key: str) -> None:
         """Forget a snapshot."""
-        table = self._table(caller)
-        async with self._lock:
-            await self._carry_out(table, plan_remove(table, key, caller.namespace))
+        async with self._ledger.lock:
+            await self._ledger.carry_out(plan_remove(self._table(caller), key, caller.namespace))
 
     async def update(self, caller: Caller, name: str, labels: Mapping[str, str], paths: Sequence[str]) -> Record:
         """Change labels."""
-        table = self._table(caller)
-        async with self._lock:
-            change = plan_update(table, name, labels=labels, paths=paths, claimed=caller.namespace, now=self._clock())
-            await self._carry_out(table, change)
+        plan = partial(plan_update, self._table(caller), name, labels=labels, paths=paths, claimed=caller.namespace)
+        async with self._ledger.lock:
+            await self._ledger.carry_out(plan(now=self._clock()))
         return self.stat(caller, name)
 
     def stat(self, caller: Caller, name: str) -> Record:
@@ -217,14 +179,16 @@ class Snapshots:
 
     def select(self, caller: Caller, filters: Sequence[str]) -> list[Record]:
         """The records of the caller's namespace; of all of them where the call names none."""
-        return select(self._table(caller).records(), parse_filters(filters), caller.namespace)
+        table, parsed = self._table(caller), parse_filters(filters)
+        answer = self._offers.answer(caller.snapshotter, parsed, caller.namespace)
+        return select(table.records(), parsed, caller.namespace) if answer is None else answer
 
     async def usage(self, caller: Caller, key: str) -> Usage:
         """What a snapshot takes; an active one's changes, so it is looked at again after a while."""
         record = self.stat(caller, key)
         found = self._walked.get(record.id)
         if found is None or found[1] < trio.current_time():
-            found = await self._walking.join(str(record.id), partial(self._walk, record))
+            found = await self._walking.join(f"{record.id} {record.kind}", partial(self._walk, record))
         return found[0]
 
     async def _walk(self, record: Record) -> tuple[Usage, float]:
@@ -234,55 +198,119 @@ class Snapshots:
         return usage, until
 
     async def cleanup(self) -> int:
-        """Delete what belongs to no snapshot any more; how many directories that was."""
+        """Unmount and delete what belongs to no snapshot any more; how many directories that was."""
         async with self._sweeping:
-            async with self._lock:
-                keep = {record.id for table in self._tables.values() for record in table.records()}
-                below = self._next
+            async with self._ledger.lock:
+                keep = {record.id for record in self._ledger.records()}
+                below = self._ledger.next
             for number in self._walked.keys() - keep:
                 del self._walked[number]
+            await self._release(keep)
             return await trio.to_thread.run_sync(self._directories.sweep, keep, below)
 
-    def _table(self, caller: Caller) -> _Table:
+    def resume(self) -> None:
+        """Go on with what an earlier daemon began."""
+        self._offers.resume()
+
+    async def end(self) -> None:
+        """Unmount every view."""
+        await self._release(())
+
+    async def _release(self, keep: Collection[int]) -> None:
+        for number in self._lazy.stacked().difference(keep):
+            try:
+                await self._lazy.release(number)
+            except NsfsError as error:
+                log.warning("views of snapshot %d are still mounted: %s", number, error)
+
+    def _table(self, caller: Caller) -> Table:
         if not caller.snapshotter:
             raise UsageError("the call does not say which snapshotter it means")
-        return self._table_of(caller.snapshotter)
+        return self._ledger.table(caller.snapshotter)
 
-    def _table_of(self, snapshotter: str) -> _Table:
-        return self._tables.setdefault(snapshotter, _Table())
+    def _new(self, caller: Caller, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> Record:
+        now = self._clock()
+        return Record(
+            snapshotter=caller.snapshotter,
+            name=key,
+            namespace=namespace_of(key, caller.namespace),
+            id=0,
+            kind=kind,
+            parent=parent,
+            labels=dict(labels),
+            created=now,
+            updated=now,
+        )
 
-    async def _make_directory(self, table: _Table, new: Record) -> None:
+    async def _make_directory(self, table: Table, new: Record) -> None:
         """The root of a tree is its upper's: it takes the owner of the one below."""
         parent = table.get(new.parent)
 
         def make() -> None:
-            owner = _ROOT if parent is None else self._directories.owner(parent.id)
+            local = parent is not None and parent.layer is None
+            owner = self._directories.owner(parent.id) if local and parent else _ROOT
             self._directories.make(new.id, owner)
 
         await trio.to_thread.run_sync(make)
 
-    async def _carry_out(self, table: _Table, change: Change) -> None:
-        await trio.to_thread.run_sync(self._records.change_snapshots, change)
-        # CHECKPOINT-FREE: what is on disk and what is in memory are one, also for a caller who is cancelled here.
-        table.apply(change)
-        if change.gone is not None:
-            self._walked.pop(change.gone.id, None)
+    async def _first_mounts(self, table: Table, new: Record) -> list[Mount]:
+        """The mounts of a new snapshot, if they can be had in time.
 
-    async def _mounts(self, table: _Table, record: Record) -> list[Mount]:
+        If not, a caller who will ask for them again is told a place that does not exist; an unpack asks once, and is
+        told to come back later. A snapshot whose mounts cannot be had at all is not made.
+        """
+        failure: NsfsError | None = None
+        with trio.move_on_after(self._lazy.wait):
+            try:
+                return await self._mounts(table, new)
+            except NsfsError as error:
+                failure = error
+        if failure is None and not is_unpack(new.name):
+            return [Mount(type="bind", source=f"{self._empty}/not-ready-ask-again", options=("ro", "rbind"))]
+        async with self._ledger.lock:
+            if table.get(new.name) == new:
+                await self._ledger.carry_out(Change(gone=new))
+        raise failure or UnreachableError(f"what it stands on is still being read for the first time: {new.name}")
+
+    async def _mounts(self, table: Table, record: Record) -> list[Mount]:
+        refuse_committed(record.kind)
         parents = chain(table, record)
+        for parent in parents:
+            _refuse_fenced(parent)
+        views: list[Stacked | None] = [None] * len(parents)
+        owner = None
+        if any(parent.layer for parent in parents):
+            layers = [parent.layer for parent in parents]
+            views, owner = await self._lazy.stack(record.id, record.namespace, layers)
 
         def stack() -> list[Stacked]:
-            return [Stacked(self._directories.link(parent.id)) for parent in parents]
+            if owner is not None and record.kind is Kind.ACTIVE:
+                self._directories.adopt(record.id, owner)
+            pairs = zip(views, parents, strict=True)
+            return [view or Stacked(self._directories.link(parent.id)) for view, parent in pairs]
 
         lowers = await trio.to_thread.run_sync(stack) if parents else []
         return plan_mounts(record.kind, lowers, upper=self._directories.upper(record.id), empty=self._empty)
 
 
+def _refuse_fenced(record: Record) -> None:
+    if record.layer is not None and record.layer.state is State.FENCED:
+        raise CorruptError(f"layer {record.layer.blob} of {record.layer.reference}: {record.layer.reason}")
+
+
 @asynccontextmanager
-async def open_snapshots(records: Records, directories: Directories, *, empty: str) -> AsyncIterator[Snapshots]:
-    """A service that has read its records and deletes in the background what an earlier daemon left behind."""
+async def open_snapshots(
+    records: Records, directories: Directories, lazy: Lazy, *, empty: str
+) -> AsyncIterator[Snapshots]:
+    """A service that has read its records, and goes on in the background with what an earlier daemon left."""
+    ledger = await trio.to_thread.run_sync(Ledger, records)
     async with trio.open_nursery() as nursery:
-        snapshots = await trio.to_thread.run_sync(partial(Snapshots, records, directories, nursery, empty=empty))
+        snapshots = Snapshots(ledger, directories, lazy, nursery, empty=empty)
         nursery.start_soon(snapshots.cleanup)
-        yield snapshots
-        nursery.cancel_scope.cancel()
+        snapshots.resume()
+        try:
+            yield snapshots
+        finally:
+            with trio.move_on_after(_END, shield=True):
+                await snapshots.end()
+            nursery.cancel_scope.cancel()

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Struct
 
 from nsfs.errors import BusyError, DeniedError, ExistsError, NotFoundError, UsageError
+from nsfs.model.lazy import LazyLayer  # noqa: TC001  msgspec looks it up when it decodes
 from nsfs.model.mounts import OVERLAY_OPTIONS, Bind, plan_rootfs
 from nsfs.model.policy import check_namespace
 
@@ -55,6 +56,8 @@ class Record(Struct, frozen=True, kw_only=True):
     labels: dict[str, str]
     created: int
     updated: int
+    layer: LazyLayer | None = None
+    """Where it is served on demand; such a snapshot is committed, and has no directory."""
 
 
 class Mount(Struct, frozen=True, kw_only=True):
@@ -247,8 +250,7 @@ def plan_mounts(kind: Kind, lowers: Sequence[Stacked], *, upper: tuple[str, str]
     Raises BusyError for a committed one. A directory that comes twice is stacked once, at its topmost place: overlay
     refuses it twice (ELOOP), and the upper of the two hides the lower whole.
     """
-    if kind is Kind.COMMITTED:
-        raise BusyError("a committed snapshot has no mounts of its own")
+    refuse_committed(kind)
     if kind is Kind.ACTIVE and not lowers:
         return [_bind(upper[0], "rw")]
     shown = _visible(lowers)
@@ -264,6 +266,12 @@ def plan_mounts(kind: Kind, lowers: Sequence[Stacked], *, upper: tuple[str, str]
     writable = (f"workdir={plan.work}", f"upperdir={plan.upper}") if plan.upper else ()
     options = (*writable, "lowerdir=" + ":".join(plan.lowers), *OVERLAY_OPTIONS)
     return [Mount(type="overlay", source="overlay", options=options)]
+
+
+def refuse_committed(kind: Kind) -> None:
+    """Raise BusyError for what has no mounts."""
+    if kind is Kind.COMMITTED:
+        raise BusyError("a committed snapshot has no mounts of its own")
 
 
 def _visible(lowers: Sequence[Stacked]) -> list[Stacked]:

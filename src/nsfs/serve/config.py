@@ -28,6 +28,7 @@ SYSTEM_CONFIG = "/etc/nsfs/config.toml"
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
+Prepare = Literal["lenient", "strict"]
 
 _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -114,6 +115,10 @@ class Config(Struct, frozen=True, kw_only=True):
     """What a mount that does not say gets: shared, isolated or pod."""
     on_error: str = "wait:60s"
     """What a read does where its content cannot be had, for mounts that do not say: wait, wait:<seconds>s or eio."""
+    prepare: Prepare = "lenient"
+    """What counts as a lazy layer for containerd: lenient, or strict for namespaces that several tenants share."""
+    prepare_wait: Duration = Duration(10)
+    """How long containerd waits, in a pull, for a plain layer that is read for the first time."""
     registry: Registry = Registry()
     fetch: Fetch = Fetch()
     kernel: Kernel = Kernel()

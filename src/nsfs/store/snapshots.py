@@ -68,6 +68,12 @@ class SnapshotDirs:
             raise NotFoundError(f"the directory of a snapshot is gone: {self.upper(number)[0]}") from None
         return found.st_uid, found.st_gid
 
+    def adopt(self, number: int, owner: tuple[int, int]) -> None:
+        """Give the root of a snapshot's tree to `owner`, while nothing is in there."""
+        upper = self.upper(number)[0]
+        if owner != self.owner(number) and not os.listdir(upper):
+            os.chown(upper, *owner)
+
     def link(self, number: int) -> str:
         """A short path to the tree of a snapshot, to be stacked."""
         name = os.path.join(self._links, f"s{number:x}")

@@ -1,0 +1,162 @@
+"""Offers: Prepares whose callers would take an existing snapshot, and so download nothing.
+
+Owns the records of lazy layers: made when a layer is offered and can be served, pending until it is proved to be what
+its image says, then ready, or fenced off for ever. Refuses nothing: what cannot be served on demand is an ordinary
+snapshot, and one line of the log says why.
+
+Concurrency: `take` waits for a layer for so long as was configured. What becomes of a pending one is found out in the
+background, one task for each.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from nsfs.core.exchanges import Exchanges
+from nsfs.errors import NsfsError, UnreachableError
+from nsfs.model.lazy import Exchange, State, lazy_name, parse_exchange, parse_offer
+from nsfs.model.snapshot import Change, Kind, chain, plan_create
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import trio
+
+    from nsfs.core.ledger import Ledger
+    from nsfs.model.filters import Filters
+    from nsfs.model.lazy import LazyLayer
+    from nsfs.model.snapshot import Record, Stacked
+
+log = logging.getLogger(__name__)
+
+
+class Lazy(Protocol):
+    """Layers that are served on demand: see core.lazy."""
+
+    @property
+    def wait(self) -> float:
+        """Seconds that calls may take which containerd makes under its locks."""
+
+    async def offer(self, namespace: str, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
+        """The layer, ready or pending; raises NsfsError where it cannot be served, or not yet (`retry_after`)."""
+
+    async def settle(self, namespace: str, layer: LazyLayer) -> LazyLayer:
+        """What became of a pending layer: ready or fenced."""
+
+    async def stack(
+        self, snapshot: int, namespace: str, layers: Sequence[LazyLayer | None]
+    ) -> tuple[list[Stacked | None], tuple[int, int] | None]:
+        """The mounted views of `layers`, top first, None for each that is none; and who owns the top's root."""
+
+    async def release(self, snapshot: int) -> None:
+        """Unmount what only that snapshot stacks."""
+
+    def stacked(self) -> set[int]:
+        """The snapshots that have views mounted."""
+
+
+class Offers:
+    """The service."""
+
+    def __init__(self, ledger: Ledger, lazy: Lazy, nursery: trio.Nursery) -> None:
+        self._ledger = ledger
+        self._lazy = lazy
+        self._nursery = nursery
+        self._exchanges = Exchanges()
+
+    async def take(self, new: Record) -> Record | None:
+        """The snapshot to be had instead of `new`; the caller's next question finds it. None where there is none.
+
+        Raises UnreachableError where there will be one, and the caller is to come back.
+        """
+        try:
+            record = await self._find_or_make(new)
+        except NsfsError as error:
+            if isinstance(error, UnreachableError) and error.retry_after is not None:
+                raise
+            _say_why(new, error)
+            return None
+        await self._exchanges.begin(_exchange_of(record), record)
+        return record
+
+    def answer(self, snapshotter: str, filters: Filters, namespace: str | None) -> list[Record] | None:
+        """What the question of an exchange finds; None for any other question.
+
+        Without a namespace and without an exchange nobody knows whose snapshot is meant, so none is found.
+        """
+        exchange = parse_exchange(filters)
+        if exchange is None:
+            return None
+        meant = self._exchanges.answer(snapshotter, exchange, namespace)
+        record = self._ledger.table(snapshotter).get(meant.name) if meant else None
+        if record is not None:
+            return [record]
+        if namespace is not None:
+            return None
+        log.warning("a List for chain ID %s comes without its Prepare, or too late", exchange.target)
+        return []
+
+    def resume(self) -> None:
+        """Go on finding out what becomes of layers that an earlier daemon left pending."""
+        for record in list(self._ledger.records()):
+            if record.layer is not None and record.layer.state is State.PENDING:
+                self._nursery.start_soon(self._settle, record, record.layer)
+
+    async def _find_or_make(self, new: Record) -> Record:
+        offered = parse_offer(new.labels)
+        table = self._ledger.table(new.snapshotter)
+        name = lazy_name(new.namespace, new.snapshotter, new.parent, offered)
+        found = table.get(name)
+        if found is None:
+            over_local = any(each.layer is None for each in chain(table, new))
+            layer = await self._lazy.offer(new.namespace, offered, over_local=over_local)
+            found = await self._make(msgspec.structs.replace(new, name=name, kind=Kind.COMMITTED, layer=layer))
+        if found.layer is not None and found.layer.state is State.FENCED:
+            raise NsfsError(f"fenced off: {found.layer.reason}")
+        return found
+
+    async def _make(self, record: Record) -> Record:
+        table = self._ledger.table(record.snapshotter)
+        async with self._ledger.lock:
+            other = table.get(record.name)
+            if other is not None:
+                return other
+            record = msgspec.structs.replace(record, id=self._ledger.take_number())
+            await self._ledger.carry_out(plan_create(table, record))
+        if record.layer is not None and record.layer.state is State.PENDING:
+            self._nursery.start_soon(self._settle, record, record.layer)
+        return record
+
+    async def _settle(self, record: Record, layer: LazyLayer) -> None:
+        """Find out what becomes of a pending layer, and remember it."""
+        try:
+            layer = await self._lazy.settle(record.namespace, layer)
+        except NsfsError as error:
+            log.warning("layer %s of %s stays pending: %s", layer.blob, layer.reference, error)
+            return
+        if layer.state is State.FENCED:
+            log.error("layer %s of %s is fenced off: %s", layer.blob, layer.reference, layer.reason)
+        async with self._ledger.lock:
+            found = self._ledger.table(record.snapshotter).get(record.name)
+            if found is not None and found.id == record.id:
+                put = msgspec.structs.replace(found, layer=layer)
+                await self._ledger.carry_out(Change(gone=found, put=put))
+
+
+def _exchange_of(record: Record) -> Exchange:
+    assert record.layer is not None, "only lazy layers are offered"
+    return Exchange(record.layer.chain, record.parent)
+
+
+def _say_why(new: Record, error: NsfsError) -> None:
+    log.info(
+        "not lazy: namespace=%s snapshotter=%s image=%s layer=%s reason=%r",
+        new.namespace,
+        new.snapshotter,
+        new.labels.get("containerd.io/snapshot/cri.image-ref", ""),
+        new.labels.get("containerd.io/snapshot/cri.layer-digest", ""),
+        str(error),
+    )

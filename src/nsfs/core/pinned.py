@@ -1,0 +1,127 @@
+"""Layers for snapshots, as a worker serves them: named by manifest, blob and chain ID, indexed, and mapped in stacks.
+
+Owns the check that an image has the layer that a caller says it has. A chain ID is a claim of whoever wrote the image's
+configuration; here it selects among the layers of that same image and nothing else. Refuses a layer that cannot be
+shown without the layers below where one of those is not ours.
+
+Concurrency: what is begun goes on in the worker's nursery; a caller who gives up cancels nobody.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import trio
+
+from nsfs.core import worker_api
+from nsfs.core.layers import short
+from nsfs.core.looking import open_map
+from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
+from nsfs.model.digest import chain_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from msgspec import Struct
+
+    from nsfs.core.images import Image, Images, Layer
+    from nsfs.core.layers import Layers
+    from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+
+    Report = Callable[[Struct], Awaitable[None]]
+
+
+class Catalog(Protocol):
+    """The domain's records."""
+
+    def layer(self, key: LayerKey) -> LayerRecord | None:
+        """A layer whose index is complete."""
+
+
+class Pinned:
+    """The service."""
+
+    def __init__(self, images: Images, layers: Layers, catalog: Catalog) -> None:
+        self._images = images
+        self._layers = layers
+        self._catalog = catalog
+
+    def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
+        """What the daemon may call, by name."""
+        return {
+            "Offer": (worker_api.LayerName, self._offer),
+            "Await": (worker_api.LayerName, self._await),
+            "Stack": (worker_api.Stack, self._stack),
+        }
+
+    async def _offer(self, params: worker_api.LayerName, _report: Report) -> worker_api.Empty:
+        image = await self._images.pinned(params.reference)
+        self._layers.check(_find(image, params))
+        self._layers.begin(image)
+        return worker_api.Empty()
+
+    async def _await(self, params: worker_api.LayerName, _report: Report) -> worker_api.Indexed:
+        image = await self._images.pinned(params.reference)
+        layer = _find(image, params)
+        record = await self._index(image, layer)
+        alone = await self._layers.map_alone(layer)
+        return worker_api.Indexed(verified=record.verified, needs_lower=alone.needs_lower)
+
+    async def _index(self, image: Image, layer: Layer) -> LayerRecord:
+        record = self._catalog.layer(await self._layers.index(image, layer))
+        assert record is not None, "indexed layers have records"
+        _check_diff_id(layer, record)
+        return record
+
+    async def _stack(self, params: worker_api.Stack, _report: Report) -> worker_api.Stacked:
+        references = dict.fromkeys(name.reference for name in params.layers if name is not None)
+        images = {reference: await self._images.pinned(reference) for reference in references}
+        found = [None if name is None else (images[name.reference], name) for name in params.layers]
+        layers = [None if each is None else _find(*each) for each in found]
+        for image in images.values():
+            self._layers.begin(image)
+        for each, layer in zip(found, layers, strict=True):
+            if each is not None and layer is not None:
+                await self._index(each[0], layer)
+        await self._check_lowers(layers)
+        maps = await self._layers.maps([layer for layer in layers if layer is not None])
+        return worker_api.Stacked(maps=await trio.to_thread.run_sync(lambda: [_info(record) for record in maps]))
+
+    async def _check_lowers(self, layers: Sequence[Layer | None]) -> None:
+        """Raise UnsupportedError for a layer that depends on one that is not ours."""
+        foreign = False
+        for layer in layers:
+            foreign = foreign or layer is None
+            if foreign and layer is not None and (await self._layers.map_alone(layer)).needs_lower:
+                raise UnsupportedError(
+                    f"layer {short(layer.digest)} has links into a layer that containerd unpacked",
+                    hint="pull the image again, without lazy layers",
+                )
+
+
+def _find(image: Image, name: worker_api.LayerName) -> Layer:
+    """The layer of `image` that has this blob at this place of the chain; raises NotFoundError."""
+    chains = chain_ids([layer.diff_id for layer in image.layers])
+    for layer, chain in zip(image.layers, chains, strict=True):
+        if layer.digest == name.blob and chain == name.chain:
+            return layer
+    raise NotFoundError(f"the image has no layer {name.blob} that makes {name.chain}: {image.reference}")
+
+
+def _check_diff_id(layer: Layer, record: LayerRecord) -> None:
+    """A blob that was indexed for another image is known, but this image may claim another diff ID for it."""
+    if record.diff_id is not None and record.diff_id != layer.diff_id:
+        raise CorruptError(
+            f"layer {short(layer.digest)} is not what its image says: diff ID {record.diff_id}, not {layer.diff_id}"
+        )
+
+
+def _info(record: MapRecord) -> worker_api.MapInfo:
+    image = open_map(record.path)
+    try:
+        root = image.inode(image.root)
+    finally:
+        image.close()
+    return worker_api.MapInfo(
+        id=record.id, path=record.path, marks=record.marks, opaque=record.opaque, owner=(root.uid, root.gid)
+    )
