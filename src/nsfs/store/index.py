@@ -25,6 +25,7 @@ import msgspec
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, NsfsError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.pool import Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
+from nsfs.store.databases import mapped_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -54,6 +55,8 @@ MAP_SIZE = 64 << 30
 """Room in address space, not on disk, for some 500 million contents; fixed, so that no process ever has to follow."""
 
 _ORIGINS = 8
+
+_NAME = "the index"
 
 T = TypeVar("T")
 
@@ -102,22 +105,6 @@ _decode_image = msgspec.msgpack.Decoder(ImageRecord).decode
 _decode_names = msgspec.msgpack.Decoder(list[str]).decode
 
 
-@contextmanager
-def _mapped_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except lmdb.MapFullError as error:
-        raise NoSpaceError(f"the index is full: {path}") from error
-    except lmdb.DiskError as error:
-        raise NoSpaceError(f"the index cannot be written: {path}: {error}") from error
-    except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError) as error:
-        raise CorruptError(f"the index is damaged: {path}: {error}") from error
-    except lmdb.Error as error:
-        if "No space left" in str(error) or "Disk quota" in str(error):
-            raise NoSpaceError(f"the index cannot be written: {path}: {error}") from error
-        raise CorruptError(f"the index cannot be used: {path}: {error}") from error
-
-
 def _open_environment(path: str, *, readonly: bool) -> lmdb.Environment:
     if readonly and not os.path.exists(path):
         raise NotFoundError(f"there is no index: {path}")
@@ -146,7 +133,7 @@ def open_index(path: str, *, readonly: bool = False) -> DomainIndex:
     At most one may be open per path and process, and none may be carried over a fork.
     Raises NotFoundError, UnsupportedError (a newer format), CorruptError, NoSpaceError.
     """
-    with _mapped_errors(path):
+    with mapped_errors(_NAME, path):
         environment = _open_environment(path, readonly=readonly)
         try:
             return DomainIndex(environment, path, _open_databases(environment, path, readonly=readonly))
@@ -188,12 +175,12 @@ class DomainIndex:
 
     @contextmanager
     def _transaction(self, database: _Database, *, write: bool = False) -> Iterator[_Transaction]:
-        with _mapped_errors(self._path), self._environment.begin(db=database, write=write) as txn:
+        with mapped_errors(_NAME, self._path), self._environment.begin(db=database, write=write) as txn:
             yield txn
 
     def check_readers(self) -> int:
         """Free the slots of readers that died, so that old pages can be used again; returns how many there were."""
-        with _mapped_errors(self._path):
+        with mapped_errors(_NAME, self._path):
             return int(self._environment.reader_check())
 
     # Addresses

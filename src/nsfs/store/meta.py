@@ -24,6 +24,7 @@ import msgspec
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.mounts import MountRecord
 from nsfs.model.snapshot import Record
+from nsfs.store.databases import mapped_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,20 +36,27 @@ T = TypeVar("T")
 FORMAT = 1
 _MAP_SIZE = 1 << 30
 _LAST = b"last snapshot"
+_NAME = "the database of the daemon"
 
 
 class Meta:
     """The open environment."""
 
-    def __init__(self, env: lmdb.Environment) -> None:
+    def __init__(self, env: lmdb.Environment, path: str) -> None:
         self._env = env
+        self._path = path
         self._about = env.open_db(b"about")
         self._mounts = env.open_db(b"mounts")
         self._snapshots = env.open_db(b"snapshots")
 
+    @contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[bytes]]:
+        with mapped_errors(_NAME, self._path), self._env.begin(write=write) as txn:
+            yield txn
+
     def mounts(self) -> list[MountRecord]:
         """All mounts, by ID."""
-        with self._env.begin() as txn:
+        with self._transaction() as txn:
             return [_decode(value, MountRecord) for _, value in txn.cursor(self._mounts)]
 
     def mount_at(self, target: str) -> MountRecord:
@@ -60,27 +68,27 @@ class Meta:
 
     def put_mount(self, record: MountRecord) -> None:
         """Remember a mount."""
-        with self._env.begin(write=True) as txn:
+        with self._transaction(write=True) as txn:
             txn.put(record.id.encode(), msgspec.msgpack.encode(record), db=self._mounts)
 
     def delete_mount(self, mount_id: str) -> None:
         """Forget a mount, if it is known."""
-        with self._env.begin(write=True) as txn:
+        with self._transaction(write=True) as txn:
             txn.delete(mount_id.encode(), db=self._mounts)
 
     def snapshots(self) -> list[Record]:
         """All snapshots, by ID."""
-        with self._env.begin() as txn:
+        with self._transaction() as txn:
             return [_decode(value, Record) for _, value in txn.cursor(self._snapshots)]
 
     def last_snapshot(self) -> int:
         """The highest snapshot ID that was ever put; 0 where none was."""
-        with self._env.begin() as txn:
+        with self._transaction() as txn:
             return int(txn.get(_LAST, b"0", db=self._about))
 
     def change_snapshots(self, change: Change) -> None:
         """Carry out a change, all of it or nothing."""
-        with self._env.begin(write=True) as txn:
+        with self._transaction(write=True) as txn:
             if change.gone is not None:
                 txn.delete(_number(change.gone.id), db=self._snapshots)
             if change.put is not None:
@@ -102,12 +110,18 @@ def _decode(value: bytes, kind: type[T]) -> T:
 
 @contextmanager
 def open_meta(path: str) -> Iterator[Meta]:
-    """Open (or create) the environment at directory `path`; raises UnsupportedError for a newer format."""
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    env = lmdb.open(path, map_size=_MAP_SIZE, max_dbs=4, mode=0o600)
+    """Open (or create) the environment at directory `path`.
+
+    Raises UnsupportedError for a newer format, CorruptError, NoSpaceError.
+    """
+    with mapped_errors(_NAME, path):
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        env = lmdb.open(path, map_size=_MAP_SIZE, max_dbs=4, mode=0o600)
     try:
-        _check_format(env, path)
-        yield Meta(env)
+        with mapped_errors(_NAME, path):
+            _check_format(env, path)
+            meta = Meta(env, path)
+        yield meta
     finally:
         env.close()
 
@@ -118,6 +132,8 @@ def _check_format(env: lmdb.Environment, path: str) -> None:
         found = txn.get(b"version", db=about)
         if found is None:
             txn.put(b"version", str(FORMAT).encode(), db=about)
+        elif not found.isdigit():
+            raise CorruptError(f"{_NAME} has no format that can be read: {path}")
         elif int(found) > FORMAT:
             raise UnsupportedError(
                 f"{path} was written by a newer nsfs: format {int(found)}",
