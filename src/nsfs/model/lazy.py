@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from nsfs.errors import UsageError
-from nsfs.model.digest import ChainId, Digest
+from nsfs.model.digest import Digest
 from nsfs.model.filters import Operator
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def parse_offer(labels: Mapping[str, str]) -> LazyLayer:
     manifest = Digest(labels[_PREFIX + "manifest-digest"])
     return LazyLayer(
         reference=f"{image.partition('@')[0]}@{manifest}",
-        blob=Digest(labels[_PREFIX + "layer-digest"]),
-        chain=ChainId(Digest(labels[SNAPSHOT_REF])),
+        blob=str(Digest(labels[_PREFIX + "layer-digest"])),
+        chain=str(Digest(labels[SNAPSHOT_REF])),
     )
 
 
