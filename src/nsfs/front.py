@@ -10,7 +10,6 @@ Concurrency: one trio run; reads of the pool in its threads. One connection to t
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
@@ -19,11 +18,11 @@ import msgspec
 import trio
 
 from nsfs.core import worker_api
+from nsfs.core.maps import open_map
 from nsfs.core.tasks import running
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import TreeFs
 from nsfs.errors import NsfsError, UnreachableError
-from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.policy import parse_view_name
 from nsfs.serve.fronts import FrontArgs
 from nsfs.serve.fuse import FuseOperations
@@ -33,7 +32,7 @@ from nsfs.store.layout import DomainLayout
 from nsfs.store.pool import Pool, open_pool
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable
 
 log = logging.getLogger(__name__)
 
@@ -117,18 +116,6 @@ class FrontReader:
         return data
 
 
-def open_images(paths: Sequence[str]) -> list[ErofsImage]:
-    """Map the maps; their pages are the page cache's, not ours."""
-    images = []
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            images.append(ErofsImage(mmap.mmap(fd, 0, access=mmap.ACCESS_READ)))
-        finally:
-            os.close(fd)
-    return images
-
-
 class FrontState:
     """What `.nsfs/mount.json` says: as the worker said it at most `_USAGE_EVERY` ago, while there is one."""
 
@@ -153,7 +140,7 @@ class FrontState:
 
 async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int, ready: Callable[[], None]) -> None:
     """Serve the mount until it is taken away; `ready` is called when requests begin to be answered."""
-    tree = UnionTree(open_images(args.maps))
+    tree = UnionTree([open_map(path) for path in args.maps])
     pool = open_pool(DomainLayout(args.domain), bitmap_fd, readonly=True)
     async with open_worker_line(args.worker) as line:
         reader = FrontReader(pool, line)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from nsfs.core import firstpass
 from nsfs.core.jobs import run_job
 from nsfs.core.layers import LayerMade, MapArgs, MapMade, PlainArgs, SpanArgs, TocArgs, map_id_of
-from nsfs.core.looking import open_map
+from nsfs.core.maps import opened_map
 from nsfs.core.union import LowerTree
 from nsfs.format import estargz
 from nsfs.format.erofs import render_erofs
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from nsfs.core.jobs import Channel
-    from nsfs.format.erofs_image import ErofsImage
     from nsfs.model.layer import Entry, LayerIndex, Spans
-    from nsfs.store.index import DomainIndex
     from nsfs.store.pool import Pool
 
 
@@ -81,12 +79,6 @@ class _Files:
 
 
 @contextmanager
-def _opened_index(layout: DomainLayout) -> Iterator[DomainIndex]:
-    with open_index(layout.index) as index:
-        yield index
-
-
-@contextmanager
 def _opened_pool(layout: DomainLayout, bitmap: int) -> Iterator[Pool]:
     pool = open_pool(layout, bitmap)
     try:
@@ -107,7 +99,7 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
         diff_id=Digest(args.diff_id),
         spool=layout.spool(key.blob),
     )
-    with working(layout), _opened_pool(layout, fds[0]) as pool, _opened_index(layout) as index:
+    with working(layout), _opened_pool(layout, fds[0]) as pool, open_index(layout.index) as index:
         result = firstpass.run_first_pass(
             job, source_fd=fds[1], disk=pool, catalog=index, files=_Files(directory), progress=channel.progress
         )
@@ -122,7 +114,7 @@ def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade
     with open(fds[0], "rb", closefd=False) as file:
         index, spans = estargz.parse_toc(file.read(), estargz.TocLocation(args.toc_offset, args.toc_size), toc)
     regular = [entry for entry in index.entries if entry.kind is Kind.REGULAR]
-    with working(layout), _opened_index(layout) as catalog:
+    with working(layout), open_index(layout.index) as catalog:
         slab = catalog.reserve(sum(-(-entry.size // BLOCK) * BLOCK for entry in regular))
         addresses = _give_out(index.entries, slab.address)
         directory = _Files(layout.layer_dir(key))
@@ -160,7 +152,7 @@ def _make_checkpoints(args: SpanArgs, _fds: Sequence[int], _channel: Channel) ->
     os.nice(_NICE)
     layout = DomainLayout(args.domain)
     key = LayerKey(Digest(args.blob), args.index)
-    with working(layout), _opened_index(layout) as index:
+    with working(layout), open_index(layout.index) as index:
         record = index.layer(key)
         assert record is not None, "only layers that were committed get checkpoints"
         job = firstpass.CheckpointJob(
@@ -191,7 +183,7 @@ def _write_map(
 ) -> MapMade:
     """Plan and write; `lowers` are the maps below, top first, None where they are not known."""
     with ExitStack() as stack:
-        images = [stack.enter_context(_closing_map(path)) for path in lowers or ()]
+        images = [stack.enter_context(opened_map(path)) for path in lowers or ()]
         planned = plan_tree(entries, addresses, None if lowers is None else LowerTree(images))
     if planned.needs_lower and lowers is None:
         return MapMade(needs_lower=True)
@@ -200,12 +192,3 @@ def _write_map(
     )
     files.replace_file(layout.map(key, map_id), [image])
     return MapMade(needs_lower=False, marks=planned.marks, opaque=planned.opaque, borrowed=sorted(planned.borrowed))
-
-
-@contextmanager
-def _closing_map(path: str) -> Iterator[ErofsImage]:
-    image = open_map(path)
-    try:
-        yield image
-    finally:
-        image.close()

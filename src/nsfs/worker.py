@@ -8,11 +8,11 @@ FUSE filesystem is unmounted; dying at any other time loses nothing but time.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import platform
 import socket
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -26,11 +26,12 @@ from nsfs.core.fetchview import FetchConfig
 from nsfs.core.images import Images, Located
 from nsfs.core.jobs import Jobs
 from nsfs.core.layers import Layers
-from nsfs.core.looking import Looking, open_map
+from nsfs.core.looking import Looking
+from nsfs.core.maps import load_map, open_map
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import DomainFs
 from nsfs.core.views import Views
-from nsfs.errors import NotFoundError, NsfsError, UnreachableError
+from nsfs.errors import NotFoundError, NsfsError
 from nsfs.model.oci import Platform
 from nsfs.model.policy import parse_view_name
 from nsfs.remote.credentials import DockerConfig, config_path
@@ -88,9 +89,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         unfinished = await trio.to_thread.run_sync(_recover, layout.domain(params.domain), index, pool)
         worker = await _compose(stack, config, layout.domain(params.domain), pool, index, fds[1], forks)
         worker.layers.finish(unfinished)
-        worker.shown.show_views(params.views)
-        for tree in params.trees:
-            worker.shown.show_tree(tree)
+        worker.shown.show_again(params.views, params.trees)
         peer = await stack.enter_async_context(open_peer(control, worker.domain.methods(), name=params.domain))
         await _serve(params, config, fds, peer, pool, worker)
 
@@ -185,9 +184,11 @@ async def _serve_fronts(path: str, domain: Domain, task_status: trio.TaskStatus[
     methods = {"Fetch": (worker_api.Fetch, domain.fetch)}
 
     async def serve_front(stream: trio.SocketStream) -> None:
-        with suppress(UnreachableError):
+        try:
             async with open_peer(stream, methods, name="worker") as peer:
                 await peer.wait_closed()
+        except NsfsError as error:
+            log.info("a front is not understood: %s", error)
 
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     with suppress(FileNotFoundError):
@@ -252,6 +253,15 @@ class ShownTree:
             self.files.add_map(name, self._open_map(name))
             self._show(name, [name])
 
+    def show_again(self, views: Sequence[str], trees: Sequence[worker_api.Tree]) -> None:
+        """What a predecessor showed; what is damaged meanwhile is no reason to show nothing."""
+        single = [partial(self.show_views, [name]) for name in views]
+        for show in (*single, *(partial(self.show_tree, tree) for tree in trees)):
+            try:
+                show()
+            except NsfsError as error:
+                log.warning("what is mounted cannot be shown again: %s", error)
+
     def hide_views(self, names: Sequence[str]) -> None:
         """See core.domain.Shown."""
         for name in names:
@@ -272,7 +282,7 @@ class ShownTree:
         record = self._index.map(map_id)
         if record is None:
             raise NotFoundError(f"no such map in this domain: {map_id}")
-        return _mapped(record.path)
+        return load_map(record.path)
 
     def show_tree(self, tree: worker_api.Tree) -> None:
         """See core.domain.Shown."""
@@ -285,12 +295,6 @@ class ShownTree:
         """See core.domain.Shown."""
         self.files.remove_tree(tree_id)
         self._hide(f"tree/{tree_id}")
-
-
-def _mapped(path: str) -> memoryview:
-    """A file's bytes; their pages are the kernel's, not ours."""
-    with open(path, "rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def fetch_config(config: Fetch) -> FetchConfig:

@@ -98,7 +98,7 @@ class TocArgs(Struct, kw_only=True):
 
 
 class SpanArgs(Struct, kw_only=True):
-    """For `make_checkpoints`. Descriptors: the live bitmap."""
+    """For `make_checkpoints`."""
 
     domain: str
     blob: str
@@ -374,7 +374,7 @@ class Layers:
         """The map of a layer over `lowers` (lowest first); without, it may only say that it needs them."""
         map_id = map_id_of(key, lowers)
         found = self._catalog.map(map_id)
-        if found is not None:
+        if found is not None and _is_there(found):
             return found
         return await self._mapping.join(map_id, lambda: self._build_map(key, map_id, lowers and lowers[::-1]))
 
@@ -457,7 +457,7 @@ class Layers:
             index=record.index,
             compression=oci.layer_format(record.media_type).compression.value,
         )
-        await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, [self._bitmap], LayerMade)
+        await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, [], LayerMade)
         return record.key
 
     async def _make_spans_quietly(self, key: LayerKey) -> None:
@@ -494,6 +494,11 @@ def _check_claim(record: LayerRecord, layer: Layer) -> None:
             f"layer {short(layer.digest)} is not what the image's configuration says: "
             f"its diff ID is {record.diff_id}, not {layer.diff_id}"
         )
+
+
+def _is_there(record: MapRecord) -> bool:
+    """A map that somebody deleted is made anew."""
+    return record.needs_lower or os.path.exists(record.path)
 
 
 def _size_of(path: str) -> int:

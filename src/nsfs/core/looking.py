@@ -6,7 +6,6 @@ at the path; contents are read like a mount's. Says what a download will cost be
 
 from __future__ import annotations
 
-import mmap
 import os
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nsfs.core.layers import short
+from nsfs.core.maps import opened_map
 from nsfs.core.tasks import run_all
 from nsfs.core.union import UnionTree, decide
 from nsfs.errors import UsageError
-from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.layer import Kind
 from nsfs.model.report import Data, EntryReport, Item, Note, render_size
 
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from nsfs.core.layers import Layers
     from nsfs.core.union import UnionNode
     from nsfs.core.vfs import Reader
+    from nsfs.format.erofs_image import ErofsImage
     from nsfs.model.pool import MapRecord
 
     Report = Callable[[Struct], Awaitable[None]]
@@ -45,15 +45,6 @@ KINDS: Final = {
     Kind.SOCKET: "socket",
 }
 """Kinds as reports call them."""
-
-
-def open_map(path: str) -> ErofsImage:
-    """The map in a file; its pages are the kernel's, not ours."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return ErofsImage(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
-    finally:
-        os.close(fd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +85,9 @@ class Looking:
                 await report(Item(_entry(stack, b"/" + found, node)))
 
     async def read(self, image: Image, path: bytes, offset: int, length: int | None, report: Report) -> None:
-        """Report a file's bytes in pieces."""
+        """Report a file's bytes in pieces; raises UsageError for bytes that no file can have."""
+        if offset < 0 or (length is not None and length < 0):
+            raise UsageError(f"not a part of a file: {length} bytes at {offset}")
         async with self._stack(image, path, report) as stack:
             node = stack.tree.resolve(path)
             if node.kind is not Kind.REGULAR:
@@ -126,10 +119,10 @@ class Looking:
                 record = None if whole else await self._top_map(image, depth, report)
                 if record is None or record.needs_lower:
                     maps = (await self.all_maps(image, report))[::-1]
-                    images = [_opened(files, each) for each in maps]
+                    images = [files.enter_context(opened_map(each.path)) for each in maps]
                     break
                 maps.append(record)
-                images.append(_opened(files, record))
+                images.append(files.enter_context(opened_map(record.path)))
                 if decide(images, path, follow_last=follow, listing=listing):
                     break
             partial = len(images) < len(image.layers)
@@ -158,12 +151,6 @@ class Looking:
             what = f"plain layer {short(plain[0])}" if len(plain) == 1 else f"{len(plain)} plain layers"
             size = render_size(sum(costs.values()))
             await report(Note(text=f"{what} must be read once, whole, to be indexed: {size} to download"))
-
-
-def _opened(files: ExitStack, record: MapRecord) -> ErofsImage:
-    image = open_map(record.path)
-    files.callback(image.close)
-    return image
 
 
 def _normal(path: bytes) -> bytes:

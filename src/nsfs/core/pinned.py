@@ -15,7 +15,7 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.layers import short
-from nsfs.core.looking import open_map
+from nsfs.core.maps import opened_map
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.digest import chain_ids
 
@@ -117,11 +117,8 @@ def _check_diff_id(layer: Layer, record: LayerRecord) -> None:
 
 
 def _info(record: MapRecord) -> worker_api.MapInfo:
-    image = open_map(record.path)
-    try:
+    with opened_map(record.path) as image:
         root = image.inode(image.root)
-    finally:
-        image.close()
     return worker_api.MapInfo(
         id=record.id, path=record.path, marks=record.marks, opaque=record.opaque, owner=(root.uid, root.gid)
     )
