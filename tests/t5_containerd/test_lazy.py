@@ -1,0 +1,252 @@
+"""Images that containerd need not download: what is fetched, what is shared, what is seen, what goes again."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+import busybox
+import goestargz
+from containerd import RELEASES
+from images import (
+    TAR_GZIP,
+    Image,
+    Layer,
+    directory,
+    file,
+    gzip_layer,
+    sample_content,
+    symlink,
+    whiteout,
+    write_oci_layout,
+)
+from meter import Meter
+from nodes import Node, run_node
+from nsfs.model.digest import Digest
+from nsfs_daemon import NSFS
+from registry import Registry, push_layout, run_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+UNUSED = os.urandom(6 << 20)
+"""Most of the image: no command of these tests reads it."""
+TOC = "containerd.io/snapshot/stargz/toc.digest"
+
+_LOOK = "find / -xdev ! -path / ! -path '/proc*' ! -path '/sys*' ! -path '/dev*' ! -path '/run*'"
+LISTING = f"{_LOOK} -exec stat -c '%n %f %u %g' {{}} + | sort; {_LOOK} -type f -exec sha256sum {{}} + | sort"
+
+
+def estargz(layer: Layer, toc_digest: str = "") -> Layer:
+    """The same layer as eStargz; `toc_digest` is what is said of its table of contents, where not the truth."""
+    made = goestargz.convert(layer.blob)
+    return Layer(gzip.decompress(made.blob), made.blob, TAR_GZIP, {TOC: toc_digest or made.toc_digest})
+
+
+def upper() -> Layer:
+    return gzip_layer(
+        [
+            *[file(f"data/{number}", sample_content(3000, number)) for number in range(50)],
+            file("etc/motd", b"lazy\n"),
+            whiteout("old/a"),
+            directory("opt"),
+            file("opt/unused", UNUSED),
+            symlink("opt/link", "unused"),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def images() -> dict[str, Image]:
+    base, top = busybox.base(), upper()
+    hanging = gzip_layer([file("etc/hanging", b"its directory is in a layer below\n")])
+    standing = gzip_layer([directory("etc"), file("etc/standing", b"its directory is here\n")])
+    return {
+        "plain": Image((base, top)),
+        "estargz": Image((estargz(base), estargz(top))),
+        "mixed": Image((base, estargz(top, f"sha256:{'0' * 64}"), hanging, standing)),
+    }
+
+
+@pytest.fixture(scope="module")
+def registry(images: dict[str, Image], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with run_registry() as registry:
+        for name, image in images.items():
+            push_layout(str(write_oci_layout(tmp_path_factory.mktemp(name), image)), registry, name)
+        yield registry
+
+
+@pytest.fixture
+def meter(registry: Registry) -> Iterator[Meter]:
+    with Meter(registry.host) as meter:
+        yield meter
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with run_node(str(tmp_path_factory.mktemp("node")), request.param) as running:
+        yield running
+
+
+@pytest.fixture
+def namespace(node: Node, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own, and so a domain; what is in it goes at the end, and every view with it."""
+    name = "t-" + str(abs(hash(request.node.nodeid)))
+    yield name
+    clear(node, name)
+    assert wait_until(lambda: views(node) == [])
+    assert os.listdir(f"{node.daemon.root}/snapshots") == []
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return true()
+
+
+def clear(node: Node, namespace: str) -> None:
+    ctr = node.containerd.ctr
+    for container in ctr("containers", "ls", "-q", namespace=namespace).stdout.split():
+        ctr("tasks", "rm", "--force", container, namespace=namespace, check=False)
+        ctr("containers", "rm", container, namespace=namespace)
+    for image in ctr("images", "ls", "-q", namespace=namespace).stdout.split():
+        ctr("images", "rm", "--sync", image, namespace=namespace)
+
+
+def views(node: Node) -> list[str]:
+    """Where views are mounted."""
+    with open("/proc/self/mountinfo") as file:
+        points = [line.split()[4] for line in file]
+    return [point for point in points if point.startswith(f"{node.daemon.run}/l/")]
+
+
+def pull(node: Node, reference: str, namespace: str, *options: str) -> list[str]:
+    """`nsfs pull`; what it says became of each layer."""
+    report = json.loads(node.pull(reference, "--json", *options, namespace=namespace).stdout)
+    return [layer["how"] for layer in report["layers"]]
+
+
+def blobs(node: Node, namespace: str) -> set[str]:
+    return set(node.containerd.ctr("content", "ls", "-q", namespace=namespace).stdout.split())
+
+
+def documents(image: Image) -> set[str]:
+    return {image.digest, Digest.of(image.config_blob)}
+
+
+def size(image: Image) -> int:
+    return sum(len(layer.blob) for layer in image.layers)
+
+
+def test_a_plain_image_is_read_once_and_shown_as_overlayfs_shows_it(
+    node: Node, meter: Meter, images: dict[str, Image], namespace: str
+) -> None:
+    reference = f"{meter.host}/plain:latest"
+    assert pull(node, reference, namespace) == ["lazy", "lazy"]
+    assert blobs(node, namespace) == documents(images["plain"])
+    assert sum(meter.served(layer.digest) for layer in images["plain"].layers) == size(images["plain"])
+    before = meter.served()
+    seen = node.run(reference, "a", "/bin/sh", "-c", LISTING, namespace=namespace)
+    assert meter.served() == before
+    assert pull(node, reference, namespace, "--snapshotter", "overlayfs") == ["unpacked", "unpacked"]
+    assert seen == node.containerd.run(reference, "b", "/bin/sh", "-c", LISTING, namespace=namespace)
+    assert seen.count("\n") > 100
+
+
+@pytest.mark.parametrize("options", ["runc", "runsc"])
+def test_an_estargz_image_costs_what_is_read(
+    node: Node, meter: Meter, images: dict[str, Image], namespace: str, options: str
+) -> None:
+    reference = f"{meter.host}/estargz:latest"
+    assert pull(node, reference, namespace) == ["lazy", "lazy"]
+    runtime = node.containerd.runsc() if options == "runsc" else ()
+    assert node.run(reference, "a", "/bin/cat", "/etc/motd", options=runtime, namespace=namespace) == "lazy\n"
+    assert meter.served() < size(images["estargz"]) / 3
+
+
+def test_an_evicted_image_comes_back_by_ranges(
+    node: Node, meter: Meter, images: dict[str, Image], namespace: str
+) -> None:
+    reference = f"{meter.host}/plain:latest"
+    pull(node, reference, namespace)
+    node.daemon.nsfs("evict", reference, "--namespace", namespace)
+    before = meter.served()
+    assert node.run(reference, "a", "/bin/cat", "/etc/motd", namespace=namespace) == "lazy\n"
+    assert 0 < meter.served() - before < size(images["plain"]) / 3
+
+
+def test_layers_that_cannot_be_lazy_are_unpacked_between_lazy_ones(node: Node, meter: Meter, namespace: str) -> None:
+    reference = f"{meter.host}/mixed:latest"
+    assert pull(node, reference, namespace) == ["lazy", "unpacked", "unpacked", "lazy"]
+    seen = node.run(reference, "a", "/bin/sh", "-c", LISTING, namespace=namespace)
+    pull(node, reference, namespace, "--snapshotter", "overlayfs")
+    assert seen == node.containerd.run(reference, "b", "/bin/sh", "-c", LISTING, namespace=namespace)
+
+
+def test_ctr_of_containerd_2_pulls_lazily_by_itself(
+    node: Node, meter: Meter, images: dict[str, Image], namespace: str
+) -> None:
+    reference = f"{meter.host}/estargz:latest"
+    command = ("images", "pull", "--plain-http", "--snapshotter", "nsfs", reference)
+    node.containerd.ctr(*command, namespace=namespace)
+    lazy = node.containerd.major == 2
+    assert (meter.served() < size(images["estargz"]) / 3) is lazy
+    assert node.run(reference, "a", "/bin/cat", "/etc/motd", namespace=namespace) == "lazy\n"
+
+
+def test_twenty_containers_share_the_views(node: Node, meter: Meter, namespace: str) -> None:
+    reference = f"{meter.host}/plain:latest"
+    pull(node, reference, namespace)
+    for number in range(20):
+        write = f"echo {number} > /etc/number; cat /etc/motd > /etc/copy; sleep 1000"
+        node.containerd.ctr(
+            "run", "-d", "--snapshotter", "nsfs", reference, f"c{number}", "/bin/sh", "-c", write, namespace=namespace
+        )
+    assert len(views(node)) == 2
+    for number in (0, 19):
+        said = exec_when_ready(node, namespace, f"c{number}", "cat /etc/number /etc/copy")
+        assert said == f"{number}\nlazy\n"
+
+
+def exec_when_ready(node: Node, namespace: str, container: str, script: str) -> str:
+    for attempt in range(100):
+        command = ("tasks", "exec", "--exec-id", f"e{attempt}", container, "/bin/sh", "-c", script)
+        done = node.containerd.ctr(*command, namespace=namespace, check=False)
+        if done.returncode == 0:
+            return done.stdout
+        time.sleep(0.05)
+    raise AssertionError(done.stderr)
+
+
+def test_two_namespaces_pull_one_image_at_once_and_part(node: Node, meter: Meter, namespace: str) -> None:
+    other = f"{namespace}-other"
+    reference = f"{meter.host}/plain:latest"
+    command = [*NSFS, "pull", "--containerd", node.containerd.socket, "--json", reference, "-n"]
+    pulls = [subprocess.Popen([*command, each], stdout=subprocess.PIPE) for each in (namespace, other)]
+    reports = [json.loads(process.communicate()[0]) for process in pulls]
+    assert [[layer["how"] for layer in report["layers"]] for report in reports] == [["lazy", "lazy"]] * 2
+    start = ("run", "-d", "--snapshotter", "nsfs", reference, "a", "/bin/sleep", "1000")
+    for each in (namespace, other):
+        node.containerd.ctr(*start, namespace=each)
+    assert len(views(node)) == 4
+    clear(node, namespace)
+    assert wait_until(lambda: len(views(node)) == 2)
+    assert exec_when_ready(node, other, "a", "sha256sum /data/*; cat /etc/motd").endswith("lazy\n")
+    clear(node, other)
+
+
+def test_a_living_container_keeps_its_views(node: Node, meter: Meter, namespace: str) -> None:
+    reference = f"{meter.host}/estargz:latest"
+    pull(node, reference, namespace)
+    node.containerd.ctr("run", "-d", "--snapshotter", "nsfs", reference, "a", "/bin/sleep", "1000", namespace=namespace)
+    node.containerd.ctr("images", "rm", "--sync", reference, namespace=namespace)
+    assert len(node.snapshots(namespace)) == 3
+    assert exec_when_ready(node, namespace, "a", "sha256sum /opt/unused").startswith(hashlib.sha256(UNUSED).hexdigest())
