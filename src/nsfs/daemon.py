@@ -28,6 +28,7 @@ from nsfs.serve import doctor, mounts
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
 from nsfs.serve.forkserver import launch_server, open_fork_server
+from nsfs.serve.fronts import open_fronts
 from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
 from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.session import read_init
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WARM: Final = ["nsfs.worker", "nsfs.layer_jobs", "nsfs.front", "nsfs.serve.mounts"]
+_FOR_MOUNTS: Final = {"fuse", "/dev/fuse", "fusermount3"}
+"""What a user can do without as long as nothing is mounted; root's workers cannot."""
 _TIDY_EVERY: Final = 1.0
 """Seconds between looks for mounts that others took away."""
 _LINGER: Final = 5
@@ -105,9 +108,10 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
                 domain_dir=lambda name: layout.domain(name).path,
             )
         )
-        kernel = (
-            HostKernel(layout, config, server) if host.root else UserKernel(layout, config, server, supervisor.bitmap)
-        )
+        kernel = HostKernel(layout, config, server)
+        if not host.root:
+            fronts = await stack.enter_async_context(open_fronts(server))
+            kernel = UserKernel(layout, config, server, supervisor.bitmap, fronts)
         lowers = Lowers(kernel, supervisor)
         manual = ManualMounts(meta, supervisor, kernel, host, config.isolation, lowers)
         await manual.sweep()
@@ -129,8 +133,9 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
 def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
     """What this host can do and the configuration allows."""
     report = doctor.examine(config, environ, uid)
-    if not report.usable:
-        raise UnsupportedError(f"this host lacks what nsfs needs: {', '.join(report.missing)}", hint="see nsfs doctor")
+    missing = [name for name in report.missing if uid == 0 or name not in _FOR_MOUNTS]
+    if missing:
+        raise UnsupportedError(f"this host lacks what nsfs needs: {', '.join(missing)}", hint="see nsfs doctor")
     used = {feature.name for feature in report.features if feature.used}
     return Host(root=uid == 0, erofs="erofs" in used, file_backed="erofs from files" in used)
 

@@ -147,7 +147,7 @@ async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int, ready: Callable[[
         state = FrontState(args)
         vfs = TreeFs(tree, args.views, reader.read, state=state.files())
         async with running(lambda: state.follow(line)):
-            await Session(FuseOperations(vfs), fuse_fd).serve(on_ready=ready)
+            await Session(FuseOperations(vfs), fuse_fd).serve(args.init, on_ready=ready)
 
 
 def main(args: bytes, fds: list[int]) -> None:

@@ -237,7 +237,22 @@ def test_a_foreground_mount_that_somebody_else_unmounted(daemon: FakeDaemon, mon
     monkeypatch.setattr("threading.Event.wait", lambda _event: True)
     result = run("mount", "a", "/mnt", "--foreground")
     assert result.exit_code == 0
-    assert "unmounted by somebody else: /mnt" in result.stderr
+    assert "nothing is left to unmount: /mnt" in result.stderr
+
+
+def test_a_foreground_mount_that_is_interrupted_when_it_is_made_is_taken_away(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_method: str, *_arguments: object) -> None:
+        if _method == "Umount":
+            daemon.requests.append((_method, _arguments[0]))
+            raise NotFoundError("no")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(daemon, "call", interrupt)
+    result = run("mount", "a", "/mnt", "--foreground")
+    assert result.exit_code == 130
+    assert daemon.requests == [("Umount", api.UmountRequest(target="/mnt"))]
 
 
 def test_notes_and_progress_go_to_stderr_as_lines(daemon: FakeDaemon) -> None:

@@ -46,36 +46,57 @@ def mount(
     **wishes: Unpack[_Wishes],
 ) -> None:
     """Mount the image REF at the existing directory DIR; its bytes are fetched when they are read."""
-    stopped = _catch_signals() if foreground else None
     image = choice.image(reference)
     request = api.MountRequest(**msgspec.structs.asdict(image), target=mount_point(directory), **wishes)
-    report = session.call("Mount", request, api.MountReport)
+    stop = _Stop() if foreground else None
+    try:
+        report = session.call("Mount", request, api.MountReport)
+    except KeyboardInterrupt:
+        if stop is not None:
+            _take_away(session, request.target)
+        raise
+    if stop is not None:
+        stop.defer()
     if as_json:
         click.echo(render_json(report))
     session.talk.note(
         f"{report.reference} is at {report.target}: {render_count(report.files, 'file')}, {render_size(report.size)}, "
         f"{render_size(report.local)} of it local, driver {report.driver}"
     )
-    if stopped is not None:
-        _stay(session, report.target, stopped)
+    if stop is not None:
+        session.talk.note("press Ctrl-C to unmount")
+        stop.wait()
+        _take_away(session, report.target)
 
 
-def _catch_signals() -> threading.Event:
-    """Have SIGTERM and SIGHUP end the command as Ctrl-C does: by KeyboardInterrupt, until `_stay` takes them over."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
-    return threading.Event()
+class _Stop:
+    """What SIGINT, SIGTERM and SIGHUP do to a mount in the foreground: they interrupt its making, and later end it."""
+
+    def __init__(self) -> None:
+        self._is_deferred = False
+        self._asked = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._handle)
+
+    def _handle(self, _number: int, _frame: object) -> None:
+        if not self._is_deferred:
+            raise KeyboardInterrupt
+        self._asked.set()
+
+    def defer(self) -> None:
+        """From now on a signal ends `wait`, and nothing else."""
+        self._is_deferred = True
+
+    def wait(self) -> None:
+        """Until a signal."""
+        self._asked.wait()
 
 
-def _stay(session: Session, target: str, stopped: threading.Event) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda _number, _frame: stopped.set())
-    session.talk.note("press Ctrl-C to unmount")
-    stopped.wait()
+def _take_away(session: Session, target: str) -> None:
     try:
         session.call("Umount", api.UmountRequest(target=target), api.Empty)
     except NotFoundError:
-        session.talk.note(f"was unmounted by somebody else: {target}")
+        session.talk.note(f"nothing is left to unmount: {target}")
 
 
 @click.command()

@@ -27,6 +27,7 @@ from msgspec import Struct
 
 from nsfs.format.erofs import render_erofs
 from nsfs.model.layer import Kind, Node
+from nsfs.serve.mounts import OPEN_HINT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -234,7 +235,10 @@ def _knows_filesystem(kind: bytes, since: str) -> Callable[[_Host], Finding]:
 
 
 def _probe_device(_host: _Host) -> Finding:
-    os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        return Finding(present=False, detail=f"not yours to open; {OPEN_HINT}")
     return Finding(present=True)
 
 

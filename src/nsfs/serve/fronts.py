@@ -1,8 +1,37 @@
-"""What a front is started with."""
+"""Fronts: a process for each mount of a user who is not root, started again when it dies.
+
+Owns what must outlive a front: the mount's /dev/fuse descriptor (so the connection stays) and the INIT that the kernel
+sent. A front that dies is followed by one that is given both and goes on; a mount that is taken away ends its front.
+
+Concurrency: one task per mount, in the nursery of `open_fronts`. Nothing here touches a path below a mount.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import select
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import trio
 from msgspec import Struct
+
+from nsfs.errors import NsfsError
+from nsfs.serve.session import read_init
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from nsfs.serve.forkserver import Child, ForkServer
+
+log = logging.getLogger(__name__)
+
+_ENTRY: Final = "nsfs.front:main"
+_FIRST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 5.0
+"""Seconds between two starts of a front that dies at once."""
 
 
 class FrontArgs(Struct, frozen=True, kw_only=True):
@@ -21,3 +50,78 @@ class FrontArgs(Struct, frozen=True, kw_only=True):
     """Names of the views, as the worker knows them, in the same order."""
     info: dict[str, str | int | bool] = {}
     """What `.nsfs/mount.json` says: reference, digest, …"""
+    init: bytes = b""
+    """The connection's INIT request; empty if nobody has read it yet."""
+
+
+class Fronts:
+    """The service. Made by `open_fronts`."""
+
+    def __init__(self, server: ForkServer, nursery: trio.Nursery) -> None:
+        self._server = server
+        self._nursery = nursery
+
+    async def start(self, args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
+        """Return when the new mount of `fuse_fd`, which stays the caller's, is served; raises NsfsError if it is not.
+
+        `bitmap_fd` must stay open for as long as the mount is there.
+        """
+        args = msgspec.structs.replace(args, init=await read_init(fuse_fd))
+        front = await self._spawn(args, fuse_fd, bitmap_fd)
+        self._nursery.start_soon(self._keep, front, args, os.dup(fuse_fd), bitmap_fd)
+
+    async def _keep(self, front: Child, args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
+        """Have a front as long as there is a mount."""
+        pause = _FIRST_PAUSE
+        try:
+            while True:
+                began = trio.current_time()
+                await _wait_end(front)
+                if not _is_connected(fuse_fd):
+                    return
+                log.warning("the front of a mount died: pid %d", front.pid)
+                pause = _FIRST_PAUSE if trio.current_time() - began > _LONGEST_PAUSE else min(2 * pause, _LONGEST_PAUSE)
+                await trio.sleep(pause)
+                try:
+                    front = await self._spawn(args, fuse_fd, bitmap_fd)
+                except NsfsError as error:
+                    log.warning("a mount has no front: %s", error)
+        finally:
+            os.close(fuse_fd)
+
+    async def _spawn(self, args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> Child:
+        """A front that serves."""
+        receive, send = os.pipe2(os.O_CLOEXEC)
+        async with trio.lowlevel.FdStream(receive) as line:
+            try:
+                front = await self._server.spawn(_ENTRY, args, [fuse_fd, bitmap_fd, send])
+            finally:
+                os.close(send)
+            if not await line.receive_some(1):
+                front.close()
+                raise NsfsError("the mount's process ended at its start", hint="the daemon's log says more")
+            return front
+
+
+async def _wait_end(front: Child) -> None:
+    try:
+        await front.wait()
+    except NsfsError as error:
+        log.info("a front's end is not known: %s", error)
+    finally:
+        front.close()
+
+
+def _is_connected(fuse_fd: int) -> bool:
+    """Whether the filesystem is still mounted (Linux fs/fuse/dev.c, fuse_dev_poll: EPOLLERR if not)."""
+    poll = select.poll()
+    poll.register(fuse_fd, 0)
+    return not poll.poll(0)
+
+
+@asynccontextmanager
+async def open_fronts(server: ForkServer) -> AsyncIterator[Fronts]:
+    """Fronts that end with the block, if their mounts have not ended before."""
+    async with trio.open_nursery() as nursery:
+        yield Fronts(server, nursery)
+        nursery.cancel_scope.cancel()

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import trio
 
 from nsfs.core.manual import Kernel
-from nsfs.errors import NoSpaceError, NotFoundError, NsfsError, UnreachableError, UsageError
+from nsfs.errors import DeniedError, NoSpaceError, NotFoundError, NsfsError, UnreachableError, UsageError
 from nsfs.model.mounts import Bind, Driver
 from nsfs.serve import mounts
-from nsfs.serve.fronts import FrontArgs
+from nsfs.serve.fronts import FrontArgs, Fronts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,7 +40,6 @@ _CHECKS = 8
 """Directories that are looked at at a time."""
 _OUR_TYPES = {"overlay", "erofs", mounts.FUSE_TYPE}
 _EMPTY = "empty"
-_FRONT = "nsfs.front:main"
 
 
 class HostKernel(Kernel):
@@ -154,9 +153,19 @@ class HostKernel(Kernel):
 class UserKernel(HostKernel):
     """The kernel of a host where we are somebody: one FUSE mount per image, by fusermount3, and nothing else."""
 
-    def __init__(self, layout: Layout, config: Config, server: ForkServer, bitmap: Callable[[str], int]) -> None:
+    def __init__(
+        self, layout: Layout, config: Config, server: ForkServer, bitmap: Callable[[str], int], fronts: Fronts
+    ) -> None:
         super().__init__(layout, config, server)
         self._bitmap = bitmap
+        self._fronts = fronts
+
+    async def check_target(self, target: str) -> None:
+        """See Kernel."""
+        mounts.check_fuse_as_user()
+        await super().check_target(target)
+        if not os.access(target, os.W_OK):
+            raise DeniedError(f"not a directory that you may mount on: {target}", hint="take one of your own")
 
     async def mount_front(self, record: MountRecord, maps: Sequence[worker_api.MapInfo]) -> None:
         """See Kernel."""
@@ -169,25 +178,13 @@ class UserKernel(HostKernel):
         )
         fd = await trio.to_thread.run_sync(mounts.mount_fuse_as_user, record.target)
         try:
-            await self._start_front(args, fd, record.domain)
+            await self._fronts.start(args, fd, self._bitmap(record.domain))
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self.unmount([record.target], force=True)
             raise
         finally:
             os.close(fd)
-
-    async def _start_front(self, args: FrontArgs, fuse_fd: int, domain: str) -> None:
-        """Return when the front serves; raises NsfsError if it ends before."""
-        receive, send = os.pipe2(os.O_CLOEXEC)
-        async with trio.lowlevel.FdStream(receive) as line:
-            try:
-                front = await self._server.spawn(_FRONT, args, [fuse_fd, self._bitmap(domain), send])
-            finally:
-                os.close(send)
-            front.close()
-            if not await line.receive_some(1):
-                raise NsfsError("the mount's process ended at its start", hint="the daemon's log says more")
 
     async def unmount(self, paths: Sequence[str], *, force: bool) -> None:
         """See Kernel."""

@@ -17,6 +17,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -308,6 +309,7 @@ _HINTS: Final = {
     (errno.ELOOP, "overlay"): "a directory is stacked twice, or too deep a stack: only two filesystems may be stacked",
     (errno.ENODEV, FUSE_TYPE): "this kernel has no fuse: modprobe fuse",
 }
+OPEN_HINT: Final = "as root: chmod 666 /dev/fuse, as udev sets it up"
 _ANY_HINTS: Final = {
     errno.EPERM: "mounting needs CAP_SYS_ADMIN in the host's user namespace",
     errno.EBUSY: "a process works below it: see fuser -m, or unmount with --force",
@@ -379,8 +381,28 @@ def _run_fusermount(arguments: list[str], environment: dict[str, str], fds: list
     except FileNotFoundError:
         raise UnsupportedError("there is no fusermount3", hint="install the package fuse3") from None
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().removeprefix("fusermount3: ")
-        raise DeniedError(f"fusermount3 refused: {said or done.returncode}")
+        raise plan_fusermount_error(done.stderr.decode(errors="replace").strip() or f"exit status {done.returncode}")
+
+
+def plan_fusermount_error(said: str) -> NsfsError:
+    """How a refusal of fusermount3, which speaks English whatever the locale, is told."""
+    said = said.removeprefix("fusermount3: ")
+    if said.endswith(os.strerror(errno.EBUSY)):
+        return BusyError(f"fusermount3 refused: {said}", hint=_ANY_HINTS[errno.EBUSY])
+    return DeniedError(f"fusermount3 refused: {said}")
+
+
+def check_fuse_as_user() -> None:
+    """Raise, with what to do about it, where a user who is not root cannot mount at all."""
+    if shutil.which("fusermount3") is None:
+        raise UnsupportedError("there is no fusermount3", hint="install the package fuse3")
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        raise DeniedError("/dev/fuse is not yours to open", hint=OPEN_HINT) from None
+    except OSError as error:
+        hint = "as root: modprobe fuse; a container needs the device from outside"
+        raise UnsupportedError(f"there is no /dev/fuse: {error.strerror}", hint=hint) from None
 
 
 # Loop devices
