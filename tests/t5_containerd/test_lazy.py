@@ -250,3 +250,21 @@ def test_a_living_container_keeps_its_views(node: Node, meter: Meter, namespace:
     node.containerd.ctr("images", "rm", "--sync", reference, namespace=namespace)
     assert len(node.snapshots(namespace)) == 3
     assert exec_when_ready(node, namespace, "a", "sha256sum /opt/unused").startswith(hashlib.sha256(UNUSED).hexdigest())
+
+
+def test_a_pull_indexes_before_containerd_is_asked(
+    node: Node, meter: Meter, images: dict[str, Image], namespace: str
+) -> None:
+    """So containerd holds no lock while a slow registry drips, and whoever pulls sees how far each layer is."""
+    top = images["plain"].layers[1]
+    meter.hold_after = 1 << 20
+    command = [*NSFS, "pull", "--containerd", node.containerd.socket, "-n", namespace, f"{meter.host}/plain:latest"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        meter.wait_served(top.digest, 1 << 20)
+        time.sleep(0.5)
+        assert node.snapshots(namespace) == []
+        meter.hold_after = None
+        said = process.communicate()[1]
+        assert process.returncode == 0
+    assert f"index {top.digest.hex[:12]}" in said
+    assert "2 layers, 2 lazy" in said

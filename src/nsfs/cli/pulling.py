@@ -66,7 +66,7 @@ def pull(
     report = pulling.run(
         reference,
         load_system_config(),
-        session.talk.progress,
+        session.talk,
         socket=address.removeprefix("unix://"),
         namespace=namespace,
         snapshotter=snapshotter,

@@ -6,14 +6,16 @@ was given.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import trio
 
 from nsfs.core import worker_api
 from nsfs.core.layers import PLAIN, short
-from nsfs.core.tasks import running
-from nsfs.model.report import EntryReport, ImageReport, LayerReport, Progress
+from nsfs.core.tasks import run_all, running
+from nsfs.errors import NsfsError
+from nsfs.model.report import EntryReport, ImageReport, LayerReport, Note, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -86,6 +88,7 @@ class Domain:
         """What the daemon may call, by name."""
         return {
             "Prepare": (worker_api.Prepare, self._prepare),
+            "Index": (worker_api.Name, self._index),
             "Inspect": (worker_api.Name, self._inspect),
             "List": (worker_api.PathName, self._list),
             "Tree": (worker_api.PathName, self._tree),
@@ -131,8 +134,25 @@ class Domain:
         assert record is not None, "indexed layers have records"
         return record
 
-    async def _inspect(self, params: worker_api.Name, _report: Report) -> ImageReport:
+    async def _index(self, params: worker_api.Name, report: Report) -> ImageReport:
+        """Index what can be served; what cannot is no error, and not `indexed` in the report."""
         image = await self._images.resolve(params.reference, params.platform)
+
+        async def index(layer: Layer) -> None:
+            try:
+                await self._layers.index(image, layer)
+            except NsfsError as error:
+                await report(Note(text=f"layer {short(layer.digest)} cannot be served: {error}"))
+
+        layers = {layer.digest: layer for layer in image.layers}.values()
+        async with running(lambda: self._tell(image, report)):
+            await run_all(partial(index, layer) for layer in layers)
+        return self._image_report(image)
+
+    async def _inspect(self, params: worker_api.Name, _report: Report) -> ImageReport:
+        return self._image_report(await self._images.resolve(params.reference, params.platform))
+
+    def _image_report(self, image: Image) -> ImageReport:
         return ImageReport(
             reference=image.reference,
             digest=str(image.digest),

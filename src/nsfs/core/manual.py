@@ -234,6 +234,11 @@ class ManualMounts:
         self._locks = self._lowers.locks
         self._claimed: set[str] = set()
 
+    @property
+    def mounts_erofs(self) -> bool:
+        """Whether this host shows layers one by one, as snapshots need them."""
+        return self._host.root and choose_driver("auto", self._host) is not Driver.FUSE
+
     def domain_for(self, namespace: str, isolation: str | None, mount_id: str = "inspect") -> Domain:
         """The domain of a request; a user who is not root has only one."""
         if not self._host.root:

@@ -148,6 +148,7 @@ METHODS: dict[str, tuple[type, type]] = {
     "Status": (Empty, StatusReport),
     "Mount": (MountRequest, MountReport),
     "Umount": (UmountRequest, Empty),
+    "Index": (ImageRequest, ImageReport),
     "Inspect": (ImageRequest, ImageReport),
     "List": (PathRequest, Empty),
     "Tree": (PathRequest, Empty),

@@ -76,9 +76,14 @@ class Containerd:
 
     async def has_snapshotter(self, name: str) -> bool:
         """Whether there is a snapshotter of that name, proxied or not."""
+        return await self.snapshotter_address(name) is not None
+
+    async def snapshotter_address(self, name: str) -> str | None:
+        """The unix socket of a proxied snapshotter, "" for one of containerd's own, None where there is none."""
         request = introspection_pb2.PluginsRequest(filters=[f"type=={_SNAPSHOTTER}"])
         said = await self._call("introspection.v1.Introspection/Plugins", request, introspection_pb2.PluginsResponse)
-        return any(plugin.id == name for plugin in said.plugins)
+        found = [plugin.exports.get("address", "") for plugin in said.plugins if plugin.id == name]
+        return found[0].removeprefix("unix://") if found else None
 
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[None]:

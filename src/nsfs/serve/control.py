@@ -14,7 +14,7 @@ from nsfs import __version__
 from nsfs.core import worker_api
 from nsfs.core.manual import ManualMounts, Wish
 from nsfs.core.tasks import run_all
-from nsfs.errors import DeniedError, NsfsError
+from nsfs.errors import DeniedError, NsfsError, UnsupportedError
 from nsfs.model.report import EntryReport, ImageReport
 from nsfs.serve import api
 
@@ -52,6 +52,7 @@ class Control:
             "Status": self._status,
             "Mount": self._counted(self._mount),
             "Umount": self._counted(self._umount),
+            "Index": self._counted(self._index),
             "Inspect": self._counted(self._inspect),
             "List": self._counted(self._path("List", worker_api.Empty, api.Empty)),
             "Tree": self._counted(self._path("Tree", worker_api.Empty, api.Empty)),
@@ -104,10 +105,19 @@ class Control:
     async def _ask(self, domain: Domain, method: str, params: Struct, result: type[T], report: Report) -> T:
         return await self._supervisor.call(domain, method, params, result, report)
 
+    async def _index(self, request: api.ImageRequest, report: Report) -> ImageReport:
+        """Before containerd asks for the image's snapshots."""
+        if self._private or not self._mounts.mounts_erofs:
+            raise UnsupportedError("this daemon serves no layers to containerd", hint="see nsfs doctor")
+        return await self._report_image("Index", request, report)
+
     async def _inspect(self, request: api.ImageRequest, report: Report) -> ImageReport:
+        return await self._report_image("Inspect", request, report)
+
+    async def _report_image(self, method: str, request: api.ImageRequest, report: Report) -> ImageReport:
         name = worker_api.Name(reference=request.reference, platform=request.platform)
         domain = self._domain(request)
-        found = await self._ask(domain, "Inspect", name, ImageReport, report)
+        found = await self._ask(domain, method, name, ImageReport, report)
         found.domain = domain.name
         return found
 
