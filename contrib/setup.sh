@@ -78,9 +78,10 @@ install_packages() {
     install_quietly "${wanted[@]}"
 }
 
+# The system's own first: one that lies in somebody's home makes a .venv that nobody else can run.
 find_python() {
     local python
-    for python in python3 /usr/bin/python3; do
+    for python in /usr/bin/python3 python3; do
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$python"
             return
