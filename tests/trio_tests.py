@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def run(body: Callable[[], Awaitable[Any]], *, threads: bool = False) -> None:
-    """Run `body`, of which nothing may be left after 600 seconds of its own clock.
+    """Run `body` on a clock that jumps whenever all tasks wait; what belongs into a thread is done on the spot.
 
-    The clock jumps whenever all tasks wait, and what belongs into a thread is done on the spot. With `threads` there
-    are real ones, and the clock jumps only after a moment, in which they and other processes may answer.
+    After 600 seconds of that clock it has failed. With `threads` there are real ones, for other processes, too, and the
+    clock is real.
     """
 
     async def limited() -> None:
-        with trio.fail_after(600):
+        with trio.fail_after(60 if threads else 600):
             await body()
 
     if threads:
-        trio.run(limited, clock=trio.testing.MockClock(autojump_threshold=0.1))
+        trio.run(limited)
         return
     with mock.patch("trio.to_thread.run_sync", _do_here):
         trio.run(limited, clock=trio.testing.MockClock(autojump_threshold=0))

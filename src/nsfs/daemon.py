@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import resource
 import shutil
 import signal
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
@@ -61,9 +62,16 @@ _POD: Final = escape_component("pod/")
 def run(config: Config, *, private: bool) -> None:
     """Serve until SIGTERM or SIGINT, or, a private daemon, until nobody needs it; raises BusyError, DeniedError."""
     layout = Layout(config.root, config.run)
+    _allow_descriptors()
     with _owned(layout):
         zygote = launch_server(_WARM)
         trio.run(_serve, config, layout, zygote, private)
+
+
+def _allow_descriptors() -> None:
+    """As many as may be, for us and for what we start: a worker has a few for each layer that it serves."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

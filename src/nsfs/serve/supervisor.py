@@ -53,10 +53,8 @@ _DEATH: Final = 5.0
 """Seconds that a killed worker may take to be gone; longer only where a disk does not answer."""
 _ATTEMPTS: Final = 2
 """Workers that are asked in turn, where one dies meanwhile: enough for an accident, too few for a poisonous call."""
-_REPEATABLE: Final = frozenset(
-    {"Prepare", "Inspect", "Stat", "Evict", "ShowViews", "HideViews", "ShowTree", "HideTree"}
-)
-"""What may be asked twice. Listings and contents were reported in part to somebody."""
+_ONCE: Final = frozenset({"List", "Tree", "Read"})
+"""What cannot be asked of the next worker, since part of it was reported to somebody. All else may be done twice."""
 
 
 class WorkerArgs(Struct, kw_only=True):
@@ -171,7 +169,7 @@ class Supervisor:
         """
         kept = await self._keep(domain.name)
         kept.note(method, params)
-        left = _ATTEMPTS if method in _REPEATABLE else 1
+        left = 1 if method in _ONCE else _ATTEMPTS
         while True:
             peer = await self._wait_peer(kept)
             left -= 1
