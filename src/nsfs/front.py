@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from nsfs.core import worker_api
+from nsfs.core.dropping import drop_often
 from nsfs.core.maps import open_map
 from nsfs.core.tasks import running
 from nsfs.core.union import UnionTree
@@ -146,7 +147,7 @@ async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int, ready: Callable[[
         reader = FrontReader(pool, line)
         state = FrontState(args)
         vfs = TreeFs(tree, args.views, reader.read, state=state.files())
-        async with running(lambda: state.follow(line)):
+        async with running(lambda: state.follow(line)), running(lambda: drop_often(pool)):
             await Session(FuseOperations(vfs), fuse_fd).serve(args.init, on_ready=ready)
 
 

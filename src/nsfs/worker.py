@@ -21,6 +21,7 @@ import trio
 from nsfs.core import worker_api
 from nsfs.core.blobs import Blobs
 from nsfs.core.domain import Domain
+from nsfs.core.dropping import drop_often
 from nsfs.core.fetcher import open_fetcher
 from nsfs.core.fetchview import FetchConfig
 from nsfs.core.images import Images, Located
@@ -28,6 +29,7 @@ from nsfs.core.jobs import Jobs
 from nsfs.core.layers import Layers
 from nsfs.core.looking import Looking
 from nsfs.core.maps import load_map, open_map
+from nsfs.core.pinned import Pinned
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import DomainFs
 from nsfs.core.views import Views
@@ -90,15 +92,17 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         worker = await _compose(stack, config, layout.domain(params.domain), pool, index, fds[1], forks)
         worker.layers.finish(unfinished)
         worker.shown.show_again(params.views, params.trees)
-        peer = await stack.enter_async_context(open_peer(control, worker.domain.methods(), name=params.domain))
+        methods = worker.domain.methods() | worker.pinned.methods()
+        peer = await stack.enter_async_context(open_peer(control, methods, name=params.domain))
         await _serve(params, config, fds, peer, pool, worker)
 
 
 class _Worker:
     """What `_compose` made."""
 
-    def __init__(self, domain: Domain, layers: Layers, views: Views, shown: ShownTree) -> None:
+    def __init__(self, domain: Domain, pinned: Pinned, layers: Layers, views: Views, shown: ShownTree) -> None:
         self.domain = domain
+        self.pinned = pinned
         self.layers = layers
         self.views = views
         self.shown = shown
@@ -143,7 +147,8 @@ async def _compose(
     images = Images(sources, index, host_platform())
     looking = Looking(layers, views.look)
     shown = ShownTree(index, views)
-    return _Worker(Domain(images, layers, blobs, views, looking, index, shown), layers, views, shown)
+    domain = Domain(images, layers, blobs, views, looking, index, shown)
+    return _Worker(domain, Pinned(images, layers, index), layers, views, shown)
 
 
 def _recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[LayerKey]:
@@ -158,6 +163,7 @@ def _recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[Layer
 async def _serve(params: WorkerArgs, config: Config, fds: list[int], peer: Peer, pool: Pool, worker: _Worker) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_flush_often, pool)
+        nursery.start_soon(drop_often, pool)
         if params.fuse:
             ready = trio.Event()
             session = Session(FuseOperations(worker.shown.files), fds[2], resend=config.kernel.resend)
@@ -181,7 +187,7 @@ async def _serve_fuse(session: Session, init: bytes, ready: trio.Event, scope: t
 
 async def _serve_fronts(path: str, domain: Domain, task_status: trio.TaskStatus[None]) -> None:
     """Answer the fronts of a user's mounts at the socket `path`."""
-    methods = {"Fetch": (worker_api.Fetch, domain.fetch)}
+    methods = domain.front_methods()
 
     async def serve_front(stream: trio.SocketStream) -> None:
         try:
@@ -288,8 +294,11 @@ class ShownTree:
         """See core.domain.Shown."""
         images = [open_map(info.path) for info in tree.maps]
         views = [info.id + tree.suffix for info in tree.maps]
-        self.files.add_tree(tree.id, UnionTree(images), views)
+        self.files.add_tree(tree.id, UnionTree(images), views, {"mount.json": partial(self._describe, tree)})
         self._show(f"tree/{tree.id}", views)
+
+    def _describe(self, tree: worker_api.Tree) -> bytes:
+        return worker_api.render_mount(tree.info, self._views.usage([info.id for info in tree.maps]))
 
     def hide_tree(self, tree_id: str) -> None:
         """See core.domain.Shown."""

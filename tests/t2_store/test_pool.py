@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import random
+import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -410,3 +411,14 @@ def test_many_ranges_are_evicted_with_one_sync(pool: Pool, monkeypatch: pytest.M
     assert pool.evict_all(ranges) == 50 * BLOCK
     assert syncs == [pool._present]
     assert pool.missing(BASE, 3 * BLOCK) == [(BASE, BLOCK), (BASE + 2 * BLOCK, BLOCK)]
+
+
+def test_what_reads_leave_in_the_page_cache_is_dropped_later(domain: DomainLayout, pool: Pool) -> None:
+    data = os.urandom(16 << 20)
+    pool.write(BASE, data)
+    pool.flush()
+    for offset in range(4096, len(data) - (64 << 10), 1 << 20):
+        assert pool.read(BASE + offset, 64 << 10) == data[offset : offset + (64 << 10)]
+    pool.drop_read()
+    said = subprocess.run(["fincore", "-bnr", "-o", "RES", domain.disk], capture_output=True, text=True, check=True)
+    assert int(said.stdout) < 1 << 20
