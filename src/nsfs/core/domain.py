@@ -103,8 +103,15 @@ class Domain:
             "HideTree": (worker_api.TreeGone, self._hide_tree),
         }
 
-    async def _prepare(self, params: worker_api.Prepare, report: Report) -> worker_api.Prepared:
+    async def _resolve(self, params: worker_api.Prepare | worker_api.Name, report: Report) -> Image:
+        """The image that is meant; whoever asks hears where that is no news."""
         image = await self._images.resolve(params.reference, params.platform)
+        if image.stale:
+            await report(Note(text=f"{image.reference} is as it was known before: {image.stale}"))
+        return image
+
+    async def _prepare(self, params: worker_api.Prepare, report: Report) -> worker_api.Prepared:
+        image = await self._resolve(params, report)
         async with running(lambda: self._tell(image, report)):
             maps = await self._looking.all_maps(image, report)
         records = [self._record(layer) for layer in image.layers]
@@ -136,7 +143,7 @@ class Domain:
 
     async def _index(self, params: worker_api.Name, report: Report) -> ImageReport:
         """Index what can be served; what cannot is no error, and not `indexed` in the report."""
-        image = await self._images.resolve(params.reference, params.platform)
+        image = await self._resolve(params, report)
 
         async def index(layer: Layer) -> None:
             try:
@@ -149,8 +156,8 @@ class Domain:
             await run_all(partial(index, layer) for layer in layers)
         return self._image_report(image)
 
-    async def _inspect(self, params: worker_api.Name, _report: Report) -> ImageReport:
-        return self._image_report(await self._images.resolve(params.reference, params.platform))
+    async def _inspect(self, params: worker_api.Name, report: Report) -> ImageReport:
+        return self._image_report(await self._resolve(params, report))
 
     def _image_report(self, image: Image) -> ImageReport:
         return ImageReport(
@@ -182,26 +189,26 @@ class Domain:
         )
 
     async def _list(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
-        image = await self._images.resolve(params.reference, params.platform)
+        image = await self._resolve(params, report)
         await self._looking.list_names(image, params.path, report)
         return worker_api.Empty()
 
     async def _tree(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
-        image = await self._images.resolve(params.reference, params.platform)
+        image = await self._resolve(params, report)
         await self._looking.tree(image, params.path, report)
         return worker_api.Empty()
 
     async def _stat(self, params: worker_api.PathName, report: Report) -> EntryReport:
-        image = await self._images.resolve(params.reference, params.platform)
+        image = await self._resolve(params, report)
         return await self._looking.stat(image, params.path, report)
 
     async def _read(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
-        image = await self._images.resolve(params.reference, params.platform)
+        image = await self._resolve(params, report)
         await self._looking.read(image, params.path, params.offset, params.length, report)
         return worker_api.Empty()
 
     async def _evict(self, params: worker_api.Name, report: Report) -> worker_api.Evicted:
-        image = await self._images.resolve(params.reference, params.platform)
+        image = await self._resolve(params, report)
         keys = dict.fromkeys(record.key for layer in image.layers if (record := self._layers.record(layer)))
         freed = 0
         for key in keys:
