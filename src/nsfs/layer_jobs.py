@@ -16,6 +16,7 @@ from nsfs.core.jobs import run_job
 from nsfs.core.layers import LayerMade, MapArgs, MapMade, PlainArgs, SpanArgs, TocArgs, map_id_of
 from nsfs.core.maps import opened_map
 from nsfs.core.union import LowerTree
+from nsfs.errors import CorruptError
 from nsfs.format import estargz
 from nsfs.format.erofs import render_erofs
 from nsfs.model.digest import Digest
@@ -98,6 +99,7 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
         compression=Compression(args.compression),
         diff_id=Digest(args.diff_id),
         spool=layout.spool(key.blob),
+        max_stream=firstpass.plan_max_stream(args.blob_size),
     )
     with working(layout), _opened_pool(layout, fds[0]) as pool, open_index(layout.index) as index:
         result = firstpass.run_first_pass(
@@ -114,8 +116,11 @@ def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade
     with open(fds[0], "rb", closefd=False) as file:
         index, spans = estargz.parse_toc(file.read(), estargz.TocLocation(args.toc_offset, args.toc_size), toc)
     regular = [entry for entry in index.entries if entry.kind is Kind.REGULAR]
+    room = sum(-(-entry.size // BLOCK) * BLOCK for entry in regular)
+    if room > firstpass.MAX_ADDRESSES:
+        raise CorruptError(f"the contents of the layer are larger than allowed: {room} bytes")
     with working(layout), open_index(layout.index) as catalog:
-        slab = catalog.reserve(sum(-(-entry.size // BLOCK) * BLOCK for entry in regular))
+        slab = catalog.reserve(room)
         addresses = _give_out(index.entries, slab.address)
         directory = _Files(layout.layer_dir(key))
         directory.store_index(index, addresses)

@@ -43,6 +43,8 @@ PIECE: Final = 1 << 20
 """Bytes that pass from thread to thread at once, about."""
 _LEAST: Final = 256 << 10
 """Bytes of blob that are gathered before they are passed on: a pipe gives them in drops."""
+MAX_ADDRESSES: Final = 1 << 40
+"""Of one layer: a domain has 16 TiB of them, and gives none back."""
 _PROGRESS_EVERY: Final = 0.25
 _POLL_MS: Final = 100
 
@@ -84,7 +86,7 @@ class FirstPassJob:
     spool: str
     """Path of the blob's bytes; what is in it already was received earlier."""
     max_stream: int = 1 << 40
-    max_addresses: int = 1 << 40
+    max_addresses: int = MAX_ADDRESSES
     """Of all contents together, sparse files with their holes."""
 
 
@@ -100,6 +102,14 @@ class FirstPassResult:
     """What is to be made durable."""
     joined: int
     """Bytes of contents that the domain had already."""
+
+
+def plan_max_stream(blob_size: int) -> int:
+    """How long the stream of a blob may be: 200 times as long, but 16 GiB in any case and 1 TiB at most.
+
+    Deflate reaches 1,032 to 1 and zstd 32,768 to 1, with zeros. Real layers stay below 20 to 1.
+    """
+    return min(max(16 << 30, 200 * blob_size), 1 << 40)
 
 
 class Inflater(Protocol):

@@ -24,6 +24,7 @@ SLAB: Final = 64 << 20
 """Bytes of addresses that are reserved at least at once."""
 _BATCH: Final = 4 << 20
 """Bytes of neighbouring contents that are written at once."""
+_ZEROS: Final = bytes(_BATCH)
 _LONG_GAP: Final = 64 << 10
 """Holes of at least so many bytes are left out of the disk."""
 
@@ -33,6 +34,9 @@ class Disk(Protocol):
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store whole blocks and mark them present."""
+
+    def write_zeros(self, address: int, size: int) -> None:
+        """Mark blocks present that were never written."""
 
     def evict(self, address: int, size: int) -> int:
         """Drop blocks; returns bytes freed."""
@@ -209,8 +213,11 @@ class _Writer:
         self._fill += padding
 
     def flush(self) -> None:
-        """Write what is held back: whole blocks."""
+        """Write what is held back: whole blocks. Long zeros, as in a bomb, take no space."""
         if self._fill:
-            self._disk.write(self._base, memoryview(self._buffer)[: self._fill])
+            if self._fill == _BATCH and self._buffer == _ZEROS:
+                self._disk.write_zeros(self._base, _BATCH)
+            else:
+                self._disk.write(self._base, memoryview(self._buffer)[: self._fill])
             self._base += self._fill
             self._fill = 0
