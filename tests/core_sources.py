@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from nsfs.core.images import Located
@@ -13,7 +13,7 @@ from nsfs.model.digest import Digest
 from nsfs.model.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, Descriptor, Document, Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from nsfs.model.pool import ImageRecord
 
@@ -45,7 +45,7 @@ class FakeBlob:
 
     @asynccontextmanager
     async def stream(self, offset: int = 0) -> AsyncIterator[AsyncIterator[bytes]]:
-        async def pieces() -> AsyncIterator[bytes]:
+        async def pieces() -> AsyncGenerator[bytes, None]:
             self._source.asked.append((offset, -1))
             data = self._data()[offset:]
             if self._source.error is None:
@@ -54,7 +54,8 @@ class FakeBlob:
             yield data[: self._source.gives]
             raise self._source.error
 
-        yield pieces()
+        async with aclosing(pieces()) as opened:
+            yield opened
 
 
 class FakeLocalBlob(FakeBlob):

@@ -8,7 +8,7 @@ a memory map made may cross a fork. What a job leaves behind when it is killed i
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from nsfs.core import firstpass
@@ -16,7 +16,7 @@ from nsfs.core.jobs import run_job
 from nsfs.core.layers import LayerMade, MapArgs, MapMade, PlainArgs, SpanArgs, TocArgs, map_id_of
 from nsfs.core.maps import opened_map
 from nsfs.core.union import LowerTree
-from nsfs.errors import CorruptError
+from nsfs.errors import CorruptError, NsfsError
 from nsfs.format import estargz
 from nsfs.format.erofs import render_erofs
 from nsfs.model.digest import Digest
@@ -105,7 +105,9 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
         result = firstpass.run_first_pass(
             job, source_fd=fds[1], disk=pool, catalog=index, files=_Files(directory), progress=channel.progress
         )
-    made = _write_map(layout, key, map_id_of(key), result.index.entries, result.addresses, None)
+    made = None
+    with suppress(NsfsError):  # the layer is committed: whoever wants its map hears what is wrong with it
+        made = _write_map(layout, key, map_id_of(key), result.index.entries, result.addresses, None)
     return LayerMade(ranges=list(result.written), map=made)
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from nsfs.core.blobs import Blobs, OriginBlob
     from nsfs.core.images import Image, Layer
     from nsfs.core.jobs import Jobs
-    from nsfs.model.digest import Digest
+    from nsfs.model.digest import DiffId, Digest
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +168,8 @@ class Layers:
         self._indexing: Flights[LayerKey] = Flights(nursery)
         self._spanning: Flights[LayerKey] = Flights(nursery)
         self._mapping: Flights[MapRecord] = Flights(nursery)
+        self._claims: dict[LayerKey, DiffId] = {}
+        """What the image for which a plain layer is read says that its diff ID is."""
         self._background = trio.CapacityLimiter(1)
         self._idle = trio.Event()
         self.running: dict[LayerKey, LayerProgress] = {}
@@ -220,6 +222,8 @@ class Layers:
             await self.index(image, layer)
         except NsfsError as error:
             log.info("layer %s is not indexed ahead of its use: %s", short(layer.digest), error)
+        except Exception:
+            log.exception("a bug: layer %s is not indexed ahead of its use", short(layer.digest))
 
     async def index(self, image: Image, layer: Layer) -> LayerKey:
         """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
@@ -236,17 +240,21 @@ class Layers:
 
     async def _index_plain(self, layer: Layer) -> LayerKey:
         key = LayerKey(layer.digest, PLAIN)
-        found = self._catalog.layer(key)
-        if found is None:
-            await self._indexing.join(str(key), lambda: self._read_plain(layer, key))
-            found = self._catalog.layer(key)
-            assert found is not None, "what was committed is there"
+        while (found := self._catalog.layer(key)) is None:
+            claim = self._claims.setdefault(key, layer.diff_id)
+            try:
+                await self._indexing.join(str(key), lambda: self._read_plain(layer, key))
+            except CorruptError:
+                if claim == layer.diff_id:
+                    raise
+                log.info("layer %s is read again: another image said something else of it", short(layer.digest))
         _check_claim(found, layer)
         return key
 
     async def _read_plain(self, layer: Layer, key: LayerKey) -> LayerKey:
         blob = self._blobs.blob(layer.digest, layer.descriptor.size)
         with self._shown(layer, key) as progress:
+            self._claims[key] = layer.diff_id
             made = await self._resumed(blob, lambda: self._read_all(layer, blob, progress))
         await self._note(key, made)
         self._nursery.start_soon(self._make_spans_quietly, key)
@@ -261,6 +269,7 @@ class Layers:
         try:
             yield self.running[key]
         finally:
+            self._claims.pop(key, None)
             del self.running[key]
             if not self.running:
                 self._idle.set()
@@ -467,8 +476,10 @@ class Layers:
                 while self.running:
                     await self._idle.wait()
                 await self.ensure_spans(key)
+        except NsfsError as error:
+            log.warning("no checkpoints for layer %s, which cannot be evicted without: %s", short(key.blob), error)
         except Exception:
-            log.exception("no checkpoints for layer %s; it cannot be evicted until there are", short(key.blob))
+            log.exception("a bug: no checkpoints for layer %s, which cannot be evicted without", short(key.blob))
 
 
 def map_id_of(key: LayerKey, lowers: Sequence[MapRecord] | None = None) -> str:
@@ -521,7 +532,7 @@ async def _feed(blob: OriginBlob, offset: int, work: Callable[[int], Awaitable[N
             os.close(fd)
         return
     receive, send = os.pipe2(os.O_CLOEXEC)
-    with suppress(PermissionError):  # a user's pipes together have a limit (pipe(7), pipe-user-pages-soft)
+    with suppress(OSError):  # a user's pipes together have a limit (pipe(7), pipe-user-pages-soft)
         fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, _PIPE)
     failure: list[Exception] = []
 
