@@ -311,15 +311,7 @@ class Layers:
 
     async def _resumed(self, blob: OriginBlob, work: Callable[[], Awaitable[T]]) -> T:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
-        if not _size_of(self._paths.spool(blob.digest)):
-            return await work()
-        try:
-            return await work()
-        except CorruptError as error:
-            log.warning(
-                "what was left of layer %s is given up, and all of it read again: %s", short(blob.digest), error
-            )
-        return await work()
+        return await (_twice(blob, work) if _size_of(self._paths.spool(blob.digest)) else work())
 
     async def _read_all(self, layer: Layer, blob: OriginBlob, progress: LayerProgress) -> LayerMade:
         args = PlainArgs(
@@ -424,7 +416,7 @@ class Layers:
         if record.has_spans or record.whole:
             return record
         blob = self._blobs.blob(record.blob, record.blob_size)
-        await self._spanning.join(str(key), lambda: self._resumed(blob, lambda: self._make_spans(record, blob)))
+        await self._spanning.join(str(key), lambda: _twice(blob, lambda: self._make_spans(record, blob)))
         return self._known(key)
 
     async def refill(self, key: LayerKey, work: Callable[[CheckpointJob], None]) -> None:
@@ -445,7 +437,7 @@ class Layers:
             os.unlink(job.spool)
             return key
 
-        await self._spanning.join(str(key), lambda: self._resumed(blob, run))
+        await self._spanning.join(str(key), lambda: _twice(blob, run))
 
     def _known(self, key: LayerKey) -> LayerRecord:
         record = self._catalog.layer(key)
@@ -557,6 +549,15 @@ async def _feed(blob: OriginBlob, offset: int, work: Callable[[int], Awaitable[N
         await run_all((pump, consume))
     except NsfsError as error:
         raise failure[0] if failure else error from None
+
+
+async def _twice(blob: OriginBlob, work: Callable[[], Awaitable[T]]) -> T:
+    """Do work on a spooled blob; once more from nothing where what was spooled turns out to be damaged."""
+    try:
+        return await work()
+    except CorruptError as error:
+        log.warning("what came of layer %s is given up, and all of it read again: %s", short(blob.digest), error)
+    return await work()
 
 
 async def _spool(blob: OriginBlob, path: str) -> None:
