@@ -83,7 +83,7 @@ class LazyLayers:
 
     def _check(self, indexed: worker_api.Indexed, *, over_local: bool) -> None:
         if over_local and indexed.needs_lower:
-            raise UnsupportedError("it has links into a layer below that containerd unpacked")
+            raise UnsupportedError("it cannot be shown without a layer below that containerd unpacked")
         if self._config.strict and indexed.verified != "diff-id":
             raise UnsupportedError("its table of contents does not prove its diff ID, and only proof counts here")
 

@@ -94,7 +94,7 @@ class Pinned:
             foreign = foreign or layer is None
             if foreign and layer is not None and (await self._layers.map_alone(layer)).needs_lower:
                 raise UnsupportedError(
-                    f"layer {short(layer.digest)} has links into a layer that containerd unpacked",
+                    f"layer {short(layer.digest)} cannot be shown without a layer below that containerd unpacked",
                     hint="pull the image again, without lazy layers",
                 )
 
