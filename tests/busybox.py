@@ -26,6 +26,17 @@ _APPLETS = (
 WORDS = sample_content(300_000)
 """/data/words of the second layer."""
 
+_LOOK = "find / -xdev ! -path / ! -path '/proc*' ! -path '/sys*' ! -path '/dev*' ! -path '/run*'"
+LISTING = f"""
+    {_LOOK} -type d -exec stat -c '%n %f %u %g' {{}} + | sort
+    {_LOOK} ! -type d -exec stat -c '%n %f %u %g %s %h %Y %N' {{}} + | sort
+    {_LOOK} -type f -exec sha256sum {{}} + | sort
+"""
+"""A script that prints every name of the rootfs with what stat tells of it, and the digest of every file.
+
+Times of directories are those of the unpacking wherever that touched them, and the root is each container's own.
+"""
+
 
 @functools.cache
 def base() -> Layer:

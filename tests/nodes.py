@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
+import tarfile
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ from containerd import INSTALLED, Containerd, run_containerd, shared_directory
 from nsfs_daemon import NSFS, Daemon, run_daemon
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 SNIPPETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "contrib", "containerd")
 
@@ -41,10 +44,75 @@ class Node:
         options = ("--snapshotter", "nsfs", *options)
         return self.containerd.run(reference, container, *command, options=options, namespace=namespace)
 
+    def unpack(self, reference: str, namespace: str = "default") -> None:
+        """Pull as containerd does by itself: everything is fetched, and unpacked into ordinary snapshots of ours."""
+        local = ("--local",) if self.containerd.major >= 2 else ()
+        command = ("images", "pull", *local, "--plain-http", "--snapshotter", "nsfs", reference)
+        self.containerd.ctr(*command, namespace=namespace)
+
+    def start(self, reference: str, container: str, script: str, namespace: str = "default") -> None:
+        """Start a container that stays."""
+        command = ("run", "--detach", "--snapshotter", "nsfs", reference, container, "/bin/sh", "-c")
+        self.containerd.ctr(*command, f"{script}; sleep 1000", namespace=namespace)
+
+    def ask(self, container: str, script: str, namespace: str = "default") -> str:
+        """What `script` prints in a running container, once it succeeds."""
+        said: list[str] = []
+
+        def succeeds() -> bool:
+            command = ("tasks", "exec", "--exec-id", f"ask{len(said)}", container, "/bin/sh", "-c", script)
+            done = self.containerd.ctr(*command, namespace=namespace, check=False)
+            said.append(done.stdout if done.returncode == 0 else done.stderr)
+            return done.returncode == 0
+
+        assert wait_until(succeeds), said[-1]
+        return said[-1]
+
+    def commit(self, container: str, namespace: str = "default") -> set[str]:
+        """The names in the layer that a commit of a container would be: what containerd's diff finds."""
+        server = self.containerd
+        command = [*server.enter, f"{server.binaries}/ctr", "-a", server.socket, "-n", namespace, "snapshots"]
+        layer = subprocess.run(
+            [*command, "--snapshotter", "nsfs", "diff", container], check=True, stdout=subprocess.PIPE
+        ).stdout
+        with tarfile.open(fileobj=io.BytesIO(layer)) as archive:
+            return set(archive.getnames())
+
+    def clear(self, namespace: str) -> None:
+        """Remove the containers and images of a namespace, and collect garbage."""
+        ctr = self.containerd.ctr
+        for container in ctr("containers", "ls", "-q", namespace=namespace).stdout.split():
+            ctr("tasks", "rm", "--force", container, namespace=namespace, check=False)
+            ctr("containers", "rm", container, namespace=namespace)
+        for image in ctr("images", "ls", "-q", namespace=namespace).stdout.split():
+            ctr("images", "rm", "--sync", image, namespace=namespace)
+
+    def views(self) -> list[str]:
+        """Where views are mounted."""
+        with open("/proc/self/mountinfo") as file:
+            points = [line.split()[4] for line in file]
+        return [point for point in points if point.startswith(f"{self.daemon.run}/l/")]
+
+    def directories(self) -> list[str]:
+        """Of snapshots that are written, or were unpacked."""
+        return os.listdir(f"{self.daemon.root}/snapshots")
+
+    def is_clean(self) -> bool:
+        """Whether nothing is left of any snapshot, once a garbage collection that is under way has ended."""
+        return wait_until(lambda: self.views() == [] and self.directories() == [])
+
     def snapshots(self, namespace: str = "default") -> list[str]:
         """Their keys, as containerd knows them."""
         listed = self.containerd.ctr("snapshots", "--snapshotter", "nsfs", "ls", namespace=namespace).stdout
         return [line.split()[0] for line in listed.splitlines()[1:]]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10) -> bool:
+    """Look again and again; whether it came true."""
+    deadline = time.monotonic() + seconds
+    while not (came := true()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return came
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import busybox
 import goestargz
 from containerd import RELEASES
 from images import (
+    MTIME_NS,
     TAR_GZIP,
     Image,
     Layer,
@@ -28,20 +29,17 @@ from images import (
     write_oci_layout,
 )
 from meter import Meter
-from nodes import Node, run_node
+from nodes import Node, run_node, wait_until
 from nsfs.model.digest import Digest
 from nsfs_daemon import NSFS
 from registry import Registry, push_layout, run_registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 UNUSED = os.urandom(6 << 20)
 """Most of the image: no command of these tests reads it."""
 TOC = "containerd.io/snapshot/stargz/toc.digest"
-
-_LOOK = "find / -xdev ! -path / ! -path '/proc*' ! -path '/sys*' ! -path '/dev*' ! -path '/run*'"
-LISTING = f"{_LOOK} -exec stat -c '%n %f %u %g' {{}} + | sort; {_LOOK} -type f -exec sha256sum {{}} + | sort"
 
 
 def estargz(layer: Layer, toc_digest: str = "") -> Layer:
@@ -50,14 +48,16 @@ def estargz(layer: Layer, toc_digest: str = "") -> Layer:
     return Layer(gzip.decompress(made.blob), made.blob, TAR_GZIP, {TOC: toc_digest or made.toc_digest})
 
 
-def upper() -> Layer:
+def upper(finer: int = 0) -> Layer:
+    """The layer with most of the bytes; files' times are `finer` nanoseconds beyond a whole second."""
+    time_of_files = MTIME_NS + finer
     return gzip_layer(
         [
-            *[file(f"data/{number}", sample_content(3000, number)) for number in range(50)],
+            *[file(f"data/{number}", sample_content(3000, number), mtime_ns=time_of_files) for number in range(50)],
             file("etc/motd", b"lazy\n"),
             whiteout("old/a"),
             directory("opt"),
-            file("opt/unused", UNUSED),
+            file("opt/unused", UNUSED, mtime_ns=time_of_files),
             symlink("opt/link", "unused"),
         ]
     )
@@ -70,6 +70,7 @@ def images() -> dict[str, Image]:
     standing = gzip_layer([directory("etc"), file("etc/standing", b"its directory is here\n")])
     return {
         "plain": Image((base, top)),
+        "timed": Image((base, upper(finer=1))),
         "estargz": Image((estargz(base), estargz(top))),
         "mixed": Image((base, estargz(top, f"sha256:{'0' * 64}"), hanging, standing)),
     }
@@ -100,32 +101,8 @@ def namespace(node: Node, request: pytest.FixtureRequest) -> Iterator[str]:
     """A namespace of the test's own, and so a domain; what is in it goes at the end, and every view with it."""
     name = "t-" + str(abs(hash(request.node.nodeid)))
     yield name
-    clear(node, name)
-    assert wait_until(lambda: views(node) == [])
-    assert os.listdir(f"{node.daemon.root}/snapshots") == []
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 10) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return true()
-
-
-def clear(node: Node, namespace: str) -> None:
-    ctr = node.containerd.ctr
-    for container in ctr("containers", "ls", "-q", namespace=namespace).stdout.split():
-        ctr("tasks", "rm", "--force", container, namespace=namespace, check=False)
-        ctr("containers", "rm", container, namespace=namespace)
-    for image in ctr("images", "ls", "-q", namespace=namespace).stdout.split():
-        ctr("images", "rm", "--sync", image, namespace=namespace)
-
-
-def views(node: Node) -> list[str]:
-    """Where views are mounted."""
-    with open("/proc/self/mountinfo") as file:
-        points = [line.split()[4] for line in file]
-    return [point for point in points if point.startswith(f"{node.daemon.run}/l/")]
+    node.clear(name)
+    assert node.is_clean()
 
 
 def pull(node: Node, reference: str, namespace: str, *options: str) -> list[str]:
@@ -154,10 +131,10 @@ def test_a_plain_image_is_read_once_and_shown_as_overlayfs_shows_it(
     assert blobs(node, namespace) == documents(images["plain"])
     assert sum(meter.served(layer.digest) for layer in images["plain"].layers) == size(images["plain"])
     before = meter.served()
-    seen = node.run(reference, "a", "/bin/sh", "-c", LISTING, namespace=namespace)
+    seen = node.run(reference, "a", "/bin/sh", "-c", busybox.LISTING, namespace=namespace)
     assert meter.served() == before
     assert pull(node, reference, namespace, "--snapshotter", "overlayfs") == ["unpacked", "unpacked"]
-    assert seen == node.containerd.run(reference, "b", "/bin/sh", "-c", LISTING, namespace=namespace)
+    assert seen == node.containerd.run(reference, "b", "/bin/sh", "-c", busybox.LISTING, namespace=namespace)
     assert seen.count("\n") > 100
 
 
@@ -186,9 +163,9 @@ def test_an_evicted_image_comes_back_by_ranges(
 def test_layers_that_cannot_be_lazy_are_unpacked_between_lazy_ones(node: Node, meter: Meter, namespace: str) -> None:
     reference = f"{meter.host}/mixed:latest"
     assert pull(node, reference, namespace) == ["lazy", "unpacked", "unpacked", "lazy"]
-    seen = node.run(reference, "a", "/bin/sh", "-c", LISTING, namespace=namespace)
+    seen = node.run(reference, "a", "/bin/sh", "-c", busybox.LISTING, namespace=namespace)
     pull(node, reference, namespace, "--snapshotter", "overlayfs")
-    assert seen == node.containerd.run(reference, "b", "/bin/sh", "-c", LISTING, namespace=namespace)
+    assert seen == node.containerd.run(reference, "b", "/bin/sh", "-c", busybox.LISTING, namespace=namespace)
 
 
 def test_ctr_of_containerd_2_pulls_lazily_by_itself(
@@ -206,24 +183,26 @@ def test_twenty_containers_share_the_views(node: Node, meter: Meter, namespace: 
     reference = f"{meter.host}/plain:latest"
     pull(node, reference, namespace)
     for number in range(20):
-        write = f"echo {number} > /etc/number; cat /etc/motd > /etc/copy; sleep 1000"
-        node.containerd.ctr(
-            "run", "-d", "--snapshotter", "nsfs", reference, f"c{number}", "/bin/sh", "-c", write, namespace=namespace
-        )
-    assert len(views(node)) == 2
+        node.start(reference, f"c{number}", f"echo {number} > /etc/number; cat /etc/motd > /etc/copy", namespace)
+    assert len(node.views()) == 2
     for number in (0, 19):
-        said = exec_when_ready(node, namespace, f"c{number}", "cat /etc/number /etc/copy")
+        said = node.ask(f"c{number}", "cat /etc/number /etc/copy", namespace)
         assert said == f"{number}\nlazy\n"
 
 
-def exec_when_ready(node: Node, namespace: str, container: str, script: str) -> str:
-    for attempt in range(100):
-        command = ("tasks", "exec", "--exec-id", f"e{attempt}", container, "/bin/sh", "-c", script)
-        done = node.containerd.ctr(*command, namespace=namespace, check=False)
-        if done.returncode == 0:
-            return done.stdout
-        time.sleep(0.05)
-    raise AssertionError(done.stderr)
+@pytest.mark.parametrize(("name", "least", "most"), [("plain", 0.5, 1.0), ("timed", 0.0, 0.1)])
+def test_a_commit_fetches_what_containerds_diff_compares(
+    node: Node, meter: Meter, images: dict[str, Image], namespace: str, name: str, least: float, most: float
+) -> None:
+    """That is every file whose times may have been cut to whole seconds (continuity, fs/diff.go), as tars cut them."""
+    reference = f"{meter.host}/{name}:latest"
+    pull(node, reference, namespace)
+    node.daemon.nsfs("evict", reference, "--namespace", namespace)
+    node.start(reference, "a", "echo new > /etc/motd; rm /data/0; echo x > /etc/x", namespace)
+    node.ask("a", "cat /etc/x", namespace)
+    before = meter.served()
+    assert node.commit("a", namespace) == {"etc", "etc/motd", "etc/x", "data", "data/.wh.0"}
+    assert least <= (meter.served() - before) / size(images[name]) <= most
 
 
 def test_two_namespaces_pull_one_image_at_once_and_part(node: Node, meter: Meter, namespace: str) -> None:
@@ -233,14 +212,13 @@ def test_two_namespaces_pull_one_image_at_once_and_part(node: Node, meter: Meter
     pulls = [subprocess.Popen([*command, each], stdout=subprocess.PIPE) for each in (namespace, other)]
     reports = [json.loads(process.communicate()[0]) for process in pulls]
     assert [[layer["how"] for layer in report["layers"]] for report in reports] == [["lazy", "lazy"]] * 2
-    start = ("run", "-d", "--snapshotter", "nsfs", reference, "a", "/bin/sleep", "1000")
     for each in (namespace, other):
-        node.containerd.ctr(*start, namespace=each)
-    assert len(views(node)) == 4
-    clear(node, namespace)
-    assert wait_until(lambda: len(views(node)) == 2)
-    assert exec_when_ready(node, other, "a", "sha256sum /data/*; cat /etc/motd").endswith("lazy\n")
-    clear(node, other)
+        node.start(reference, "a", "true", each)
+    assert len(node.views()) == 4
+    node.clear(namespace)
+    assert wait_until(lambda: len(node.views()) == 2)
+    assert node.ask("a", "sha256sum /data/*; cat /etc/motd", other).endswith("lazy\n")
+    node.clear(other)
 
 
 def test_a_living_container_keeps_its_views(node: Node, meter: Meter, namespace: str) -> None:
@@ -249,7 +227,7 @@ def test_a_living_container_keeps_its_views(node: Node, meter: Meter, namespace:
     node.containerd.ctr("run", "-d", "--snapshotter", "nsfs", reference, "a", "/bin/sleep", "1000", namespace=namespace)
     node.containerd.ctr("images", "rm", "--sync", reference, namespace=namespace)
     assert len(node.snapshots(namespace)) == 3
-    assert exec_when_ready(node, namespace, "a", "sha256sum /opt/unused").startswith(hashlib.sha256(UNUSED).hexdigest())
+    assert node.ask("a", "sha256sum /opt/unused", namespace).startswith(hashlib.sha256(UNUSED).hexdigest())
 
 
 def test_a_pull_indexes_before_containerd_is_asked(
