@@ -115,6 +115,7 @@ def test_the_cost_is_said_before_the_download(daemon: Daemon, registry: Registry
         said = running.stderr.readline()
         assert said == f"3 plain layers must be read once, whole, to be indexed: {render_size(total)} to download\n"
         assert meter.served(layers[0].digest) <= 1000
+        assert running.stderr.readline().startswith("index ")
         meter.hold_after = None
         assert running.stdout.read().splitlines() == ["/", "├── f0", "├── f1", "└── f2"]
         finished = [line for line in running.stderr.read().splitlines() if line.endswith("done")]

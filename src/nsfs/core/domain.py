@@ -6,6 +6,7 @@ was given.
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -18,7 +19,7 @@ from nsfs.errors import NsfsError
 from nsfs.model.report import EntryReport, ImageReport, LayerReport, Note, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from msgspec import Struct
 
@@ -110,9 +111,15 @@ class Domain:
             await report(Note(text=f"{image.reference} is as it was known before: {image.stale}"))
         return image
 
-    async def _prepare(self, params: worker_api.Prepare, report: Report) -> worker_api.Prepared:
+    @asynccontextmanager
+    async def _opened(self, params: worker_api.Prepare | worker_api.Name, report: Report) -> AsyncIterator[Image]:
+        """The image that is meant; how far its layers are is reported while the block lasts."""
         image = await self._resolve(params, report)
         async with running(lambda: self._tell(image, report)):
+            yield image
+
+    async def _prepare(self, params: worker_api.Prepare, report: Report) -> worker_api.Prepared:
+        async with self._opened(params, report) as image:
             maps = await self._looking.all_maps(image, report)
         records = [self._record(layer) for layer in image.layers]
         return worker_api.Prepared(
@@ -143,7 +150,6 @@ class Domain:
 
     async def _index(self, params: worker_api.Name, report: Report) -> ImageReport:
         """Index what can be served; what cannot is no error, and not `indexed` in the report."""
-        image = await self._resolve(params, report)
 
         async def index(layer: Layer) -> None:
             try:
@@ -151,8 +157,8 @@ class Domain:
             except NsfsError as error:
                 await report(Note(text=f"layer {short(layer.digest)} cannot be served: {error}"))
 
-        layers = {layer.digest: layer for layer in image.layers}.values()
-        async with running(lambda: self._tell(image, report)):
+        async with self._opened(params, report) as image:
+            layers = {layer.digest: layer for layer in image.layers}.values()
             await run_all(partial(index, layer) for layer in layers)
         return self._image_report(image)
 
@@ -189,22 +195,22 @@ class Domain:
         )
 
     async def _list(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
-        image = await self._resolve(params, report)
-        await self._looking.list_names(image, params.path, report)
+        async with self._opened(params, report) as image:
+            await self._looking.list_names(image, params.path, report)
         return worker_api.Empty()
 
     async def _tree(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
-        image = await self._resolve(params, report)
-        await self._looking.tree(image, params.path, report)
+        async with self._opened(params, report) as image:
+            await self._looking.tree(image, params.path, report)
         return worker_api.Empty()
 
     async def _stat(self, params: worker_api.PathName, report: Report) -> EntryReport:
-        image = await self._resolve(params, report)
-        return await self._looking.stat(image, params.path, report)
+        async with self._opened(params, report) as image:
+            return await self._looking.stat(image, params.path, report)
 
     async def _read(self, params: worker_api.PathName, report: Report) -> worker_api.Empty:
-        image = await self._resolve(params, report)
-        await self._looking.read(image, params.path, params.offset, params.length, report)
+        async with self._opened(params, report) as image:
+            await self._looking.read(image, params.path, params.offset, params.length, report)
         return worker_api.Empty()
 
     async def _evict(self, params: worker_api.Name, report: Report) -> worker_api.Evicted:
