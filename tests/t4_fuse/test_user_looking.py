@@ -221,3 +221,38 @@ def decent(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> str:
     items = [directory("d"), file("file", b"x"), symlink("out", "/../../etc/shadow"), symlink("loop", "loop")]
     push(Image((gzip_layer(items),)), registry, tmp_path_factory.mktemp("decent"), "decent")
     return registry.host
+
+
+MOUNT = {"id", "target", "reference", "digest", "namespace", "domain", "driver", "writable", "files", "size", "local"}
+
+
+def test_what_scripts_read(daemon: Daemon, decent: str, arena: Path) -> None:
+    reference, names = f"{decent}/decent", ("--namespace", "scripts")
+    with daemon.mounted(reference, str(arena / "mnt"), *names) as report:
+        assert set(report) >= MOUNT | {"fetched", "state"}
+        status = daemon.json("status")
+        assert set(status) >= {"version", "private", "root", "mounts", "domains"}
+        (mount,) = status["mounts"]
+        assert (mount["digest"], mount["files"], mount["state"]) == (report["digest"], 1, "ready")
+        domain = next(one for one in status["domains"] if one["name"] == "ns/scripts")
+        assert set(domain) >= {"name", "pid", "layers", "local", "fetched", "waiting", "state"}
+    image = daemon.json("inspect", reference, *names)
+    assert set(image) >= {"reference", "digest", "platform", "size", "domain", "layers", "config"}
+    assert image["config"]["Cmd"] == ["/bin/sh"]
+    assert set(image["layers"][0]) >= {"digest", "media_type", "size", "diff_id", "format", "lazy", "why", "verified"}
+    assert set(daemon.json("evict", reference, *names)) == {"layers", "freed"}
+    (entry,) = daemon.json("stat", f"{reference}:/file", *names)
+    assert set(entry) >= {"path", "kind", "mode", "uid", "gid", "size", "mtime_ns", "links", "xattrs", "layer"}
+    assert [one["path"] for one in daemon.json("ls", f"{reference}:/", *names)] == ["/d", "/file", "/loop", "/out"]
+    assert {one["path"] for one in daemon.json("tree", reference, *names)} >= {"/d", "/file", "/loop", "/out"}
+
+
+def test_a_configuration_is_checked_without_being_served(daemon: Daemon, arena: Path) -> None:
+    right, wrong = arena / "right.toml", arena / "wrong.toml"
+    right.write_text('log_level = "debug"\n[kernel]\nfile_backed = false\nresend = false\nidmap = false\n')
+    wrong.write_text("[kernel]\nfilebacked = false\n")
+    assert daemon.nsfs("serve", "--check", "--config", str(right)).returncode == 0
+    refused = daemon.nsfs("serve", "--check", "--config", str(wrong), check=False)
+    assert refused.returncode == 2
+    assert "file_backed" in refused.stderr
+    assert daemon.nsfs("serve", "--check", "--config", "/nowhere", check=False).returncode == 3
