@@ -20,7 +20,7 @@ import trio
 from nsfs.core import worker_api
 from nsfs.core.dropping import drop_often
 from nsfs.core.maps import open_map
-from nsfs.core.tasks import running
+from nsfs.core.tasks import open_tasks, running
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import TreeFs
 from nsfs.errors import NsfsError, UnreachableError
@@ -98,9 +98,8 @@ class WorkerLine:
 @asynccontextmanager
 async def open_worker_line(path: str) -> AsyncIterator[WorkerLine]:
     """A line to the worker that listens at `path`, now or later."""
-    async with trio.open_nursery() as nursery:
+    async with open_tasks() as nursery:
         yield WorkerLine(path, nursery)
-        nursery.cancel_scope.cancel()
 
 
 class FrontReader:

@@ -105,7 +105,7 @@ def test_a_job_that_dies_without_a_word_is_an_error() -> None:
         process.ended.set()
 
     async def body() -> None:
-        with no_descriptor_is_left(), pytest.raises(NsfsError, match="a job .*9"):
+        with no_descriptor_is_left(), pytest.raises(NsfsError, match=r"a job .*9"):
             await jobs.Jobs(FakeSpawner(talk), 1, 1).run("m:f", Args(1), [], Answer)
 
     run(body)

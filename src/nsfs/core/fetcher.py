@@ -40,6 +40,7 @@ from nsfs.core.fetchview import FetchConfig, Head, LayerSource, View
 from nsfs.core.landing import Decoded, Landing, Pool, Supply, store_supply, take_apart
 from nsfs.core.ports import BLOCK
 from nsfs.core.runway import NO_SPANS, Failures, Flight, GroupKey, Kept, Runway
+from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NsfsError, UnreachableError
 
 if TYPE_CHECKING:
@@ -135,9 +136,8 @@ async def open_fetcher(
     `jitter` gives numbers from 0 to 1.
     """
     config = config or FetchConfig()
-    async with trio.open_nursery() as nursery:
+    async with open_tasks() as nursery:
         yield Fetcher(pool, config, nursery, run_in_thread or _threads(config.decode_threads), jitter)
-        nursery.cancel_scope.cancel()
 
 
 class Fetcher:

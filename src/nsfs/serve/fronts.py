@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -18,8 +17,9 @@ import msgspec
 import trio
 from msgspec import Struct
 
+from nsfs.core.tasks import open_tasks
 from nsfs.errors import NsfsError
-from nsfs.serve.session import read_init
+from nsfs.serve.session import is_connected, read_init
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -77,7 +77,7 @@ class Fronts:
             while True:
                 began = trio.current_time()
                 await _wait_end(front)
-                if not _is_connected(fuse_fd):
+                if not is_connected(fuse_fd):
                     return
                 log.warning("the front of a mount died: pid %d", front.pid)
                 pause = _FIRST_PAUSE if trio.current_time() - began > _LONGEST_PAUSE else min(2 * pause, _LONGEST_PAUSE)
@@ -112,16 +112,8 @@ async def _wait_end(front: Child) -> None:
         front.close()
 
 
-def _is_connected(fuse_fd: int) -> bool:
-    """Whether the filesystem is still mounted (Linux fs/fuse/dev.c, fuse_dev_poll: EPOLLERR if not)."""
-    poll = select.poll()
-    poll.register(fuse_fd, 0)
-    return not poll.poll(0)
-
-
 @asynccontextmanager
 async def open_fronts(server: ForkServer) -> AsyncIterator[Fronts]:
     """Fronts that end with the block, if their mounts have not ended before."""
-    async with trio.open_nursery() as nursery:
+    async with open_tasks() as nursery:
         yield Fronts(server, nursery)
-        nursery.cancel_scope.cancel()

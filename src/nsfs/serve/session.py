@@ -18,6 +18,7 @@ import errno
 import fcntl
 import logging
 import os
+import select
 import socket
 import struct
 from dataclasses import dataclass
@@ -73,6 +74,13 @@ def plan_reply(reply: bytes, request: bytes, limits: Limits) -> bytes:
     fields[6] |= offered & _CACHE_SYMLINKS
     fields[7], fields[8] = limits.max_background, limits.congestion_threshold
     return _INIT_REPLY.pack(*fields) + reply[_INIT_REPLY.size :]
+
+
+def is_connected(fuse_fd: int) -> bool:
+    """Whether a connection is neither unmounted nor aborted (Linux fs/fuse/dev.c, fuse_dev_poll: EPOLLERR if it is)."""
+    poll = select.poll()
+    poll.register(fuse_fd, 0)
+    return not poll.poll(0)
 
 
 async def read_init(fuse_fd: int) -> bytes:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import select
 import shutil
 import socket
 from contextlib import asynccontextmanager, suppress
@@ -29,6 +28,7 @@ from nsfs.core import worker_api
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import NsfsError, UnreachableError
 from nsfs.serve.config import Config, pack_config
+from nsfs.serve.session import is_connected
 from nsfs.serve.wire import Peer, open_peer
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class Supervisor:
 
     async def _ensure_connection(self, kept: _Kept) -> None:
         """Open another connection where the one there is was unmounted or aborted: no worker can use it again."""
-        if self._connect is None or (kept.connection is not None and _is_alive(kept.connection.fd)):
+        if self._connect is None or (kept.connection is not None and is_connected(kept.connection.fd)):
             return
         if kept.connection is not None:
             log.warning("the fuse connection of domain %s is gone: what is mounted over it fails", kept.domain)
@@ -333,13 +333,6 @@ class Supervisor:
             views=sorted(kept.views),
             trees=list(kept.trees.values()),
         )
-
-
-def _is_alive(fuse: int) -> bool:
-    """Whether a connection is neither unmounted nor aborted (Linux fs/fuse/dev.c, fuse_dev_poll)."""
-    poll = select.poll()
-    poll.register(fuse, 0)
-    return not poll.poll(0)
 
 
 async def _status_of(child: Child) -> str:

@@ -26,6 +26,7 @@ import msgspec
 import trio
 from msgspec import Raw, Struct
 
+from nsfs.core.tasks import open_tasks
 from nsfs.errors import ERRORS, NsfsError, UnreachableError, UnsupportedError
 
 VERSION: Final = 1
@@ -419,17 +420,10 @@ async def open_peer(stream: trio.abc.Stream, methods: Methods, *, name: str) -> 
     it speaks another version. The context does not end by itself when the other side goes: see `Peer.wait_closed`.
     What the body raises leaves as it is, not in a group.
     """
-    failure: Exception | None = None
     async with stream:
         parser = FrameParser()
         hello, early = await _greet(stream, name, parser)
         peer = Peer(stream, methods, hello)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(peer.run, parser, early)
-            try:
-                yield peer
-            except Exception as error:  # noqa: BLE001 - raised again below, outside of the nursery
-                failure = error
-            nursery.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
+        async with open_tasks() as tasks:
+            tasks.start_soon(peer.run, parser, early)
+            yield peer
