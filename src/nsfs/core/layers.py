@@ -171,6 +171,8 @@ class Layers:
         self._claims: dict[LayerKey, DiffId] = {}
         """What the image for which a plain layer is read says that its diff ID is."""
         self._background = trio.CapacityLimiter(1)
+        self._begun: set[Digest] = set()
+        """Images, by their manifests."""
         self._idle = trio.Event()
         self.running: dict[LayerKey, LayerProgress] = {}
         """Layers that are being indexed now."""
@@ -212,18 +214,22 @@ class Layers:
             raise UnsupportedError(f"layer {short(layer.digest)} cannot be shown: {layer.format.refused}")
 
     def begin(self, image: Image) -> None:
-        """Index every layer of an image that can be, in the background; who needs one asks for it and hears more."""
-        for layer in {layer.digest: layer for layer in image.layers}.values():
-            if not layer.format.refused and not self.is_indexed(layer):
-                self._nursery.start_soon(self._index_quietly, image, layer)
+        """Index and map an image's layers in the background; whoever needs one asks for it, and hears how it went."""
+        if image.digest not in self._begun:
+            self._begun.add(image.digest)
+            self._nursery.start_soon(self._prepare_quietly, image)
 
-    async def _index_quietly(self, image: Image, layer: Layer) -> None:
+    async def _prepare_quietly(self, image: Image) -> None:
+        layers = {layer.digest: layer for layer in image.layers if not layer.format.refused}
         try:
-            await self.index(image, layer)
+            await run_all(partial(self.index, image, layer) for layer in layers.values())
+            if all(layer.digest in layers for layer in image.layers):
+                await self.maps(image.layers)
         except NsfsError as error:
-            log.info("layer %s is not indexed ahead of its use: %s", short(layer.digest), error)
+            self._begun.discard(image.digest)
+            log.info("%s is not indexed ahead of its use: %s", image.reference, error)
         except Exception:
-            log.exception("a bug: layer %s is not indexed ahead of its use", short(layer.digest))
+            log.exception("a bug: %s is not indexed ahead of its use", image.reference)
 
     async def index(self, image: Image, layer: Layer) -> LayerKey:
         """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
