@@ -16,7 +16,7 @@ import trio
 from nsfs.core import worker_api
 from nsfs.core.layers import short
 from nsfs.core.maps import opened_map
-from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
+from nsfs.errors import NotFoundError, UnsupportedError
 from nsfs.model.digest import chain_ids
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ class Pinned:
     async def _index(self, image: Image, layer: Layer) -> LayerRecord:
         record = self._catalog.layer(await self._layers.index(image, layer))
         assert record is not None, "indexed layers have records"
-        _check_diff_id(layer, record)
         return record
 
     async def _stack(self, params: worker_api.Stack, _report: Report) -> worker_api.Stacked:
@@ -106,14 +105,6 @@ def _find(image: Image, name: worker_api.LayerName) -> Layer:
         if layer.digest == name.blob and chain == name.chain:
             return layer
     raise NotFoundError(f"the image has no layer {name.blob} that makes {name.chain}: {image.reference}")
-
-
-def _check_diff_id(layer: Layer, record: LayerRecord) -> None:
-    """A blob that was indexed for another image is known, but this image may claim another diff ID for it."""
-    if record.diff_id is not None and record.diff_id != layer.diff_id:
-        raise CorruptError(
-            f"layer {short(layer.digest)} is not what its image says: diff ID {record.diff_id}, not {layer.diff_id}"
-        )
 
 
 def _info(record: MapRecord) -> worker_api.MapInfo:
