@@ -375,7 +375,7 @@ def test_a_restart_changes_nothing(tmp_path: Path, registry: FakeRegistry) -> No
 
 
 def test_strict_counts_only_what_is_proved(tmp_path: Path, registry: FakeRegistry) -> None:
-    settings = {"prepare": "strict", "prepare_wait": f"{WAIT}s"}
+    settings = {"prepare": "strict", "prepare_wait": "3s"}
     made = image("strict")
     stargz = Image((published.estargz_layer([file("a", b"a")]),))
     registry.script, registry.faults_on = "H", str(made.layers[0].digest)
