@@ -36,8 +36,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield running
 
 
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("driver", ["erofs", "fuse"])
+@pytest.mark.parametrize(("kind", "driver"), [*((kind, "erofs") for kind in LAYERS), ("gzip", "fuse")])
 def test_a_file_comes_back_alone_and_then_all_of_them(
     daemon: Daemon, registry: Registry, meter: Meter, arena: Path, kind: str, driver: str
 ) -> None:

@@ -78,7 +78,7 @@ def test_readers_do_not_notice_that_workers_die(
         for reader in readers:
             reader.start()
         try:
-            for _ in range(4):
+            for _ in range(3):
                 time.sleep(0.3)
                 kill_worker(daemon, f"ns/killed-{driver}")
         finally:
