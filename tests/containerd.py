@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -191,10 +192,22 @@ def _started(directory: str, binaries: str) -> Iterator[tuple[subprocess.Popen[b
             env=os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}"},
         )
     try:
-        yield process, _child_of(process)
+        pid = _child_of(process)
+        try:
+            yield process, pid
+        finally:
+            _end(process, pid)
     finally:
         process.kill()
         process.wait()
+
+
+def _end(process: subprocess.Popen[bytes], pid: int) -> None:
+    """Kill the first process of the namespace: it is not gone before all others there are (pid_namespaces(7))."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_DEADLINE)
 
 
 def _child_of(process: subprocess.Popen[bytes]) -> int:
