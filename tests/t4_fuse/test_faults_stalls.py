@@ -18,6 +18,7 @@ from fakes import FakeRegistry
 from images import Image, file, gzip_layer
 from mounting import swept
 from nsfs_daemon import Daemon, run_daemon
+from private_user import private_user
 from published import estargz_layer, publish
 
 if TYPE_CHECKING:
@@ -175,4 +176,22 @@ def test_patience_ends_when_it_was_said(daemon: Daemon, registry: FakeRegistry, 
             with pytest.raises(OSError, match="Input/output error"), open(f"{target}/f", "rb") as opened:
                 opened.read(4096)
             assert 1.5 < time.monotonic() - begun < 15
+        registry.script = ""
+
+
+def test_a_user_may_end_a_mount_that_waits(registry: FakeRegistry) -> None:
+    layer = estargz_layer([file("f", random.Random(4).randbytes(100_000))])
+    reference = publish(registry, Image((layer,)), "user")
+    with private_user() as user:
+        target = user.directory("mnt")
+        user.nsfs("mount", reference, target, "--on-error", "wait")
+        registry.faults_on, registry.script = layer.digest.hex, "T" * FOR_EVER
+        reader = threading.Thread(target=user.run, args=("cat", f"{target}/f"), kwargs={"check": False})
+        reader.start()
+        deadline = time.monotonic() + 15
+        while user.json("status")["domains"][0]["waiting"] == 0:
+            assert time.monotonic() < deadline
+        user.nsfs("umount", "--force", target)
+        reader.join(10)
+        assert not reader.is_alive()
         registry.script = ""

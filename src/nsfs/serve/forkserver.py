@@ -310,9 +310,10 @@ class Child:
         return self._status
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal; nothing happens if it has ended."""
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, number)
+        """Send a signal; nothing happens if it has ended, or was given up."""
+        if self.pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
         """Give up the pidfd. The process goes on."""

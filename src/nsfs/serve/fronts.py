@@ -54,39 +54,61 @@ class FrontArgs(Struct, frozen=True, kw_only=True):
     """The connection's INIT request; empty if nobody has read it yet."""
 
 
+class _Kept:
+    """The front of now of one mount."""
+
+    def __init__(self, front: Child) -> None:
+        self.front = front
+        self.is_over = False
+        """There shall be no other."""
+
+
 class Fronts:
     """The service. Made by `open_fronts`."""
 
     def __init__(self, server: ForkServer, nursery: trio.Nursery) -> None:
         self._server = server
         self._nursery = nursery
+        self._kept: dict[str, _Kept] = {}
+        """By target."""
 
-    async def start(self, args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
+    async def start(self, target: str, args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
         """Return when the new mount of `fuse_fd`, which stays the caller's, is served; raises NsfsError if it is not.
 
         `bitmap_fd` must stay open for as long as the mount is there.
         """
         args = msgspec.structs.replace(args, init=await read_init(fuse_fd))
-        front = await self._spawn(args, fuse_fd, bitmap_fd)
-        self._nursery.start_soon(self._keep, front, args, os.dup(fuse_fd), bitmap_fd)
+        kept = self._kept[target] = _Kept(await self._spawn(args, fuse_fd, bitmap_fd))
+        self._nursery.start_soon(self._keep, target, kept, args, os.dup(fuse_fd), bitmap_fd)
 
-    async def _keep(self, front: Child, args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
+    def end(self, target: str) -> None:
+        """End a mount's front, and with it the connection: whoever still waits for it gets an error."""
+        kept = self._kept.pop(target, None)
+        if kept is not None:
+            kept.is_over = True
+            kept.front.kill()
+
+    async def _keep(self, target: str, kept: _Kept, args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> None:
         """Have a front as long as there is a mount."""
         pause = _FIRST_PAUSE
         try:
             while True:
                 began = trio.current_time()
-                await _wait_end(front)
-                if not is_connected(fuse_fd):
+                await _wait_end(kept.front)
+                if kept.is_over or not is_connected(fuse_fd):
                     return
-                log.warning("the front of a mount died: pid %d", front.pid)
+                log.warning("the front of a mount died: pid %d", kept.front.pid)
                 pause = _FIRST_PAUSE if trio.current_time() - began > _LONGEST_PAUSE else min(2 * pause, _LONGEST_PAUSE)
                 await trio.sleep(pause)
+                if kept.is_over:
+                    return
                 try:
-                    front = await self._spawn(args, fuse_fd, bitmap_fd)
+                    kept.front = await self._spawn(args, fuse_fd, bitmap_fd)
                 except NsfsError as error:
                     log.warning("a mount has no front: %s", error)
         finally:
+            if self._kept.get(target) is kept:
+                del self._kept[target]
             os.close(fuse_fd)
 
     async def _spawn(self, args: FrontArgs, fuse_fd: int, bitmap_fd: int) -> Child:

@@ -178,7 +178,7 @@ class UserKernel(HostKernel):
         )
         fd = await trio.to_thread.run_sync(mounts.mount_fuse_as_user, record.target)
         try:
-            await self._fronts.start(args, fd, self._bitmap(record.domain))
+            await self._fronts.start(record.target, args, fd, self._bitmap(record.domain))
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self.unmount([record.target], force=True)
@@ -190,6 +190,8 @@ class UserKernel(HostKernel):
         """See Kernel."""
         for path in paths:
             await trio.to_thread.run_sync(partial(mounts.unmount_as_user, path, detach=force))
+            if force:
+                self._fronts.end(path)
 
 
 def _check_directory(path: str) -> None:
