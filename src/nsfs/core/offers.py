@@ -11,9 +11,10 @@ background, one task for each.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
+import trio
 
 from nsfs.core.exchanges import Exchanges
 from nsfs.errors import NsfsError, UnreachableError
@@ -23,14 +24,16 @@ from nsfs.model.snapshot import Change, Kind, chain, plan_create
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import trio
-
     from nsfs.core.ledger import Ledger
     from nsfs.model.filters import Filters
     from nsfs.model.lazy import LazyLayer
     from nsfs.model.snapshot import Record, Stacked
 
 log = logging.getLogger(__name__)
+
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 60.0
+"""Seconds between two looks at a pending layer whose registry fails."""
 
 
 class Lazy(Protocol):
@@ -131,19 +134,31 @@ class Offers:
         return record
 
     async def _settle(self, record: Record, layer: LazyLayer) -> None:
-        """Find out what becomes of a pending layer, and remember it."""
-        try:
-            layer = await self._lazy.settle(record.namespace, layer)
-        except NsfsError as error:
-            log.warning("layer %s of %s stays pending: %s", layer.blob, layer.reference, error)
+        """Find out what becomes of a pending layer, however long that takes, and remember it."""
+        pause = _FIRST_PAUSE
+        while self._known(record) is not None:
+            try:
+                settled = await self._lazy.settle(record.namespace, layer)
+            except NsfsError as error:
+                log.warning("layer %s of %s stays pending: %s", layer.blob, layer.reference, error)
+                await trio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                break
+        else:
             return
-        if layer.state is State.FENCED:
-            log.error("layer %s of %s is fenced off: %s", layer.blob, layer.reference, layer.reason)
+        if settled.state is State.FENCED:
+            log.error("layer %s of %s is fenced off: %s", layer.blob, layer.reference, settled.reason)
         async with self._ledger.lock:
-            found = self._ledger.table(record.snapshotter).get(record.name)
-            if found is not None and found.id == record.id:
-                put = msgspec.structs.replace(found, layer=layer)
+            found = self._known(record)
+            if found is not None:
+                put = msgspec.structs.replace(found, layer=settled)
                 await self._ledger.carry_out(Change(gone=found, put=put))
+
+    def _known(self, record: Record) -> Record | None:
+        """The record as it is now, if it still is."""
+        found = self._ledger.table(record.snapshotter).get(record.name)
+        return found if found is not None and found.id == record.id else None
 
 
 def _exchange_of(record: Record) -> Exchange:
