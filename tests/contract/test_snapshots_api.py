@@ -299,6 +299,18 @@ def _seconds(what: Any) -> float:
     return time.perf_counter() - start
 
 
+def test_the_layers_of_an_image_share_one_wait(tmp_path: Path, registry: FakeRegistry) -> None:
+    layers = [gzip_layer([file(f"f{number}", sample_content(MB, number))]) for number in range(6)]
+    made = Image(layers)
+    registry.script, registry.faults_on = "H" * 6, "|".join(str(layer.digest) for layer in layers)
+    with run_daemon(str(tmp_path / "d"), {"prepare_wait": "2s"}) as daemon, Backend(daemon.socket) as backend:
+        start = time.monotonic()
+        backend.pull("red", made, published.publish(registry, made, "shared-wait"))
+        assert 2 < time.monotonic() - start < 2 + 6 * 0.5 + 1
+        registry.go_on.set()
+        empty(backend)
+
+
 def test_a_pending_layer_that_turns_out_wrong_is_fenced_off(registry: FakeRegistry, backend: Backend) -> None:
     layer = gzip_layer([file("a", sample_content(MB))])
     forged = Image((Layer(gzip_layer([file("a", b"b")]).tar, layer.blob, layer.media_type),))

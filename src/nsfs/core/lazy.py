@@ -4,15 +4,15 @@ Owns the way from a layer's names to its view: the domain is the one that a moun
 indexes the layer, and `core.manual.Lowers` mounts each view once for all who stack it. Refuses, with the reason, what
 cannot be served: `offer` raises, and the caller has containerd unpack that layer.
 
-Concurrency: `offer` waits for so long as was configured and no longer, since containerd holds locks through it; the
-work goes on in the worker. `settle` and `stack` wait for as long as it takes.
+Concurrency: `offer` waits for so long as was configured, for all layers of an image together, since containerd holds
+locks through it; the work goes on in the worker. `settle` and `stack` wait for as long as it takes.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import trio
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from nsfs.model.lazy import LazyLayer
 
 log = logging.getLogger(__name__)
+
+_PULL: Final = 60.0
+"""Seconds after its deadline when the pull of an image is taken for a new one."""
+_LEAST: Final = 0.5
+"""Seconds that every layer gets: enough for one that is known already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +60,8 @@ class LazyLayers:
         self._config = config
         self._domains: dict[int, str] = {}
         """Where a snapshot's lowers are, by its ID."""
+        self._deadlines: dict[tuple[str, str], float] = {}
+        """Of pulls, by namespace and image."""
 
     @property
     def wait(self) -> float:
@@ -69,7 +76,7 @@ class LazyLayers:
         """
         domain = self._domain(namespace)
         begun = False
-        with trio.move_on_after(self._config.wait):
+        with trio.move_on_at(self._deadline(namespace, layer)):
             await self._workers.call(domain, "Offer", _name(layer), worker_api.Empty)
             begun = True
             indexed = await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
@@ -80,6 +87,13 @@ class LazyLayers:
         if self._config.strict:
             raise UnreachableError(f"layer {layer.blob} is still being read for the first time", retry_after=1)
         return layer
+
+    def _deadline(self, namespace: str, layer: LazyLayer) -> float:
+        """Until when this pull waits: its layers come one after another, and share what the first one was given."""
+        now = trio.current_time()
+        self._deadlines = {pull: at for pull, at in self._deadlines.items() if at > now - _PULL}
+        shared = self._deadlines.setdefault((namespace, layer.reference), now + self._config.wait)
+        return max(shared, now + min(_LEAST, self._config.wait))
 
     def _check(self, indexed: worker_api.Indexed, *, over_local: bool) -> None:
         if over_local and indexed.needs_lower:

@@ -118,7 +118,7 @@ class Config(Struct, frozen=True, kw_only=True):
     prepare: Prepare = "lenient"
     """What counts as a lazy layer for containerd: lenient, or strict for namespaces that several tenants share."""
     prepare_wait: Duration = Duration(10)
-    """How long containerd waits, in a pull, for a plain layer that is read for the first time."""
+    """How long a pull of containerd waits for its plain layers that are read for the first time."""
     registry: Registry = Registry()
     fetch: Fetch = Fetch()
     kernel: Kernel = Kernel()
