@@ -49,6 +49,8 @@ _ANSWERS_AT_ONCE: Final = 1.0
 """Seconds that a worker has to say how it stands."""
 _SERVED: Final = 1.0
 """A worker that lived as long has served, and its death is no sequel of the last one's."""
+_GRACE: Final = 3.0
+"""Seconds for a worker to make durable what it wrote, after its daemon has let go of it."""
 _DEATH: Final = 5.0
 """Seconds that a killed worker may take to be gone; longer only where a disk does not answer."""
 _ATTEMPTS: Final = 2
@@ -302,7 +304,7 @@ class Supervisor:
                 log.warning("the worker of domain %s died: pid %d%s", kept.domain, kept.pid, await _status_of(child))
             finally:
                 kept.pid = 0
-                await _end(child)
+                await _end(child, 0 if kept.scope.cancel_called else _GRACE)
         return has_answered
 
     async def _serve(self, kept: _Kept, stream: trio.SocketStream) -> bool:
@@ -342,8 +344,13 @@ async def _status_of(child: Child) -> str:
     return ""
 
 
-async def _end(child: Child) -> None:
-    """Kill it, and wait until it can write nothing any more."""
+async def _end(child: Child, grace: float) -> None:
+    """Let it end by itself for `grace` seconds, now that its socket is closed; then kill it.
+
+    Returns when it can write nothing any more.
+    """
+    with trio.move_on_after(grace, shield=True), suppress(UnreachableError):
+        await child.wait()
     child.kill()
     with trio.move_on_after(_DEATH, shield=True), suppress(UnreachableError):
         await child.wait()
