@@ -189,7 +189,8 @@ def _read_layer(job: FirstPassJob, source_fd: int, placer: Placer, progress: Cal
             parser.close()
         except CorruptError:
             refused.set()
-            _exhaust(pieces)
+            with suppress(CorruptError):
+                _exhaust(pieces)
             if blob.size == job.blob_size:
                 blob.check("blob")
             raise
