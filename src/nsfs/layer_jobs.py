@@ -7,6 +7,7 @@ a memory map made may cross a fork. What a job leaves behind when it is killed i
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
@@ -89,6 +90,8 @@ def _opened_pool(layout: DomainLayout, bitmap: int) -> Iterator[Pool]:
 
 
 def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerMade:
+    os.nice(args.nice)
+    gc.disable()  # its many values hold no cycles, and the process ends with the layer
     layout = DomainLayout(args.domain)
     key = LayerKey(Digest(args.blob), "plain")
     directory = layout.layer_dir(key)

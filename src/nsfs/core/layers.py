@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PIPE = 1 << 20
+_NICE = 5
+"""Of first passes beside that of a larger layer, which would else be the last to end, on one processor."""
 PLAIN: Final = "plain"
 """The index that a layer's one pass over all of it makes."""
 
@@ -83,6 +85,8 @@ class PlainArgs(Struct, kw_only=True):
     media_type: str
     compression: str
     diff_id: str
+    nice: int
+    """Of the process: what decides when an image can be shown goes first."""
 
 
 class TocArgs(Struct, kw_only=True):
@@ -319,6 +323,10 @@ class Layers:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
         return await (_twice(blob, work) if _size_of(self._paths.spool(blob.digest)) else work())
 
+    def _is_largest(self, layer: Layer) -> bool:
+        """No layer that is being read now is larger."""
+        return layer.descriptor.size >= max(each.layer.descriptor.size for each in self.running.values())
+
     async def _read_all(self, layer: Layer, blob: OriginBlob, progress: LayerProgress) -> LayerMade:
         args = PlainArgs(
             domain=self._domain,
@@ -327,6 +335,7 @@ class Layers:
             media_type=layer.descriptor.media_type,
             compression=layer.format.compression.value,
             diff_id=str(layer.diff_id),
+            nice=0 if self._is_largest(layer) else _NICE,
         )
 
         async def report(done: int) -> None:

@@ -139,7 +139,8 @@ class Looking:
         for layer in image.layers:
             self._layers.check(layer)
         await self.announce(image, image.layers, report)
-        layers = {layer.digest: layer for layer in image.layers}.values()
+        unique = {layer.digest: layer for layer in image.layers}.values()
+        layers = sorted(unique, key=lambda layer: layer.descriptor.size, reverse=True)
         await run_all(partial(self._layers.index, image, layer) for layer in layers)
         return await self._layers.maps(image.layers)
 

@@ -1,13 +1,15 @@
 """Puts the contents of one layer into the pool while it is read.
 
 Owns which content gets which address: one that the domain has is joined, any other gets a new extent, and neighbours
-are written together. Refuses layers that take more addresses than allowed. Belongs to one thread. Invariants: it writes
-only to addresses that it reserved itself, to each once; every extent is padded with zeros to whole blocks; contents
-whose digest is unknown are never registered.
+are written together. Refuses layers that take more addresses than allowed. Belongs to one thread, and has one more that
+writes, a few batches behind. Invariants: it writes only to addresses that it reserved itself, to each once; every
+extent is padded with zeros to whole blocks; contents whose digest is unknown are never registered.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, Protocol
 
 from nsfs.core.ports import BLOCK
@@ -24,6 +26,8 @@ SLAB: Final = 64 << 20
 """Bytes of addresses that are reserved at least at once."""
 _BATCH: Final = 4 << 20
 """Bytes of neighbouring contents that are written at once."""
+_BEHIND: Final = 3
+"""Batches that may wait to be written."""
 _ZEROS: Final = bytes(_BATCH)
 _LONG_GAP: Final = 64 << 10
 """Holes of at least so many bytes are left out of the disk."""
@@ -78,8 +82,9 @@ class Placer:
 
     def place(self, events: Sequence[Event]) -> None:
         """Take the entries and contents of one piece of the tar."""
-        small = {event.entry.digest for event in events if isinstance(event, Member) and event.content}
-        known = self._contents.contents_of(small - self._new.keys()) if small else {}
+        digests = (event.entry.digest for event in events if isinstance(event, Member) and event.content)
+        small = {digest for digest in digests if digest not in self._new}
+        known = self._contents.contents_of(small) if small else {}
         for event in events:
             if isinstance(event, Member):
                 self.entries.append(event.entry)
@@ -124,7 +129,8 @@ class Placer:
 
     def finish(self) -> None:
         """Write what is still held back."""
-        self._writer.flush()
+        self._writer.finish()
+        self._writer.close()
 
     def move(self, elsewhere: Mapping[int, int]) -> None:
         """Use the later address instead of the earlier, for contents that another layer brought meanwhile."""
@@ -139,10 +145,49 @@ class Placer:
 
     def clear(self) -> None:
         """Free everything that was written, and give up the addresses."""
+        self._writer.close()
         for slab in self.slabs:
             self._disk.evict(slab.address, slab.size)
         for slab in self.slabs:
             self._contents.forget_slab(slab)
+
+
+class _Behind:
+    """Writes batches in a thread of its own, in order; an error is raised at a later call."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._pending: deque[tuple[Future[None], bytearray]] = deque()
+        self._free = [bytearray(_BATCH) for _ in range(_BEHIND)]
+
+    def put(self, address: int, batch: bytearray, size: int) -> bytearray:
+        """Have `size` bytes of `batch` written, and give another one to fill."""
+        self._pending.append((self._thread.submit(self._write, address, batch, size), batch))
+        if not self._free:
+            self._retire()
+        return self._free.pop()
+
+    def _retire(self) -> None:
+        written, batch = self._pending.popleft()
+        self._free.append(batch)
+        written.result()
+
+    def drain(self) -> None:
+        """Return when all is written."""
+        while self._pending:
+            self._retire()
+
+    def close(self) -> None:
+        """Return when nothing is written any more, whether it was or not."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _write(self, address: int, batch: bytearray, size: int) -> None:
+        """Write whole blocks. Long zeros, as in a bomb, take no space."""
+        if size == _BATCH and batch == _ZEROS:
+            self._disk.write_zeros(address, size)
+        else:
+            self._disk.write(address, memoryview(batch)[:size])
 
 
 class _Writer:
@@ -150,7 +195,7 @@ class _Writer:
 
     def __init__(self, disk: Disk, contents: Contents, max_addresses: int) -> None:
         self.slabs: list[Slab] = []
-        self._disk = disk
+        self._behind = _Behind(disk)
         self._contents = contents
         self._left = max_addresses
         self._next = 0
@@ -213,11 +258,17 @@ class _Writer:
         self._fill += padding
 
     def flush(self) -> None:
-        """Write what is held back: whole blocks. Long zeros, as in a bomb, take no space."""
+        """Have what is held back written: whole blocks."""
         if self._fill:
-            if self._fill == _BATCH and self._buffer == _ZEROS:
-                self._disk.write_zeros(self._base, _BATCH)
-            else:
-                self._disk.write(self._base, memoryview(self._buffer)[: self._fill])
+            self._buffer = self._behind.put(self._base, self._buffer, self._fill)
             self._base += self._fill
             self._fill = 0
+
+    def finish(self) -> None:
+        """Return when all is written."""
+        self.flush()
+        self._behind.drain()
+
+    def close(self) -> None:
+        """Write nothing any more."""
+        self._behind.close()
