@@ -31,17 +31,9 @@ async def open_tasks() -> AsyncIterator[trio.Nursery]:
 async def run_all(works: Iterable[Callable[[], Awaitable[object]]]) -> None:
     """Run all of `works` at once; the first that fails ends the others, and its error is raised."""
     failures: list[Exception] = []
-
-    async def run(work: Callable[[], Awaitable[object]]) -> None:
-        try:
-            await work()
-        except Exception as error:  # noqa: BLE001  raised again below
-            failures.append(error)
-            nursery.cancel_scope.cancel()
-
     async with trio.open_nursery() as nursery:
         for work in works:
-            nursery.start_soon(run, work)
+            nursery.start_soon(_run, work, failures, nursery.cancel_scope)
     if failures:
         raise failures[0]
 
@@ -50,16 +42,8 @@ async def run_all(works: Iterable[Callable[[], Awaitable[object]]]) -> None:
 async def running(work: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
     """Run `work` while the block lasts; the first of the two that fails ends the other, and its error is raised."""
     failures: list[Exception] = []
-
-    async def run() -> None:
-        try:
-            await work()
-        except Exception as error:  # noqa: BLE001  raised again below
-            failures.append(error)
-            nursery.cancel_scope.cancel()
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(run)
+        nursery.start_soon(_run, work, failures, nursery.cancel_scope)
         try:
             yield
         except Exception as error:  # noqa: BLE001  raised again below
@@ -67,6 +51,15 @@ async def running(work: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
     if failures:
         raise failures[0]
+
+
+async def _run(work: Callable[[], Awaitable[object]], failures: list[Exception], scope: trio.CancelScope) -> None:
+    """Run `work`; note its error, which the caller raises outside of the nursery, and end the others."""
+    try:
+        await work()
+    except Exception as error:  # noqa: BLE001  the caller raises it again
+        failures.append(error)
+        scope.cancel()
 
 
 async def finish(work: Awaitable[object]) -> None:

@@ -178,11 +178,6 @@ class DomainIndex:
         with mapped_errors(_NAME, self._path), self._environment.begin(db=database, write=write) as txn:
             yield txn
 
-    def check_readers(self) -> int:
-        """Free the slots of readers that died, so that old pages can be used again; returns how many there were."""
-        with mapped_errors(_NAME, self._path):
-            return int(self._environment.reader_check())
-
     # Addresses
 
     def reserve(self, size: int = SLAB) -> Slab:
