@@ -11,7 +11,7 @@ help:
 	@echo 'make conformance  the suite of containerd for snapshotters, against a daemon of ours; needs Go'
 	@echo 'make lint         lint, types and import contracts alone'
 	@echo 'make bench        the figures, as JSON and plots, in bench/results'
-	@echo 'make proto        the stubs of src/nsfs/serve/proto, after a change there'
+	@echo 'make proto        the stubs of src/nsfs/serve/proto and of the tests, after a change there'
 	@echo 'make wheel        dist/nsfs-*.whl'
 	@echo 'make pages        manual pages and completions, in dist/'
 
@@ -44,6 +44,7 @@ bench:
 proto:
 	@contrib/setup.sh
 	@$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src src/nsfs/serve/proto/*.proto
+	@$(BIN)/python -m grpc_tools.protoc -Itests --python_out=tests --pyi_out=tests tests/cri_api.proto
 
 wheel:
 	@contrib/setup.sh

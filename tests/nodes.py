@@ -11,11 +11,26 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from containerd import INSTALLED, Containerd, run_containerd, shared_directory
+from containerd import INSTALLED, NEWER, Containerd, run_containerd, shared_directory
 from nsfs_daemon import NSFS, Daemon, run_daemon
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+_SANDBOXES = {
+    INSTALLED: """
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  restrict_oom_score_adj = true
+""",
+    NEWER: """
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{pause}"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+""",
+}
+"""What pods need here: an image for sandboxes, and no less a score for the OOM killer than we may set."""
 
 SNIPPETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "contrib", "containerd")
 
@@ -117,22 +132,31 @@ def wait_until(true: Callable[[], bool], seconds: float = 10) -> bool:
 
 @contextlib.contextmanager
 def run_node(
-    directory: str, release: str = INSTALLED, *, cri: bool = False, settings: Mapping[str, Any] | None = None
+    directory: str,
+    release: str = INSTALLED,
+    *,
+    cri: bool = False,
+    pause: str = "",
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Node]:
-    """Start both below `directory`, which becomes a shared mount meanwhile."""
+    """Start both below `directory`, which becomes a shared mount meanwhile.
+
+    `pause` is the image that pods' sandboxes are made of, where `cri` is to run any.
+    """
+    more = {"config": "", "cri": _SANDBOXES[release].format(pause=pause) if pause else ""}
     names = ("config", "cri") if cri else ("config",)
     version = 2 if release == INSTALLED else 3
     with shared_directory(directory), run_daemon(f"{directory}/nsfs", settings) as daemon:
-        imports = [_write_snippet(directory, f"{name}-v{version}.toml", daemon.socket) for name in names]
+        imports = [_write_snippet(directory, f"{name}-v{version}.toml", daemon.socket, more[name]) for name in names]
         with run_containerd(f"{directory}/containerd", release=release, imports=imports, cri=cri) as server:
             yield Node(daemon, server)
 
 
-def _write_snippet(directory: str, name: str, socket: str) -> str:
-    """The snippet as it is, but for the daemon's socket."""
+def _write_snippet(directory: str, name: str, socket: str, more: str) -> str:
+    """The snippet as it is, but for the daemon's socket; `more` is in the same file, as imports replace sections."""
     with open(f"{SNIPPETS}/{name}") as file:
         text = file.read()
     path = f"{directory}/{name}"
     with open(path, "w") as file:
-        file.write(text.replace("/run/nsfs/nsfs.sock", socket))
+        file.write(text.replace("/run/nsfs/nsfs.sock", socket) + more)
     return path

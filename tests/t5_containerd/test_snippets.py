@@ -8,7 +8,7 @@ import pytest
 
 import busybox
 from containerd import RELEASES
-from cri import Images
+from cri import Cri
 from images import write_oci_layout
 from nodes import run_node
 from nsfs.model.digest import Digest
@@ -27,9 +27,9 @@ def test_the_snippets_make_nsfs_the_snapshotter_of_ctr_and_of_kubernetes(tmp_pat
         node.containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "nsfs", reference)
         assert len(node.snapshots()) == 2
         assert node.run(reference, "a") == "the second layer\n"
-        with Images(node.containerd.socket) as images:
-            identifier = images.pull(reference)
-            assert images.names() == {reference}
+        with Cri(node.containerd.socket) as cri:
+            identifier = cri.pull(reference)
+            assert cri.names() == {reference}
         assert identifier == Digest.of(busybox.image().config_blob)
         assert len(node.snapshots("k8s.io")) == 2
 
@@ -41,10 +41,10 @@ def test_kubernetes_sees_what_nsfs_pulled(tmp_path: Path, release: str) -> None:
         push_layout(str(layout), registry, "busybox")
         reference = f"{registry.host}/busybox:latest"
         node.pull(reference, namespace="k8s.io")
-        with Images(node.containerd.socket) as images:
-            images.wait_for(reference)
+        with Cri(node.containerd.socket) as cri:
+            cri.wait_for(reference)
             before = node.snapshots("k8s.io")
-            assert images.pull(reference) == Digest.of(busybox.image().config_blob)
+            assert cri.pull(reference) == Digest.of(busybox.image().config_blob)
             assert node.snapshots("k8s.io") == before
-            images.remove(reference)
-            assert images.names() == set()
+            cri.remove_image(reference)
+            assert cri.names() == set()
