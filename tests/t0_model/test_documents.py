@@ -21,6 +21,7 @@ SOURCE = REPOSITORY / "src/nsfs"
 DOCUMENTS = [REPOSITORY / name for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")]
 DOCUMENTS += sorted((REPOSITORY / "docs").glob("*.md"))
 README = (REPOSITORY / "README.md").read_text()
+THREATS = (REPOSITORY / "docs/threat-model.md").read_text()
 ON_DISK = (REPOSITORY / "docs/on-disk.md").read_text()
 CONFIG = (REPOSITORY / "contrib/config.toml").read_text()
 
@@ -130,13 +131,25 @@ def _anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+_POINTER = r"`([a-z0-9_/]+\.py)(?::([\w.]+))?`"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_pointers_into_the_code_lead_somewhere(document: Path) -> None:
-    for path, name in re.findall(r"`([a-z_/]+\.py)(?::([\w.]+))?`", document.read_text()):
-        module = SOURCE / path
+    for path, name in re.findall(_POINTER, document.read_text()):
+        module = (REPOSITORY if path.startswith("tests/") else SOURCE) / path
         assert module.exists(), path
         if name:
             _find(ast.parse(module.read_text()), name, path)
+
+
+def test_every_promise_is_tested() -> None:
+    promises = [row for part in THREATS.split("\n## ") if "\n| promise |" in part for row in _rows(part, "promise")]
+    assert len(promises) > 10
+    for promise, tests in promises:
+        found = re.findall(_POINTER, tests)
+        assert found, promise
+        assert all(path.startswith("tests/") and "test_" in name for path, name in found), promise
 
 
 def _find(module: ast.Module, name: str, path: str) -> None:
