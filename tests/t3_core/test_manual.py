@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manual_fakes import FAIL, HANG, USER, Site
+from nsfs.core.manual import Lower, Lowers
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnreachableError
+from nsfs.model.mounts import Driver
 from trio_tests import run
 
 
@@ -227,6 +229,21 @@ def test_an_umount_once_begun_is_finished_without_its_caller() -> None:
             nursery.cancel_scope.cancel()
         assert site.script.calls.count("unmount") == 2
         site.check()
+
+    run(body)
+
+
+def test_a_release_once_begun_is_finished_without_its_caller() -> None:
+    async def body() -> None:
+        site = Site()
+        lowers = Lowers(site.kernel, site.workers)
+        await lowers.acquire([Lower("ns/a", "view", Driver.EROFS)], "snapshot 1")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lowers.release, "snapshot 1")
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert site.kernel.mounted() == set()
+        assert site.workers.shown == set()
 
     run(body)
 

@@ -133,9 +133,10 @@ class LazyLayers:
 
     async def release(self, snapshot: int) -> None:
         """Unmount what only that snapshot stacks."""
-        domain = self._domains.pop(snapshot, None)
+        domain = self._domains.get(snapshot)
         if domain is not None:
             async with self._lowers.locks[domain]:
+                self._domains.pop(snapshot, None)
                 await self._lowers.release(_user(snapshot))
 
     def stacked(self) -> set[int]:

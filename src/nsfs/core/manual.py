@@ -175,7 +175,7 @@ class Lowers:
         return [self._path(lower) for lower in lowers]
 
     async def release(self, user: str) -> None:
-        """Unmount what nobody but `user` stacks."""
+        """Unmount what nobody but `user` stacks; once begun this is finished, since nobody would know of it again."""
         idle = [lower for lower, users in self._users.items() if users == {user}]
         for users in self._users.values():
             users.discard(user)
@@ -183,10 +183,11 @@ class Lowers:
             paths = [self._path(lower) for lower in idle]
             for lower in idle:
                 del self._names[lower], self._users[lower]
-            try:
-                await self._kernel.unmount(paths, force=True)
-            finally:
-                await self._hide(idle)
+            with trio.move_on_after(_UNDO_DEADLINE, shield=True):
+                try:
+                    await self._kernel.unmount(paths, force=True)
+                finally:
+                    await self._hide(idle)
 
     def _path(self, lower: Lower) -> str:
         return self._kernel.lower_path(self._names[lower])
