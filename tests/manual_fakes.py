@@ -13,8 +13,10 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.manual import Kernel, Lower, ManualMounts, Wish
+from nsfs.core.scopes import Scopes
 from nsfs.errors import BusyError, NotFoundError, UnreachableError
 from nsfs.model.mounts import Bind, Host, MountRecord, Overlay
+from nsfs.model.policy import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -196,7 +198,8 @@ class Site:
 
     def restart(self) -> None:
         """As after the death of the daemon and of its workers: what is mounted and on disk stays."""
-        self.manual = ManualMounts(self.records, self.workers, self.kernel, self.host)
+        scopes = Scopes(Policy(), str, root=self.host.root)
+        self.manual = ManualMounts(self.records, self.workers, self.kernel, self.host, scopes)
         self.workers.shown.clear()
         self.workers.trees.clear()
 

@@ -22,9 +22,12 @@ import trio
 from nsfs import __version__
 from nsfs.core.lazy import LazyConfig, LazyLayers
 from nsfs.core.manual import Lowers, ManualMounts
+from nsfs.core.scopes import Scopes
 from nsfs.core.snapshots import open_snapshots
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model.mounts import Host
+from nsfs.model.policy import Policy
+from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
@@ -121,21 +124,27 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             fronts = await stack.enter_async_context(open_fronts(server))
             kernel = UserKernel(layout, config, server, supervisor.bitmap, fronts)
         lowers = Lowers(kernel, supervisor)
-        manual = ManualMounts(meta, supervisor, kernel, host, config.isolation, lowers)
+        scopes = Scopes(Policy(config.isolation), _complete, root=host.root)
+        manual = ManualMounts(meta, supervisor, kernel, host, scopes, lowers)
         await manual.sweep()
         stack.push_async_callback(manual.end_all)
         await trio.to_thread.run_sync(_drop_pods, layout)
         control = Control(config, manual, supervisor, private=private)
         services = [control_service(control.handlers())]
         if host.root and not private:
-            choice = LazyConfig(isolation=config.isolation, wait=config.prepare_wait, strict=config.prepare == "strict")
-            lazy = LazyLayers(supervisor, lowers, host, choice)
+            choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict")
+            lazy = LazyLayers(supervisor, lowers, host, scopes, choice)
             directories = SnapshotDirs(layout.snapshots, layout.lowers)
             snapshots = await stack.enter_async_context(open_snapshots(meta, directories, lazy, empty=kernel.empty))
             services.append(snapshots_service(snapshots))
         await stack.enter_async_context(serve_rpc(config.socket, services))
         log.info("nsfs %s serves at %s", __version__, config.socket)
         await _wait_end(manual, control, private=private)
+
+
+def _complete(reference: str) -> str:
+    """As registries know it: what users leave out is there."""
+    return str(parse_reference(reference))
 
 
 def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:

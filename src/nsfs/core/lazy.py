@@ -22,13 +22,14 @@ from nsfs.core.manual import Lower
 from nsfs.errors import CorruptError, UnreachableError, UnsupportedError
 from nsfs.model.lazy import State
 from nsfs.model.mounts import Driver, Host, choose_driver
-from nsfs.model.policy import Domain, Isolation, resolve_domain
+from nsfs.model.policy import Domain, ScopeRequest
 from nsfs.model.snapshot import Stacked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nsfs.core.manual import Lowers, Workers
+    from nsfs.core.scopes import Scopes
     from nsfs.model.lazy import LazyLayer
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ _LEAST: Final = 0.5
 class LazyConfig:
     """What an administrator decides."""
 
-    isolation: Isolation
     wait: float
     """Seconds that a Prepare waits for a layer's index."""
     strict: bool
@@ -53,10 +53,11 @@ class LazyConfig:
 class LazyLayers:
     """The service."""
 
-    def __init__(self, workers: Workers, lowers: Lowers, host: Host, config: LazyConfig) -> None:
+    def __init__(self, workers: Workers, lowers: Lowers, host: Host, scopes: Scopes, config: LazyConfig) -> None:
         self._workers = workers
         self._lowers = lowers
         self._driver = choose_driver("auto", host)
+        self._scopes = scopes
         self._config = config
         self._domains: dict[int, str] = {}
         """Where a snapshot's lowers are, by its ID."""
@@ -74,7 +75,7 @@ class LazyLayers:
         `over_local` says that it stands on a layer that containerd unpacked. Where it may not be pending, what is
         raised is an UnreachableError with `retry_after`.
         """
-        domain = self._domain(namespace)
+        domain = self._domain(namespace, [layer])
         begun = False
         with trio.move_on_at(self._deadline(namespace, layer)):
             await self._workers.call(domain, "Offer", _name(layer), worker_api.Empty)
@@ -104,7 +105,7 @@ class LazyLayers:
     async def settle(self, namespace: str, layer: LazyLayer) -> LazyLayer:
         """What became of a pending layer: ready or fenced. Raises NsfsError where that is still open."""
         try:
-            await self._workers.call(self._domain(namespace), "Await", _name(layer), worker_api.Indexed)
+            await self._workers.call(self._domain(namespace, [layer]), "Await", _name(layer), worker_api.Indexed)
         except CorruptError as error:
             return msgspec.structs.replace(layer, state=State.FENCED, reason=error.message)
         return msgspec.structs.replace(layer, state=State.READY)
@@ -116,7 +117,7 @@ class LazyLayers:
 
         They stay mounted until `snapshot` releases them.
         """
-        domain = self._domain(namespace)
+        domain = self._domain(namespace, [layer for layer in layers if layer is not None])
         names = [None if layer is None else _name(layer) for layer in reversed(layers)]
         answer = await self._workers.call(domain, "Stack", worker_api.Stack(layers=names), worker_api.Stacked)
         infos = iter(reversed(answer.maps))
@@ -143,14 +144,16 @@ class LazyLayers:
         """The snapshots that have views mounted."""
         return set(self._domains)
 
-    def _domain(self, namespace: str) -> Domain:
+    def _domain(self, namespace: str, layers: Sequence[LazyLayer]) -> Domain:
         if self._driver is Driver.FUSE:
             raise UnsupportedError("this kernel or configuration mounts no erofs", hint="see nsfs doctor")
         if not namespace:
             raise UnsupportedError("the caller has no namespace")
-        if self._config.isolation is Isolation.POD:
+        references = tuple(dict.fromkeys(layer.reference for layer in layers))
+        domain = self._scopes.domain(ScopeRequest(namespace=namespace, references=references))
+        if domain.transient:
             raise UnsupportedError("a pod's domain begins with its mount, and a layer is pulled before")
-        return resolve_domain(namespace, None, self._config.isolation, "")
+        return domain
 
     def _lower(self, domain: Domain, info: worker_api.MapInfo) -> Lower:
         """Containers wait for their content without end: their views' names have no suffix."""

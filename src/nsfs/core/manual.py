@@ -26,13 +26,14 @@ import trio
 from nsfs.core import worker_api
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError
 from nsfs.model.mounts import Bind, Driver, Host, MountRecord, Overlay, choose_driver, plan_rootfs, unique_maps
-from nsfs.model.policy import Domain, Isolation, parse_patience, resolve_domain, resolve_private_domain
+from nsfs.model.policy import Domain, Isolation, ScopeRequest, parse_patience
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from msgspec import Struct
 
+    from nsfs.core.scopes import Scopes
     from nsfs.model.policy import Patience
 
 T = TypeVar("T")
@@ -223,14 +224,14 @@ class ManualMounts:
         workers: Workers,
         kernel: Kernel,
         host: Host,
-        default: Isolation = Isolation.ISOLATED,
+        scopes: Scopes,
         lowers: Lowers | None = None,
     ) -> None:
         self._records = records
         self._workers = workers
         self._kernel = kernel
         self._host = host
-        self._default = default
+        self._scopes = scopes
         self._lowers = lowers or Lowers(kernel, workers)
         self._locks = self._lowers.locks
         self._claimed: set[str] = set()
@@ -240,11 +241,10 @@ class ManualMounts:
         """Whether this host shows layers one by one, as snapshots need them."""
         return self._host.root and choose_driver("auto", self._host) is not Driver.FUSE
 
-    def domain_for(self, namespace: str, isolation: str | None, mount_id: str = "inspect") -> Domain:
+    def domain_for(self, namespace: str, reference: str, isolation: str | None, mount_id: str = "inspect") -> Domain:
         """The domain of a request; a user who is not root has only one."""
-        if not self._host.root:
-            return resolve_private_domain(isolation)
-        return resolve_domain(namespace, isolation, self._default, mount_id)
+        asked = ScopeRequest(namespace=namespace, references=(reference,), wish=isolation, mount_id=mount_id)
+        return self._scopes.domain(asked)
 
     def records(self) -> list[MountRecord]:
         """All mounts there are."""
@@ -259,7 +259,7 @@ class ManualMounts:
         driver = choose_driver(wish.driver, self._host)
         patience = parse_patience(wish.on_error)
         mount_id = secrets.token_hex(8)
-        domain = self.domain_for(wish.namespace, wish.isolation, mount_id)
+        domain = self.domain_for(wish.namespace, wish.reference, wish.isolation, mount_id)
         if wish.writable and not self._host.root:
             raise DeniedError("a writable mount needs root: the kernel's overlay", hint="leave --rw away")
         async with AsyncExitStack() as undo:

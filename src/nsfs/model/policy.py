@@ -1,7 +1,12 @@
-"""Who shares with whom: from a namespace and a wish to the domain that serves it.
+"""Who shares with whom: from a namespace, a plugin name, an image and a wish to the domain that serves it.
 
 The only place where a domain's name is made. A domain is one pool, one worker and one set of credentials; below this
-decision nothing asks who the tenant is.
+decision nothing asks who the tenant is. `decide_scope` is a pure function of the administrator's policy and of what a
+request says of itself. It trusts each part as far as its author: policy and plugin name are the administrator's, a wish
+comes from root's command line and chooses, a label comes from whoever runs the container and can only tighten.
+
+An image is known here by its complete reference, which may be no more than a claim: whoever serves the decided domain
+resolves the image in that very repository before anything of it is shown there.
 """
 
 from __future__ import annotations
@@ -9,8 +14,18 @@ from __future__ import annotations
 import enum
 import re
 from dataclasses import dataclass
+from functools import lru_cache, reduce
+from typing import TYPE_CHECKING, Final
 
 from nsfs.errors import DeniedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ISOLATION_LABEL: Final = "containerd.io/snapshot/nsfs.isolation"
+"""What a container's snapshot may be labelled with, to share less than the policy says."""
+PLUGIN: Final = "nsfs"
+"""The plugin name that says nothing; `nsfs-<scope>` names a scope, `nsfs-<tenant>` a tenant."""
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 """containerd's identifiers (pkg/identifiers, containerd 1.6 to 2.x), at most 76 characters."""
@@ -22,6 +37,15 @@ class Isolation(enum.StrEnum):
     SHARED = "shared"
     ISOLATED = "isolated"
     POD = "pod"
+    GUEST = "guest"
+    """Nothing of the image is on this host: a virtual machine's guest pulls it."""
+
+    def is_tighter(self, other: Isolation) -> bool:
+        """Shares less than `other`."""
+        return _ORDER.index(self) > _ORDER.index(other)
+
+
+_ORDER: Final = tuple(Isolation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +63,16 @@ class Domain:
 
 def check_namespace(namespace: str) -> str:
     """`namespace` itself where it is a containerd identifier; raises UsageError."""
-    if len(namespace) > 76 or _NAMESPACE.fullmatch(namespace) is None:
+    return _check_identifier("namespace", namespace)
+
+
+def _check_identifier(what: str, text: str) -> str:
+    if len(text) > 76 or _NAMESPACE.fullmatch(text) is None:
         raise UsageError(
-            f"not a namespace: {namespace[:100]!r}",
+            f"not a {what}: {text[:100]!r}",
             hint="up to 76 letters and digits, with single dots, dashes or underscores between them",
         )
-    return namespace
+    return text
 
 
 def parse_isolation(text: str) -> Isolation:
@@ -56,17 +84,226 @@ def parse_isolation(text: str) -> Isolation:
         raise UsageError(f"not an isolation: {text[:100]!r}", hint=f"one of {names}") from None
 
 
-def resolve_domain(namespace: str, wish: str | None, default: Isolation, mount_id: str) -> Domain:
-    """The domain for a mount that `namespace` asks for; without a `wish` the default decides."""
-    check_namespace(namespace)
-    isolation = default if wish is None else parse_isolation(wish)
-    match isolation:
+# What an administrator says
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """Images, namespaces and plugin names by pattern, and what they share. `*` stops at a slash, `**` does not."""
+
+    scope: Isolation
+    domain: str = ""
+    """Of a shared scope: its name, "shared" where none is given."""
+    namespace: str = "**"
+    image: str = "**"
+    """Registry and repository, without tag or digest."""
+    plugin: str = "**"
+    name: str = ""
+    """What `nsfs policy explain` calls it."""
+
+    def matches(self, namespace: str, plugin: str, reference: str) -> bool:
+        """Whether it is about that image of that namespace, through that plugin name."""
+        return (
+            _matches(self.namespace, namespace)
+            and _matches(self.plugin, plugin)
+            and _matches(self.image, repository_of(reference))
+        )
+
+
+def check_rule(rule: Rule) -> Rule:
+    """`rule` itself; raises UsageError where it could never do what it says."""
+    if rule.domain:
+        _check_identifier("domain", rule.domain)
+        if rule.scope is not Isolation.SHARED:
+            raise UsageError(
+                f"only a shared scope has a domain of a name: {rule.domain}", hint=f"{rule.scope} has one of its own"
+            )
+    if repository_of(rule.image) != rule.image:
+        raise UsageError(
+            f"an image pattern with a tag or a digest: {rule.image[:200]}",
+            hint="rules are about repositories: a tag says nothing of what is in a layer",
+        )
+    return rule
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Rules, the first that matches decides; and what is so where none does."""
+
+    default: Isolation = Isolation.ISOLATED
+    rules: tuple[Rule, ...] = ()
+
+
+def repository_of(reference: str) -> str:
+    """A complete reference without its tag and digest."""
+    name = reference.partition("@")[0]
+    head, colon, tag = name.rpartition(":")
+    return head if colon and "/" not in tag else name
+
+
+def _matches(pattern: str, text: str) -> bool:
+    return _compiled(pattern).fullmatch(text) is not None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    pieces = re.split(r"(\*+)", pattern)
+    glob = (
+        "" if not piece else "[^/]*" if piece == "*" else ".*" if piece[0] == "*" else re.escape(piece)
+        for piece in pieces
+    )
+    return re.compile("".join(glob), re.DOTALL)
+
+
+# What follows for a mount
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScopeRequest:
+    """What a mount says of itself."""
+
+    namespace: str
+    references: tuple[str, ...]
+    """The image, complete; behind it those under whose names layers that it stands on were pulled."""
+    plugin: str = ""
+    """containerd's name for the snapshotter; empty for a mount by hand."""
+    wish: str | None = None
+    """--isolation, on root's command line."""
+    label: str | None = None
+    """The value of ISOLATION_LABEL."""
+    mount_id: str = ""
+    """Names a pod's domain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a mount gets, and why."""
+
+    scope: Isolation
+    domain: Domain | None
+    """None where nothing of the image may be on this host."""
+    rule: str
+    """What decided."""
+    reasons: tuple[str, ...]
+    """Everything that had a say, in order, one sentence each."""
+
+    def on_host(self) -> Domain:
+        """The domain; raises DeniedError where there is none."""
+        if self.domain is None:
+            raise DeniedError(
+                f"nothing of this image may be on the host: {self.rule}",
+                hint="scope guest is for containers whose runtime pulls inside of its virtual machine",
+            )
+        return self.domain
+
+
+@dataclass(frozen=True, slots=True)
+class _Stand:
+    """A scope on its way to a decision: `name` is that of a shared domain."""
+
+    scope: Isolation
+    name: str
+    rule: str
+    reasons: tuple[str, ...]
+
+    def take(self, scope: Isolation, rule: str) -> _Stand:
+        name = self.name if scope is self.scope else ""
+        return _Stand(scope, name, rule, (*self.reasons, f"{rule}: {scope}"))
+
+
+def decide_scope(policy: Policy, request: ScopeRequest) -> Decision:
+    """The scope and the domain of a mount.
+
+    First the policy's rules, or, where none matches, the plugin name, or the default; a plugin name that names a scope
+    is never loosened by a rule. An image whose layers were pulled as parts of others gets what is right for all of
+    them. A wish then chooses; a label tightens. Raises UsageError for malformed names, DeniedError for a label that
+    would loosen.
+    """
+    check_namespace(request.namespace)
+    tenant = tenant_of(request.plugin)
+    stand = reduce(_both, (_stand(policy, request, reference) for reference in request.references))
+    if request.wish is not None:
+        stand = stand.take(parse_isolation(request.wish), "--isolation")
+    if request.label is not None:
+        stand = _tighten(stand, request.label)
+    domain = _domain(stand, request, tenant)
+    return Decision(stand.scope, domain, stand.rule, stand.reasons)
+
+
+def _stand(policy: Policy, request: ScopeRequest, reference: str) -> _Stand:
+    """What the administrator says of one image."""
+    named = scope_of(request.plugin)
+    for number, rule in enumerate(policy.rules, 1):
+        if rule.matches(request.namespace, request.plugin, reference):
+            said = f"rule {number}{f' ({rule.name})' if rule.name else ''}"
+            where = f" in domain {rule.domain}" if rule.domain else ""
+            stand = _Stand(rule.scope, rule.domain, said, (f"{said}: {rule.scope}{where}",))
+            return (
+                stand.take(named, f"plugin name {request.plugin}") if named and named.is_tighter(stand.scope) else stand
+            )
+    return _unruled(policy, request, named)
+
+
+def _unruled(policy: Policy, request: ScopeRequest, named: Isolation | None) -> _Stand:
+    none = ("no rule matches",) if policy.rules else ()
+    if named is not None:
+        return _Stand(named, "", "", none).take(named, f"plugin name {request.plugin}")
+    stand = _Stand(policy.default, "", "", none).take(policy.default, "the configuration's isolation")
+    if tenant_of(request.plugin) and Isolation.ISOLATED.is_tighter(stand.scope):
+        return stand.take(Isolation.ISOLATED, f"plugin name {request.plugin}")
+    return stand
+
+
+def _both(one: _Stand, other: _Stand) -> _Stand:
+    """What is right for two images at once: the tighter scope, and no domain that is only one's."""
+    if one.scope is other.scope:
+        reasons = tuple(dict.fromkeys((*one.reasons, *other.reasons)))
+        both = _Stand(one.scope, one.name, one.rule, reasons)
+        if one.name == other.name:
+            return both
+        return both.take(Isolation.ISOLATED, "layers of images that do not share one domain")
+    tight, loose = (one, other) if one.scope.is_tighter(other.scope) else (other, one)
+    return _Stand(tight.scope, tight.name, tight.rule, tuple(dict.fromkeys((*loose.reasons, *tight.reasons))))
+
+
+def _tighten(stand: _Stand, label: str) -> _Stand:
+    scope = parse_isolation(label)
+    if stand.scope.is_tighter(scope):
+        raise DeniedError(
+            f"a label cannot loosen what is decided: {scope} instead of {stand.scope}, by {stand.rule}",
+            hint=f"leave {ISOLATION_LABEL} away, or have the administrator change the policy",
+        )
+    return stand.take(scope, f"label {ISOLATION_LABEL}") if scope.is_tighter(stand.scope) else stand
+
+
+def _domain(stand: _Stand, request: ScopeRequest, tenant: str) -> Domain | None:
+    match stand.scope:
         case Isolation.SHARED:
-            return Domain("shared", isolation)
+            return Domain(stand.name or "shared", stand.scope)
         case Isolation.ISOLATED:
-            return Domain(f"ns/{namespace}", isolation)
+            return Domain("/".join(filter(None, ("ns", request.namespace, tenant))), stand.scope)
         case Isolation.POD:
-            return Domain(f"pod/{mount_id}", isolation)
+            return Domain(f"pod/{request.mount_id}", stand.scope)
+        case Isolation.GUEST:
+            return None
+
+
+def scope_of(plugin: str) -> Isolation | None:
+    """The scope that a plugin name says, if it says one."""
+    says = plugin.removeprefix(f"{PLUGIN}-")
+    return Isolation(says) if says != plugin and says in _ORDER else None
+
+
+def tenant_of(plugin: str) -> str:
+    """The tenant that a plugin name says, or ""; raises UsageError for one that cannot be."""
+    says = plugin.removeprefix(f"{PLUGIN}-")
+    return "" if says == plugin or says in _ORDER else _check_identifier("tenant", says)
+
+
+def own_domains(namespace: str, domains: Iterable[str]) -> list[str]:
+    """Those of `domains` that are `namespace`'s alone, its tenants' included."""
+    own = f"ns/{check_namespace(namespace)}"
+    return [domain for domain in domains if domain == own or domain.startswith(f"{own}/")]
 
 
 def resolve_private_domain(wish: str | None) -> Domain:

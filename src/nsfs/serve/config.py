@@ -112,7 +112,7 @@ class Config(Struct, frozen=True, kw_only=True):
     log_format: LogFormat = "text"
     """text or json; on stderr."""
     isolation: Isolation = Isolation.ISOLATED
-    """What a mount that does not say gets: shared, isolated or pod."""
+    """What a mount that does not say gets: shared, isolated, pod or guest."""
     on_error: str = "wait:60s"
     """What a read does where its content cannot be had, for mounts that do not say: wait, wait:<seconds>s or eio."""
     prepare: Prepare = "lenient"

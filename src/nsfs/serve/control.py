@@ -94,7 +94,7 @@ class Control:
         return api.Empty()
 
     def _domain(self, request: api.ImageRequest) -> Domain:
-        domain = self._mounts.domain_for(request.namespace, request.isolation)
+        domain = self._mounts.domain_for(request.namespace, request.reference, request.isolation)
         if domain.transient:
             raise DeniedError(
                 "a pod's domain lives and dies with its mount",

@@ -1,0 +1,39 @@
+"""Scopes: what the administrator's policy decides for each mount, while that policy may change.
+
+Owns the policy of now, and completes references before they are looked up in it. Decides nothing by itself: that is
+`model.policy`'s. What was decided for a mount or a snapshot is remembered with it, and no later policy moves it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nsfs.model.policy import Decision, decide_scope, resolve_private_domain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nsfs.model.policy import Domain, Policy, ScopeRequest
+
+
+class Scopes:
+    """The service; any number of calls at a time."""
+
+    def __init__(self, policy: Policy, complete: Callable[[str], str], *, root: bool = True) -> None:
+        self.policy = policy
+        """May be replaced at any time; the next decision goes by it."""
+        self._complete = complete
+        self._root = root
+
+    def decide(self, request: ScopeRequest) -> Decision:
+        """The decision; references may be as users write them. Raises UsageError, DeniedError."""
+        if not self._root:
+            domain = resolve_private_domain(request.wish)
+            return Decision(domain.isolation, domain, "a user's own daemon has one domain", ())
+        references = tuple(map(self._complete, request.references))
+        return decide_scope(self.policy, replace(request, references=references))
+
+    def domain(self, request: ScopeRequest) -> Domain:
+        """The domain that is decided; raises DeniedError also where nothing may be on this host."""
+        return self.decide(request).on_host()
