@@ -13,6 +13,7 @@ from nsfs.model.policy import Isolation
 from nsfs.serve.config import (
     Config,
     Duration,
+    Namespace,
     Size,
     known_keys,
     load_config,
@@ -61,6 +62,7 @@ def test_every_key_can_be_changed() -> None:
     [registry]
     config_path = "/d"
     docker_config = "/e"
+    docker_config_for = "all"
     connect_timeout = "500ms"
     read_timeout = 7
     connections = 1
@@ -107,6 +109,12 @@ def test_the_socket_lies_in_the_run_directory() -> None:
         ("[fetch]\nread_ahead = '1 MB'", "fetch.read_ahead: not a size", None),
         ("[fetch]\nread_ahead = true", "fetch.read_ahead: not a size", None),
         ("[fetch]\nread_ahead = -1", "fetch.read_ahead: not a size", None),
+        ("[namespace.a]\ndocker_confg = '/x'", "unknown key: namespace.a.docker_confg", "namespace.a.docker_config"),
+        ("[namespace.a]\ndocker_config = 'x'", "namespace.a.docker_config: not an absolute path", None),
+        ("[namespace.a.b]\nx = 1", "unknown key: namespace.a.b", None),
+        ("[namespace]\na = 1", "a table, not a value: namespace.a", "[namespace.a]"),
+        ("namespace = 1", "a table, not a value: namespace", "[namespace.<name>]"),
+        ("[namespace.'../x']\ndocker_config = '/x'", "not a namespace", "letters"),
         ("root =", "is no TOML", None),
         (f"socket = '/{'x' * 107}'", "longer than the 107 bytes", None),
     ],
@@ -188,6 +196,13 @@ def test_a_user_has_a_configuration_of_his_own(tmp_path: Path) -> None:
     config = load_private_config({"HOME": "/h", "XDG_CONFIG_HOME": str(tmp_path)}, 5)
     assert config.fetch.concurrency == 3
     assert config.root == "/h/.local/share/nsfs"
+
+
+def test_a_namespace_has_a_table_of_its_own() -> None:
+    config = parse_config("[namespace.'team.a']\ndocker_config = '/a'\ncredential_provider = ['/bin/p', 'x']")
+    assert config.of_namespace("team.a") == Namespace(docker_config="/a", credential_provider=("/bin/p", "x"))
+    assert config.of_namespace("team-b") == Namespace()
+    assert unpack_config(pack_config(config)) == config
 
 
 def test_a_configuration_crosses_processes() -> None:

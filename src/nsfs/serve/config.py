@@ -18,10 +18,10 @@ import msgspec
 from msgspec import Meta, Struct
 
 from nsfs.errors import DeniedError, NotFoundError, NsfsError, UsageError
-from nsfs.model.policy import Isolation, parse_patience
+from nsfs.model.policy import Isolation, check_namespace, parse_patience
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 SYSTEM_CONFIG = "/etc/nsfs/config.toml"
 """What `nsfs serve` reads where no --config is given, if it is there."""
@@ -30,6 +30,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 Prepare = Literal["lenient", "strict"]
 
+_NAMESPACES = "namespace"
 _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -67,7 +68,9 @@ class Registry(Struct, frozen=True, kw_only=True):
     config_path: str = "/etc/containerd/certs.d"
     """Directory of <host>/hosts.toml files, as containerd reads it: mirrors, certificates, plain HTTP."""
     docker_config: str = ""
-    """File with credentials; empty for $DOCKER_CONFIG/config.json, else ~/.docker/config.json."""
+    """The host's credentials; empty for $DOCKER_CONFIG/config.json, else ~/.docker/config.json."""
+    docker_config_for: Literal["default", "all"] = "default"
+    """Who asks with the host's credentials, where it has none of its own: the namespace `default`, or every one."""
     connect_timeout: Duration = Duration(10)
     """To connect, TLS included, per attempt."""
     read_timeout: Duration = Duration(30)
@@ -98,6 +101,15 @@ class Kernel(Struct, frozen=True, kw_only=True):
     """Shift owners by idmapped mounts (Linux 5.19). Nothing asks for that yet: owners are as the image has them."""
 
 
+class Namespace(Struct, frozen=True, kw_only=True):
+    """What is particular to one namespace: a table [namespace.<name>]."""
+
+    docker_config: str = ""
+    """File with the namespace's credentials, its own; empty for the one that `nsfs login -n` keeps."""
+    credential_provider: tuple[str, ...] = ()
+    """Program and arguments, asked for what that file does not know: a kubelet credential provider, version v1."""
+
+
 class Config(Struct, frozen=True, kw_only=True):
     """All of it."""
 
@@ -122,6 +134,11 @@ class Config(Struct, frozen=True, kw_only=True):
     registry: Registry = Registry()
     fetch: Fetch = Fetch()
     kernel: Kernel = Kernel()
+    namespace: dict[str, Namespace] = {}
+
+    def of_namespace(self, name: str) -> Namespace:
+        """What is particular to namespace `name`."""
+        return self.namespace.get(name, Namespace())
 
 
 def parse_config(text: str, base: Config | None = None, source: str = "configuration") -> Config:
@@ -192,7 +209,7 @@ def unpack_config(packed: bytes) -> Config:
 
 
 def known_keys() -> list[str]:
-    """Every key, dotted where it is in a table."""
+    """Every key, dotted where it is in a table; those of namespaces' tables are fields of Namespace."""
     return list(_keys(Config))
 
 
@@ -215,14 +232,33 @@ def _keys(struct: type[Struct], prefix: str = "") -> Iterator[str]:
     for field in msgspec.structs.fields(struct):
         if isinstance(field.type, type) and issubclass(field.type, Struct):
             yield from _keys(field.type, f"{prefix}{field.name}.")
-        else:
+        elif field.name != _NAMESPACES:
             yield prefix + field.name
 
 
 def _refuse_unknown(said: dict[str, Any], source: str) -> None:
     known = known_keys()
-    tables = {key.partition(".")[0] for key in known if "." in key}
-    for key in _said_keys(said):
+    _refuse_others(_said_keys({key: said[key] for key in said if key != _NAMESPACES}), known, source)
+    namespaces = said.get(_NAMESPACES, {})
+    if not isinstance(namespaces, dict):
+        raise UsageError(f"{source}: a table, not a value: {_NAMESPACES}", hint=f"write [{_NAMESPACES}.<name>]")
+    for name, table in namespaces.items():
+        prefix = f"{_NAMESPACES}.{_checked(name, source)}."
+        _refuse_others(
+            _said_keys({name: table}, prefix.removesuffix(f"{name}.")), list(_keys(Namespace, prefix)), source
+        )
+
+
+def _checked(name: str, source: str) -> str:
+    try:
+        return check_namespace(name)
+    except UsageError as error:
+        raise UsageError(f"{source}: {_NAMESPACES}: {error.message}", hint=error.hint) from None
+
+
+def _refuse_others(said: Iterable[str], known: list[str], source: str) -> None:
+    tables = {key.rpartition(".")[0] for key in known if "." in key}
+    for key in said:
         if key in known:
             continue
         if key in tables:
@@ -233,8 +269,8 @@ def _refuse_unknown(said: dict[str, Any], source: str) -> None:
 
 def _said_keys(said: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in said.items():
-        if isinstance(value, dict) and not prefix:
-            yield from _said_keys(value, f"{key}.")
+        if isinstance(value, dict) and prefix in {"", f"{_NAMESPACES}."}:
+            yield from _said_keys(value, f"{prefix}{key}.")
         else:
             yield prefix + key
 
@@ -259,6 +295,9 @@ def _tidy(message: str) -> str:
 def _complete(config: Config, source: str) -> Config:
     if not config.socket:
         config = msgspec.structs.replace(config, socket=f"{config.run}/nsfs.sock")
+    for name, namespace in config.namespace.items():
+        if namespace.docker_config and not namespace.docker_config.startswith("/"):
+            raise UsageError(f"{source}: {_NAMESPACES}.{name}.docker_config: not an absolute path")
     for key in ("root", "run", "socket"):
         if not getattr(config, key).startswith("/"):
             raise UsageError(f"{source}: {key}: not an absolute path: {getattr(config, key)!r}")
