@@ -26,7 +26,6 @@ from nsfs.core.scopes import Scopes
 from nsfs.core.snapshots import open_snapshots
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model.mounts import Host
-from nsfs.model.policy import Policy
 from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
 from nsfs.serve.control import Control
@@ -34,6 +33,7 @@ from nsfs.serve.control_rpc import control_service
 from nsfs.serve.forkserver import launch_server, open_fork_server
 from nsfs.serve.fronts import open_fronts
 from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
+from nsfs.serve.policy_file import load_policy
 from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.session import read_init
 from nsfs.serve.snapshots_rpc import snapshots_service
@@ -44,7 +44,7 @@ from nsfs.store.pool import create_bitmap
 from nsfs.store.snapshots import SnapshotDirs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ServerProcess
@@ -124,12 +124,12 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             fronts = await stack.enter_async_context(open_fronts(server))
             kernel = UserKernel(layout, config, server, supervisor.bitmap, fronts)
         lowers = Lowers(kernel, supervisor)
-        scopes = Scopes(Policy(config.isolation), _complete, root=host.root)
+        scopes = Scopes(load_policy(config), _complete, root=host.root)
         manual = ManualMounts(meta, supervisor, kernel, host, scopes, lowers)
         await manual.sweep()
         stack.push_async_callback(manual.end_all)
         await trio.to_thread.run_sync(_drop_pods, layout)
-        control = Control(config, manual, supervisor, private=private)
+        control = Control(config, manual, supervisor, scopes, private=private)
         services = [control_service(control.handlers())]
         if host.root and not private:
             choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict")
@@ -139,7 +139,8 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             services.append(snapshots_service(snapshots))
         await stack.enter_async_context(serve_rpc(config.socket, services))
         log.info("nsfs %s serves at %s", __version__, config.socket)
-        await _wait_end(manual, control, private=private)
+        beside = [] if private else [partial(_obey_hangups, config, scopes)]
+        await _wait_end(manual, control, beside, private=private)
 
 
 def _complete(reference: str) -> str:
@@ -203,11 +204,26 @@ def _drop_pods(layout: Layout) -> None:
                 shutil.rmtree(os.path.join(layout.domains, name), ignore_errors=True)
 
 
-async def _wait_end(manual: ManualMounts, control: Control, *, private: bool) -> None:
-    """Until a signal, or until a private daemon is not needed; tidies up meanwhile."""
+async def _obey_hangups(config: Config, scopes: Scopes) -> None:
+    """Read the policy again whenever SIGHUP says so; one that is not right changes nothing."""
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        async for _ in signals:
+            try:
+                scopes.policy = await trio.to_thread.run_sync(load_policy, config)
+                log.info("the policy has %d rules now", len(scopes.policy.rules))
+            except NsfsError as error:
+                log.warning("the policy stays as it was: %s", error)
+
+
+async def _wait_end(
+    manual: ManualMounts, control: Control, beside: Sequence[Callable[[], Awaitable[None]]], *, private: bool
+) -> None:
+    """Until a signal, or until a private daemon is not needed; tidies up, and does what is `beside`, meanwhile."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_tidy, manual, control, private, nursery.cancel_scope)
+            for each in beside:
+                nursery.start_soon(each)
             async for number in signals:
                 log.info("ends by %s", signal.Signals(number).name)
                 break

@@ -56,6 +56,7 @@ def test_every_key_can_be_changed() -> None:
     log_level = "debug"
     log_format = "json"
     isolation = "pod"
+    policy = "/f"
     on_error = "eio"
     prepare = "strict"
     prepare_wait = "3s"

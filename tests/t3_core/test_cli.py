@@ -440,6 +440,44 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     assert (config["log_level"], config["log_format"], config["socket"]) == ("debug", "text", "/s")
 
 
+EXPLAINED = api.ExplainReport(
+    reference="docker.io/library/python:3",
+    namespace="team-a",
+    plugin="nsfs",
+    scope="shared",
+    domain="public",
+    rule="rule 2 (base images)",
+    reasons=["rule 2 (base images): shared in domain public"],
+    policy="/etc/nsfs/policy.toml",
+    follows={"disk": "one pool"},
+    sharers=["rule 2: all", "rule 3: some"],
+)
+
+
+def test_explain(daemon: FakeDaemon) -> None:
+    daemon.answers["Explain"] = [EXPLAINED]
+    result = run("policy", "explain", "-n", "team-a", "--plugin", "nsfs", "--label", "pod", "python:3")
+    assert daemon.requests == [
+        ("Explain", api.ExplainRequest(reference="python:3", namespace="team-a", plugin="nsfs", label="pod"))
+    ]
+    lines = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    assert ["scope:", "shared"] in lines
+    assert ["decided", "by:   rule 2 (base images)"] in lines
+    assert lines[-1] == ["rule", "3: some"]
+
+
+def test_explain_as_json(daemon: FakeDaemon) -> None:
+    daemon.answers["Explain"] = [EXPLAINED]
+    report = json.loads(run("policy", "explain", "--json", "python:3").stdout)
+    assert report == msgspec.to_builtins(EXPLAINED)
+
+
+def test_a_group_without_a_command_shows_its_help() -> None:
+    result = run("policy")
+    assert result.exit_code == 2
+    assert "explain" in result.stderr
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str) -> None:
     assert "_NSFS_COMPLETE" in run("completion", shell).stdout
@@ -450,7 +488,9 @@ def test_every_command_has_a_manual_page(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert isinstance(nsfs, Root)
     pages = {path.name: path.read_text() for path in (tmp_path / "man1").iterdir()}
-    assert pages.keys() == {"nsfs.1", *(f"nsfs-{name}.1" for name in nsfs.list_commands(None))}  # type: ignore[arg-type]
+    assert pages.keys() >= {"nsfs.1", *(f"nsfs-{name}.1" for name in nsfs.list_commands(None))}  # type: ignore[arg-type]
+    assert "nsfs\\-policy\\-explain(1)" in pages["nsfs-policy.1"]
+    assert ".B nsfs policy explain" in pages["nsfs-policy-explain.1"]
     assert r"\-\-on\-error" in pages["nsfs-mount.1"]
     assert "EXIT STATUS" in pages["nsfs.1"]
 

@@ -9,6 +9,7 @@ import trio.testing
 from msgspec import Struct
 
 from nsfs.core import worker_api
+from nsfs.core.scopes import Scopes
 from nsfs.errors import DeniedError, NotFoundError, UnreachableError
 from nsfs.model.mounts import MountRecord
 from nsfs.model.policy import Domain, Isolation, Policy, ScopeRequest, decide_scope
@@ -101,7 +102,8 @@ class Fixture:
         supervisor: Any = FakeSupervisor()
         self.mounts, self.supervisor = mounts, supervisor
         config = Config(root="/r", run="/r", socket="/r/s", on_error="wait:5s")
-        self.control = Control(config, mounts, supervisor, private=True)
+        self.scopes = Scopes(Policy(Isolation.SHARED), lambda reference: f"docker.io/library/{reference}")
+        self.control = Control(config, mounts, supervisor, self.scopes, private=True)
         self.told: list[object] = []
 
     async def ask(self, method: str, request: Struct) -> Any:

@@ -34,6 +34,7 @@ _COMMANDS = {
     "pull": "nsfs.cli.pulling",
     "evict": "nsfs.cli.images",
     "status": "nsfs.cli.images",
+    "policy": "nsfs.cli.policy",
     "serve": "nsfs.cli.host",
     "doctor": "nsfs.cli.host",
     "completion": "nsfs.cli.host",
@@ -71,6 +72,9 @@ class Root(click.Group):
             ctx.exit(BROKEN_PIPE)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            ctx.exit(error.exit_code)
         except click.ClickException as error:
             _session(ctx).talk.error(_from_click(error))
             ctx.exit(error.exit_code)

@@ -15,8 +15,10 @@ from nsfs.cli.options import json_option
 from nsfs.cli.render import render_columns, render_json
 from nsfs.cli.session import Session, pass_session
 from nsfs.errors import DeniedError, UnsupportedError, UsageError
+from nsfs.model.report import render_count
 from nsfs.serve.config import SYSTEM_CONFIG, Config, load_config, load_private_config, load_system_config
 from nsfs.serve.logs import start_logging
+from nsfs.serve.policy_file import load_policy
 
 
 @click.command()
@@ -31,7 +33,10 @@ def serve(session: Session, path: str | None, *, check: bool, private: bool, as_
     if as_json:
         click.echo(render_json(config))
     if check:
+        policy = load_policy(config)
         session.talk.note(f"the configuration is right: {path or SYSTEM_CONFIG}")
+        if config.policy:
+            session.talk.note(f"the policy is right, {render_count(len(policy.rules), 'rule')}: {config.policy}")
         return
     from nsfs import daemon  # noqa: PLC0415  trio, lmdb and pyfuse3, which no other command needs
 

@@ -5,25 +5,40 @@ One page for nsfs and one for each command, so that the pages can never say some
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from nsfs.cli.exits import EXITS
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 def render_pages(root: click.Group, version: str) -> dict[str, str]:
     """File name and text of every page, nsfs.1 first."""
-    context = click.Context(root, info_name="nsfs")
-    pages = {"nsfs.1": _render_page(context, version)}
-    for name in root.list_commands(context):
-        command = root.get_command(context, name)
-        if command is not None and not command.hidden:
-            pages[f"nsfs-{name}.1"] = _render_page(click.Context(command, context, name), version)
-    return pages
+    return dict(_render_all(click.Context(root, info_name="nsfs"), version))
+
+
+def _render_all(context: click.Context, version: str) -> Iterator[tuple[str, str]]:
+    """The page of a command, and of those below it."""
+    yield f"{_page_of(context)}.1", _render_page(context, version)
+    if isinstance(context.command, click.Group):
+        for name in context.command.list_commands(context):
+            command = context.command.get_command(context, name)
+            if command is not None and not command.hidden:
+                yield from _render_all(click.Context(command, context, name), version)
+
+
+def _page_of(context: click.Context) -> str:
+    """Its name: nsfs-policy-explain."""
+    above = f"{_page_of(context.parent)}-" if context.parent else ""
+    return f"{above}{context.info_name}"
 
 
 def _render_page(context: click.Context, version: str) -> str:
     command = context.command
-    name = context.command_path.replace(" ", "-")
+    name = _page_of(context)
     lines = [
         f'.TH "{name.upper()}" "1" "" "nsfs {version}" "nsfs"',
         ".SH NAME",
@@ -52,7 +67,9 @@ def _options(context: click.Context) -> list[str]:
 
 def _commands(context: click.Context, group: click.Group) -> list[str]:
     commands = [(name, group.get_command(context, name)) for name in group.list_commands(context)]
-    rows = [(f"nsfs-{name}(1)", command.get_short_help_str(200)) for name, command in commands if command]
+    rows = [
+        (f"{_page_of(context)}-{name}(1)", command.get_short_help_str(200)) for name, command in commands if command
+    ]
     return [".SH COMMANDS", *_definitions(rows)]
 
 

@@ -23,15 +23,16 @@ class Scopes:
     def __init__(self, policy: Policy, complete: Callable[[str], str], *, root: bool = True) -> None:
         self.policy = policy
         """May be replaced at any time; the next decision goes by it."""
-        self._complete = complete
+        self.complete = complete
+        """Spells out what a reference leaves to defaults; raises UsageError for what is none."""
         self._root = root
 
     def decide(self, request: ScopeRequest) -> Decision:
         """The decision; references may be as users write them. Raises UsageError, DeniedError."""
+        references = tuple(map(self.complete, request.references))
         if not self._root:
-            domain = resolve_private_domain(request.wish)
-            return Decision(domain.isolation, domain, "a user's own daemon has one domain", ())
-        references = tuple(map(self._complete, request.references))
+            rule, domain = "a user's own daemon has one domain", resolve_private_domain(request.wish)
+            return Decision(domain.isolation, domain, rule, (rule,))
         return decide_scope(self.policy, replace(request, references=references))
 
     def domain(self, request: ScopeRequest) -> Domain:

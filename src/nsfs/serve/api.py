@@ -31,6 +31,16 @@ class ImageRequest(Struct, kw_only=True):
     platform: str | None = None
 
 
+class ExplainRequest(Struct, kw_only=True):
+    """Ask what a mount of an image would share, and why. `plugin` and `label` are a container's."""
+
+    reference: str
+    namespace: str = "default"
+    plugin: str = ""
+    label: str | None = None
+    isolation: str | None = None
+
+
 class MountRequest(ImageRequest, kw_only=True):
     """Mount an image at `target`, an absolute path of an existing directory."""
 
@@ -136,6 +146,27 @@ class StatusReport(Struct, kw_only=True):
     domains: list[DomainReport]
 
 
+class ExplainReport(Struct, kw_only=True):
+    """`nsfs policy explain`."""
+
+    reference: str
+    namespace: str
+    plugin: str
+    scope: str
+    domain: str
+    """Empty where nothing of the image is on this host."""
+    rule: str
+    """What decided."""
+    reasons: list[str]
+    """Everything that had a say, in order."""
+    policy: str
+    """The file of rules; empty for none."""
+    follows: dict[str, str]
+    """What the decision means: what is shared, who can see what, and the like, a sentence each."""
+    sharers: list[str]
+    """Who else the policy puts into this domain."""
+
+
 class EvictReport(Struct, kw_only=True):
     """What `nsfs evict` did."""
 
@@ -155,5 +186,6 @@ METHODS: dict[str, tuple[type, type]] = {
     "Stat": (PathRequest, EntryReport),
     "Read": (PathRequest, Empty),
     "Evict": (ImageRequest, EvictReport),
+    "Explain": (ExplainRequest, ExplainReport),
 }
 """Request and result class by method. List and Tree answer by `Item`s, Read by `Data`, before an empty result."""

@@ -125,6 +125,8 @@ class Config(Struct, frozen=True, kw_only=True):
     """text or json; on stderr."""
     isolation: Isolation = Isolation.ISOLATED
     """What a mount that does not say gets: shared, isolated, pod or guest."""
+    policy: str = ""
+    """File of rules that say what shares what, by namespace, image and plugin name; empty for none."""
     on_error: str = "wait:60s"
     """What a read does where its content cannot be had, for mounts that do not say: wait, wait:<seconds>s or eio."""
     prepare: Prepare = "lenient"
@@ -152,7 +154,7 @@ def parse_config(text: str, base: Config | None = None, source: str = "configura
     try:
         config = msgspec.convert(whole, Config, dec_hook=_parse_unit)
     except msgspec.ValidationError as error:
-        raise UsageError(f"{source}: {_tidy(str(error))}") from None
+        raise UsageError(f"{source}: {tidy(str(error))}") from None
     return _complete(config, source)
 
 
@@ -285,7 +287,7 @@ def _parse_unit(kind: type, value: object) -> object:
     raise NotImplementedError(kind)
 
 
-def _tidy(message: str) -> str:
+def tidy(message: str) -> str:
     """Turn "Expected `int`, got `str` - at `$.a.b`" into "a.b: expected `int`, got `str`"."""
     what, _, where = message.partition(" - at `$.")
     what = what[:1].lower() + what[1:]
@@ -298,8 +300,8 @@ def _complete(config: Config, source: str) -> Config:
     for name, namespace in config.namespace.items():
         if namespace.docker_config and not namespace.docker_config.startswith("/"):
             raise UsageError(f"{source}: {_NAMESPACES}.{name}.docker_config: not an absolute path")
-    for key in ("root", "run", "socket"):
-        if not getattr(config, key).startswith("/"):
+    for key in ("root", "run", "socket", "policy"):
+        if getattr(config, key)[:1] not in ({"/", ""} if key == "policy" else {"/"}):
             raise UsageError(f"{source}: {key}: not an absolute path: {getattr(config, key)!r}")
     if len(config.socket.encode()) > 107:
         raise UsageError(f"{source}: socket: longer than the 107 bytes of a unix socket's name: {config.socket}")

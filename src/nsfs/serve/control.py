@@ -15,6 +15,8 @@ from nsfs.core import worker_api
 from nsfs.core.manual import ManualMounts, Wish
 from nsfs.core.tasks import run_all
 from nsfs.errors import DeniedError, NsfsError, UnsupportedError
+from nsfs.model.explain import follows_of, sharers_of
+from nsfs.model.policy import ScopeRequest
 from nsfs.model.report import EntryReport, ImageReport
 from nsfs.serve import api
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from msgspec import Struct
 
+    from nsfs.core.scopes import Scopes
     from nsfs.model.mounts import MountRecord
     from nsfs.model.policy import Domain
     from nsfs.serve.config import Config
@@ -35,8 +38,11 @@ T = TypeVar("T")
 class Control:
     """The handlers of `api.METHODS`."""
 
-    def __init__(self, config: Config, mounts: ManualMounts, supervisor: Supervisor, *, private: bool) -> None:
+    def __init__(
+        self, config: Config, mounts: ManualMounts, supervisor: Supervisor, scopes: Scopes, *, private: bool
+    ) -> None:
         self._config = config
+        self._scopes = scopes
         self._mounts = mounts
         self._supervisor = supervisor
         self._private = private
@@ -59,6 +65,7 @@ class Control:
             "Read": self._counted(self._path("Read", worker_api.Empty, api.Empty)),
             "Stat": self._counted(self._path("Stat", EntryReport, None)),
             "Evict": self._counted(self._evict),
+            "Explain": self._explain,
         }
 
     def _counted(self, handler: Callable[..., Awaitable[Struct]]) -> Handler:
@@ -141,6 +148,29 @@ class Control:
         name = worker_api.Name(reference=request.reference, platform=request.platform)
         evicted = await self._ask(self._domain(request), "Evict", name, worker_api.Evicted, report)
         return api.EvictReport(layers=evicted.layers, freed=evicted.freed)
+
+    async def _explain(self, request: api.ExplainRequest, _report: Report) -> api.ExplainReport:
+        asked = ScopeRequest(
+            namespace=request.namespace,
+            references=(request.reference,),
+            plugin=request.plugin,
+            wish=request.isolation,
+            label=request.label,
+            mount_id="<mount>",
+        )
+        decision = self._scopes.decide(asked)
+        return api.ExplainReport(
+            reference=self._scopes.complete(request.reference),
+            namespace=request.namespace,
+            plugin=request.plugin,
+            scope=decision.scope,
+            domain=decision.domain.name if decision.domain else "",
+            rule=decision.rule,
+            reasons=list(decision.reasons),
+            policy=self._config.policy,
+            follows=follows_of(decision),
+            sharers=sharers_of(self._scopes.policy, decision),
+        )
 
     async def _status(self, _request: api.Empty, _report: Report) -> api.StatusReport:
         """All mounts and domains, asked at once: one that does not answer says so, and holds up nobody else."""

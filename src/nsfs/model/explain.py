@@ -1,0 +1,65 @@
+"""What a decision of `model.policy` means, in words that an administrator can check. Pure.
+
+Says what is so, not what might be wished: a sentence here is a promise of the threat model, or of its absence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nsfs.model.policy import Isolation
+
+if TYPE_CHECKING:
+    from nsfs.model.policy import Decision, Policy
+
+_FOLLOWS: dict[Isolation, dict[str, str]] = {
+    Isolation.SHARED: {
+        "disk": "one pool, with one copy of what any of its namespaces reads",
+        "memory": "one page cache: what one namespace read is quick for all",
+        "process": "one worker and one fuse connection for all of its namespaces",
+        "seen": "by timing, its namespaces can tell what others of them have read",
+        "ends": "with nobody: it stays until it is evicted or deleted",
+    },
+    Isolation.ISOLATED: {
+        "disk": "a pool of its own; the same content elsewhere on this host is fetched and kept again",
+        "memory": "a page cache of its own",
+        "process": "a worker and a fuse connection of its own",
+        "seen": "nobody else can tell what is in it, nor what is read",
+        "ends": "with its namespace: nsfs ns rm",
+    },
+    Isolation.POD: {
+        "disk": "a pool of this mount's own; every mount fetches anew",
+        "memory": "a page cache of this mount's own",
+        "process": "a worker and a fuse connection of this mount's own",
+        "seen": "nobody else, of the same namespace neither, can tell what is in it, nor what is read",
+        "ends": "with its mount, and the pool with it",
+    },
+    Isolation.GUEST: {
+        "disk": "nothing: not a byte of a layer is on this host",
+        "memory": "nothing",
+        "process": "none",
+        "seen": "nsfs knows the image's name and its layers' digests, as containerd does",
+        "ends": "with its container",
+    },
+}
+
+
+def follows_of(decision: Decision) -> dict[str, str]:
+    """What the decision means for the disk, memory, processes, what others see, and when it ends."""
+    return dict(_FOLLOWS[decision.scope])
+
+
+def sharers_of(policy: Policy, decision: Decision) -> list[str]:
+    """Who else gets the domain of a shared decision; of any other nobody does."""
+    if decision.domain is None or decision.scope is not Isolation.SHARED:
+        return []
+    name = decision.domain.name
+    said = [
+        f"rule {number}: namespace {rule.namespace}, image {rule.image}, plugin name {rule.plugin}"
+        for number, rule in enumerate(policy.rules, 1)
+        if rule.scope is Isolation.SHARED and (rule.domain or "shared") == name
+    ]
+    if name == "shared":
+        said.append("plugin name nsfs-shared, and --isolation shared, where no rule says otherwise")
+        said += ["every mount that says nothing else"] * (policy.default is Isolation.SHARED)
+    return said
