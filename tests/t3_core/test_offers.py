@@ -19,6 +19,8 @@ from nsfs.model.snapshot import Change, Kind, Record
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from nsfs.model.policy import ScopeRequest
+
 A, B, C = (f"sha256:{digit * 64}" for digit in "abc")
 CRI = "containerd.io/snapshot/cri."
 REF = "containerd.io/snapshot.ref"
@@ -58,11 +60,11 @@ class Layers:
         self.settled = list(settled)
         self.asked = 0
 
-    async def offer(self, namespace: str, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
+    async def offer(self, request: ScopeRequest, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
         self.asked += 1
         return self._say(layer, self.offered)
 
-    async def settle(self, namespace: str, layer: LazyLayer) -> LazyLayer:
+    async def settle(self, request: ScopeRequest, layer: LazyLayer) -> LazyLayer:
         await trio.sleep(5)
         return self._say(layer, self.settled.pop(0))
 
@@ -73,7 +75,7 @@ class Layers:
             reference=layer.reference, blob=layer.blob, chain=layer.chain, state=what, reason=f"it is {what}"
         )
 
-    async def stack(self, snapshot: int, namespace: str, layers: object) -> Any:
+    async def stack(self, snapshot: int, request: ScopeRequest, layers: object) -> Any:
         raise AssertionError
 
     async def release(self, snapshot: int) -> None:

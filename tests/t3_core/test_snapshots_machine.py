@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nsfs.model.lazy import LazyLayer
+    from nsfs.model.policy import ScopeRequest
 
 PLUGINS = ("nsfs", "nsfs-shared")
 NAMESPACES = ("a", "b")
@@ -34,13 +35,13 @@ class NothingLazy:
 
     wait = 1.0
 
-    async def offer(self, namespace: str, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
+    async def offer(self, request: ScopeRequest, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
         raise UnsupportedError("nothing is served on demand here")
 
-    async def settle(self, namespace: str, layer: LazyLayer) -> LazyLayer:
+    async def settle(self, request: ScopeRequest, layer: LazyLayer) -> LazyLayer:
         raise AssertionError
 
-    async def stack(self, snapshot: int, namespace: str, layers: object) -> Any:
+    async def stack(self, snapshot: int, request: ScopeRequest, layers: object) -> Any:
         raise AssertionError
 
     async def release(self, snapshot: int) -> None:

@@ -1,8 +1,9 @@
 """Lazy layers for snapshots: which worker serves them, when they count, where their views are mounted.
 
-Owns the way from a layer's names to its view: the domain is the one that a mount by the namespace gets, its worker
-indexes the layer, and `core.manual.Lowers` mounts each view once for all who stack it. Refuses, with the reason, what
-cannot be served: `offer` raises, and the caller has containerd unpack that layer.
+Owns the way from a layer's names to its view: `core.scopes` says in which domain a snapshot's layers are, that domain's
+worker indexes them, and `core.manual.Lowers` mounts each view once for all who stack it. A record names no domain: the
+snapshot that is mounted decides, for its whole stack. Refuses, with the reason, what cannot be served: `offer` raises,
+and the caller has containerd unpack that layer.
 
 Concurrency: `offer` waits for so long as was configured, for all layers of an image together, since containerd holds
 locks through it; the work goes on in the worker. `settle` and `stack` wait for as long as it takes.
@@ -19,10 +20,10 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.manual import Lower
+from nsfs.core.pods import PodImages
 from nsfs.errors import CorruptError, UnreachableError, UnsupportedError
 from nsfs.model.lazy import State
 from nsfs.model.mounts import Driver, Host, choose_driver
-from nsfs.model.policy import Domain, ScopeRequest
 from nsfs.model.snapshot import Stacked
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from nsfs.core.manual import Lowers, Workers
     from nsfs.core.scopes import Scopes
     from nsfs.model.lazy import LazyLayer
+    from nsfs.model.policy import Domain, ScopeRequest
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,8 @@ class LazyLayers:
         self._driver = choose_driver("auto", host)
         self._scopes = scopes
         self._config = config
-        self._domains: dict[int, str] = {}
+        self._pods = PodImages(workers, scopes)
+        self._domains: dict[int, Domain] = {}
         """Where a snapshot's lowers are, by its ID."""
         self._deadlines: dict[tuple[str, str], float] = {}
         """Of pulls, by namespace and image."""
@@ -69,15 +72,17 @@ class LazyLayers:
         """Seconds that calls may take which containerd makes under its locks."""
         return self._config.wait
 
-    async def offer(self, namespace: str, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
-        """The layer, ready or pending; raises NsfsError where it cannot be served, or does not count yet.
+    async def offer(self, request: ScopeRequest, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
+        """The layer, ready, pending or unread; raises NsfsError where it cannot be served, or does not count yet.
 
         `over_local` says that it stands on a layer that containerd unpacked. Where it may not be pending, what is
         raised is an UnreachableError with `retry_after`.
         """
-        domain = self._domain(namespace, [layer])
+        domain = self._domain(request)
         begun = False
-        with trio.move_on_at(self._deadline(namespace, layer)):
+        with trio.move_on_at(self._deadline(request.namespace, layer)):
+            if domain.transient:
+                return await self._offer_to_pods(request, layer, over_local=over_local)
             await self._workers.call(domain, "Offer", _name(layer), worker_api.Empty)
             begun = True
             indexed = await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
@@ -88,6 +93,15 @@ class LazyLayers:
         if self._config.strict:
             raise UnreachableError(f"layer {layer.blob} is still being read for the first time", retry_after=1)
         return layer
+
+    async def _offer_to_pods(self, request: ScopeRequest, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
+        """A layer that each pod will read for itself."""
+        if self._config.strict:
+            raise UnsupportedError("in pods' domains nothing is proved at the pull, and only proof counts here")
+        if over_local:
+            raise UnsupportedError("in pods' domains an image is served as a whole or not at all")
+        await self._pods.check(request, layer)
+        return msgspec.structs.replace(layer, state=State.UNREAD)
 
     def _deadline(self, namespace: str, layer: LazyLayer) -> float:
         """Until when this pull waits: its layers come one after another, and share what the first one was given."""
@@ -102,29 +116,29 @@ class LazyLayers:
         if self._config.strict and indexed.verified != "diff-id":
             raise UnsupportedError("its table of contents does not prove its diff ID, and only proof counts here")
 
-    async def settle(self, namespace: str, layer: LazyLayer) -> LazyLayer:
+    async def settle(self, request: ScopeRequest, layer: LazyLayer) -> LazyLayer:
         """What became of a pending layer: ready or fenced. Raises NsfsError where that is still open."""
         try:
-            await self._workers.call(self._domain(namespace, [layer]), "Await", _name(layer), worker_api.Indexed)
+            await self._workers.call(self._domain(request), "Await", _name(layer), worker_api.Indexed)
         except CorruptError as error:
             return msgspec.structs.replace(layer, state=State.FENCED, reason=error.message)
         return msgspec.structs.replace(layer, state=State.READY)
 
     async def stack(
-        self, snapshot: int, namespace: str, layers: Sequence[LazyLayer | None]
+        self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None]
     ) -> tuple[list[Stacked | None], tuple[int, int] | None]:
         """The mounted views of `layers`, top first, None for each that is none; and who owns the top's root.
 
         They stay mounted until `snapshot` releases them.
         """
-        domain = self._domain(namespace, [layer for layer in layers if layer is not None])
+        domain = self._domains[snapshot] = self._domains.get(snapshot) or self._domain(request)
         names = [None if layer is None else _name(layer) for layer in reversed(layers)]
         answer = await self._workers.call(domain, "Stack", worker_api.Stack(layers=names), worker_api.Stacked)
         infos = iter(reversed(answer.maps))
         maps = [None if layer is None else next(infos) for layer in layers]
         views = list(dict.fromkeys(self._lower(domain, info) for info in maps if info is not None))
         async with self._lowers.locks[domain.name]:
-            self._domains[snapshot] = domain.name
+            self._domains[snapshot] = domain
             paths = dict(zip(views, await self._lowers.acquire(views, _user(snapshot)), strict=True))
         stacked = [
             None if info is None else Stacked(paths[self._lower(domain, info)], info.marks, info.opaque)
@@ -133,27 +147,29 @@ class LazyLayers:
         return stacked, maps[0].owner if maps and maps[0] is not None else None
 
     async def release(self, snapshot: int) -> None:
-        """Unmount what only that snapshot stacks."""
+        """Unmount what only that snapshot stacks; a domain that was its alone ends."""
         domain = self._domains.get(snapshot)
-        if domain is not None:
-            async with self._lowers.locks[domain]:
+        if domain is None:
+            return
+        try:
+            async with self._lowers.locks[domain.name]:
                 self._domains.pop(snapshot, None)
                 await self._lowers.release(_user(snapshot))
+        finally:
+            if domain.transient:
+                with trio.CancelScope(shield=True):
+                    await self._lowers.end(domain)
 
     def stacked(self) -> set[int]:
-        """The snapshots that have views mounted."""
+        """The snapshots that have views mounted, or a domain."""
         return set(self._domains)
 
-    def _domain(self, namespace: str, layers: Sequence[LazyLayer]) -> Domain:
+    def _domain(self, request: ScopeRequest) -> Domain:
         if self._driver is Driver.FUSE:
             raise UnsupportedError("this kernel or configuration mounts no erofs", hint="see nsfs doctor")
-        if not namespace:
+        if not request.namespace:
             raise UnsupportedError("the caller has no namespace")
-        references = tuple(dict.fromkeys(layer.reference for layer in layers))
-        domain = self._scopes.domain(ScopeRequest(namespace=namespace, references=references))
-        if domain.transient:
-            raise UnsupportedError("a pod's domain begins with its mount, and a layer is pulled before")
-        return domain
+        return self._scopes.domain(request)
 
     def _lower(self, domain: Domain, info: worker_api.MapInfo) -> Lower:
         """Containers wait for their content without end: their views' names have no suffix."""

@@ -190,6 +190,11 @@ class Lowers:
                 finally:
                     await self._hide(idle)
 
+    async def end(self, domain: Domain) -> None:
+        """End a domain that nothing will ever be mounted of again; its lock must not be held."""
+        await self._workers.end(domain)
+        self.locks.pop(domain.name, None)
+
     def _path(self, lower: Lower) -> str:
         return self._kernel.lower_path(self._names[lower])
 
@@ -266,7 +271,7 @@ class ManualMounts:
             self._claim(wish.target, undo)
             await self._kernel.check_target(wish.target)
             if domain.transient:
-                _push_undo(undo, partial(self._end, domain))
+                _push_undo(undo, partial(self._lowers.end, domain))
             params = worker_api.Prepare(reference=wish.reference, platform=wish.platform)
             image = await self._workers.call(domain, "Prepare", params, worker_api.Prepared, report)
             record = _record(mount_id, wish, domain, driver if image.maps else Driver.FUSE, patience, image)
@@ -322,11 +327,6 @@ class ManualMounts:
         gone = worker_api.TreeGone(id=record.id)
         await self._workers.call(self.domain_of(record), "HideTree", gone, worker_api.Empty)
 
-    async def _end(self, domain: Domain) -> None:
-        """End a domain that no mount will ever be in again."""
-        await self._workers.end(domain)
-        self._locks.pop(domain.name, None)
-
     async def umount(self, target: str, *, force: bool) -> None:
         """Take away the mount at `target`; raises NotFoundError, BusyError."""
         record = self._records.mount_at(target)
@@ -368,7 +368,7 @@ class ManualMounts:
         if record.writable:
             yield partial(self._kernel.drop_upper, record.id)
         if record.transient:
-            yield partial(self._end, self.domain_of(record))
+            yield partial(self._lowers.end, self.domain_of(record))
 
     async def sweep(self) -> None:
         """At start: the connections of a daemon that died are gone; take its mounts and records away.
@@ -392,7 +392,7 @@ class ManualMounts:
         if record.writable:
             await _do_quietly(partial(self._kernel.drop_upper, record.id))
         if record.transient:
-            await _do_quietly(partial(self._end, self.domain_of(record)))
+            await _do_quietly(partial(self._lowers.end, self.domain_of(record)))
 
     async def end_all(self) -> None:
         """At the end of the daemon: take every mount away, in use or not."""

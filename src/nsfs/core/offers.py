@@ -19,7 +19,7 @@ import trio
 from nsfs.core.exchanges import Exchanges
 from nsfs.errors import NsfsError, UnreachableError
 from nsfs.model.lazy import Exchange, State, lazy_name, parse_exchange, parse_offer
-from nsfs.model.snapshot import Change, Kind, chain, plan_create
+from nsfs.model.snapshot import Change, Kind, chain, plan_create, request_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nsfs.core.ledger import Ledger
     from nsfs.model.filters import Filters
     from nsfs.model.lazy import LazyLayer
+    from nsfs.model.policy import ScopeRequest
     from nsfs.model.snapshot import Record, Stacked
 
 log = logging.getLogger(__name__)
@@ -43,19 +44,19 @@ class Lazy(Protocol):
     def wait(self) -> float:
         """Seconds that calls may take which containerd makes under its locks."""
 
-    async def offer(self, namespace: str, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
-        """The layer, ready or pending; raises NsfsError where it cannot be served, or not yet (`retry_after`)."""
+    async def offer(self, request: ScopeRequest, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
+        """The layer, ready, pending or unread; raises NsfsError if it cannot be served, or not yet (`retry_after`)."""
 
-    async def settle(self, namespace: str, layer: LazyLayer) -> LazyLayer:
+    async def settle(self, request: ScopeRequest, layer: LazyLayer) -> LazyLayer:
         """What became of a pending layer: ready or fenced."""
 
     async def stack(
-        self, snapshot: int, namespace: str, layers: Sequence[LazyLayer | None]
+        self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None]
     ) -> tuple[list[Stacked | None], tuple[int, int] | None]:
         """The mounted views of `layers`, top first, None for each that is none; and who owns the top's root."""
 
     async def release(self, snapshot: int) -> None:
-        """Unmount what only that snapshot stacks."""
+        """Unmount what only that snapshot stacks; a domain that was its alone ends."""
 
     def stacked(self) -> set[int]:
         """The snapshots that have views mounted."""
@@ -115,7 +116,7 @@ class Offers:
         found = table.get(name)
         if found is None:
             over_local = any(each.layer is None for each in chain(table, new))
-            layer = await self._lazy.offer(new.namespace, offered, over_local=over_local)
+            layer = await self._lazy.offer(request_of(new, [offered]), offered, over_local=over_local)
             found = await self._make(msgspec.structs.replace(new, name=name, kind=Kind.COMMITTED, layer=layer))
         if found.layer is not None and found.layer.state is State.FENCED:
             raise NsfsError(f"fenced off: {found.layer.reason}")
@@ -138,7 +139,7 @@ class Offers:
         pause = _FIRST_PAUSE
         while self._known(record) is not None:
             try:
-                settled = await self._lazy.settle(record.namespace, layer)
+                settled = await self._lazy.settle(request_of(record, [layer]), layer)
             except NsfsError as error:
                 log.warning("layer %s of %s stays pending: %s", layer.blob, layer.reference, error)
                 await trio.sleep(pause)

@@ -20,12 +20,13 @@ from nsfs.errors import NotFoundError, UnsupportedError
 from nsfs.model.digest import chain_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from msgspec import Struct
 
     from nsfs.core.images import Image, Images, Layer
     from nsfs.core.layers import Layers
+    from nsfs.model.digest import ChainId
     from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
 
     Report = Callable[[Struct], Awaitable[None]]
@@ -49,10 +50,21 @@ class Pinned:
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
         """What the daemon may call, by name."""
         return {
+            "Check": (worker_api.Name, self._check),
             "Offer": (worker_api.LayerName, self._offer),
             "Await": (worker_api.LayerName, self._await),
             "Stack": (worker_api.Stack, self._stack),
         }
+
+    async def _check(self, params: worker_api.Name, _report: Report) -> worker_api.Checked:
+        image = await self._images.pinned(params.reference)
+        for layer in image.layers:
+            self._layers.check(layer)
+        names = [
+            worker_api.LayerName(reference=params.reference, blob=str(layer.digest), chain=str(chain))
+            for layer, chain in _with_chains(image)
+        ]
+        return worker_api.Checked(layers=names)
 
     async def _offer(self, params: worker_api.LayerName, _report: Report) -> worker_api.Empty:
         image = await self._images.pinned(params.reference)
@@ -100,11 +112,14 @@ class Pinned:
 
 def _find(image: Image, name: worker_api.LayerName) -> Layer:
     """The layer of `image` that has this blob at this place of the chain; raises NotFoundError."""
-    chains = chain_ids([layer.diff_id for layer in image.layers])
-    for layer, chain in zip(image.layers, chains, strict=True):
+    for layer, chain in _with_chains(image):
         if layer.digest == name.blob and chain == name.chain:
             return layer
     raise NotFoundError(f"the image has no layer {name.blob} that makes {name.chain}: {image.reference}")
+
+
+def _with_chains(image: Image) -> Iterable[tuple[Layer, ChainId]]:
+    return zip(image.layers, chain_ids([layer.diff_id for layer in image.layers]), strict=True)
 
 
 def _info(record: MapRecord) -> worker_api.MapInfo:

@@ -40,6 +40,7 @@ from nsfs.model.snapshot import (
     plan_remove,
     plan_update,
     refuse_committed,
+    request_of,
     select,
 )
 
@@ -281,7 +282,7 @@ class Snapshots:
         owner = None
         if any(parent.layer for parent in parents):
             layers = [parent.layer for parent in parents]
-            views, owner = await self._lazy.stack(record.id, record.namespace, layers)
+            views, owner = await self._lazy.stack(record.id, request_of(record, layers), layers)
 
         def stack() -> list[Stacked]:
             if owner is not None and record.kind is Kind.ACTIVE:

@@ -115,7 +115,7 @@ class WorkerStatus(Struct, kw_only=True):
 
 
 class Name(Struct, kw_only=True):
-    """Names an image: for Inspect (answered by ImageReport) and Evict (answered by Evicted)."""
+    """Names an image: for Inspect (answered by ImageReport), Evict (Evicted) and Check (Checked)."""
 
     reference: str
     platform: str | None = None
@@ -140,6 +140,12 @@ class Indexed(Struct, kw_only=True):
     """Against what: "diff-id", "toc"."""
     needs_lower: bool
     """It cannot be shown without the layers below."""
+
+
+class Checked(Struct, kw_only=True):
+    """The layers of an image, every one of which can be served on demand: the answer to Check, which indexes none."""
+
+    layers: list[LayerName]
 
 
 class Stack(Struct, kw_only=True):

@@ -35,6 +35,8 @@ class State(enum.StrEnum):
 
     PENDING = "pending"
     """It is still being read for the first time."""
+    UNREAD = "unread"
+    """Each mount reads and proves it for itself: there is no domain that would outlive the pull."""
     READY = "ready"
     FENCED = "fenced"
     """It is not: nobody sees it."""

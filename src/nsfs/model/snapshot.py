@@ -22,7 +22,7 @@ from msgspec import Struct
 from nsfs.errors import BusyError, DeniedError, ExistsError, NotFoundError, UsageError
 from nsfs.model.lazy import LazyLayer  # noqa: TC001  msgspec looks it up when it decodes
 from nsfs.model.mounts import OVERLAY_OPTIONS, Bind, plan_rootfs
-from nsfs.model.policy import check_namespace
+from nsfs.model.policy import ISOLATION_LABEL, ScopeRequest, check_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -121,6 +121,17 @@ def chain(table: Table, record: Record) -> list[Record]:
         found.append(parent)
         record = parent
     return found
+
+
+def request_of(record: Record, layers: Sequence[LazyLayer | None]) -> ScopeRequest:
+    """What `record` says of itself where it wants these layers, top first (None: one that is not lazy)."""
+    return ScopeRequest(
+        namespace=record.namespace,
+        references=tuple(dict.fromkeys(layer.reference for layer in layers if layer is not None)),
+        plugin=record.snapshotter,
+        label=record.labels.get(ISOLATION_LABEL),
+        mount_id=f"snapshot-{record.id}",
+    )
 
 
 def select(records: Iterable[Record], filters: Filters, claimed: str | None) -> list[Record]:
