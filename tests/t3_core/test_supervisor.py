@@ -64,7 +64,7 @@ class Zygote:
         self.asked: list[tuple[int, str]] = []
         self.handlers: dict[str, Callable[[Worker], Any]] = {}
 
-    async def spawn(self, entry: str, args: WorkerArgs, fds: Sequence[int]) -> Worker:
+    async def spawn(self, entry: str, args: WorkerArgs, fds: Sequence[int], *, confinement: object) -> Worker:
         await trio.lowlevel.checkpoint()
         if self.broken:
             self.broken -= 1

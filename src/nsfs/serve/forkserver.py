@@ -2,8 +2,9 @@
 
 Owns: the protocol between client and server (SOCK_SEQPACKET, one msgpack message each, descriptors by SCM_RIGHTS),
 what a child inherits, and reaping. A child gets exactly the descriptors it was given, stdin from /dev/null, stdout and
-stderr of the server, default signals, an empty signal mask. It runs `module:function` with (args, fds) and exits with
-what that returns: an int, None for 0, an NsfsError's exit code, 1 and a traceback for anything else.
+stderr of the server, default signals, an empty signal mask, and what it is confined to. It runs `module:function` with
+(args, fds) and exits with what that returns: an int, None for 0, an NsfsError's exit code, 1 and a traceback for
+anything else.
 
 The server is single-threaded, imports its modules once, freezes the collector's generations, and ends when its client's
 end of the socket is closed. `launch_server` execs one; `fork_server` makes one of the calling process, which must not
@@ -37,6 +38,7 @@ from msgspec import Struct
 
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import NsfsError, UnreachableError
+from nsfs.serve.sandbox import Confinement, confine
 
 MAX_MESSAGE: Final = 128 << 10
 """Bytes of one request; larger arguments belong in a descriptor (unix(7): a datagram must fit the send buffer)."""
@@ -63,6 +65,8 @@ class Spawn(Struct, tag="spawn", array_like=True):
     """In a session of its own."""
     tied: bool
     """SIGKILL when the server dies."""
+    confinement: Confinement | None = None
+    """What it is held to before it runs."""
 
 
 class Spawned(Struct, tag="spawned", array_like=True):
@@ -128,8 +132,16 @@ def _null_stdin() -> None:
         os.close(null)
 
 
-def _call_entry(request: Spawn, fds: list[int]) -> int:
+def _confine(request: Spawn, server: int) -> None:
+    if request.confinement is not None:
+        confine(request.confinement)
+        if request.tied:
+            die_with_parent(server)
+
+
+def _call_entry(request: Spawn, fds: list[int], server: int) -> int:
     try:
+        _confine(request, server)
         module, _, name = request.entry.partition(":")
         entry: Entry = getattr(importlib.import_module(module), name)
         return entry(request.args, fds) or 0
@@ -153,7 +165,7 @@ def _run_child(request: Spawn, fds: list[int], server: int) -> NoReturn:
         if request.session:
             os.setsid()
         gc.enable()
-        status = _call_entry(request, fds)
+        status = _call_entry(request, fds, server)
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -358,15 +370,24 @@ class ForkServer:
         self._lock = trio.Lock()
 
     async def spawn(
-        self, entry: str, args: Struct | None, fds: Sequence[int] = (), *, session: bool = False, tied: bool = True
+        self,
+        entry: str,
+        args: Struct | None,
+        fds: Sequence[int] = (),
+        *,
+        session: bool = False,
+        tied: bool = True,
+        confinement: Confinement | None = None,
     ) -> Child:
         """Fork a child that runs `entry` ("module:function") with the msgpack of `args` and copies of `fds`.
 
         The child sees the descriptors in the same order under other numbers. `session` makes it a session leader;
-        `tied` kills it when the server dies. Raises UnreachableError if there is no server or it cannot fork.
+        `tied` kills it when the server dies; `confinement` holds it from before it runs. Raises UnreachableError if
+        there is no server or it cannot fork.
         """
         number = next(self._ids)
-        message = msgspec.msgpack.encode(Spawn(number, entry, msgspec.msgpack.encode(args), session, tied))
+        packed = msgspec.msgpack.encode(args)
+        message = msgspec.msgpack.encode(Spawn(number, entry, packed, session, tied, confinement))
         if len(message) > MAX_MESSAGE or len(fds) > MAX_FDS:
             raise ValueError(f"request is too large: {len(message)} bytes, {len(fds)} descriptors")
         pending = _Pending()

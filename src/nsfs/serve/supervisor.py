@@ -18,7 +18,7 @@ import shutil
 import socket
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from nsfs.model.policy import Domain
     from nsfs.serve.forkserver import Child, ForkServer
+    from nsfs.serve.sandbox import Confinement
+    from nsfs.serve.wire import Methods
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -87,6 +89,30 @@ class Connection:
     mountpoint: str
     init: bytes
     """The INIT request that the kernel sent; every worker has libfuse answer it."""
+
+
+class Terms(Protocol):
+    """On what terms a domain's workers are started."""
+
+    async def confinement(self, domain: str) -> Confinement | None:
+        """What the next worker is held to, None for nothing. Raises NsfsError where that cannot be had."""
+
+    def lent(self, domain: str) -> Methods:
+        """What a worker may ask of the daemon, beside telling that it is ready."""
+
+
+class NoTerms:
+    """Workers that are what the daemon is, and ask nothing."""
+
+    async def confinement(self, domain: str) -> Confinement | None:
+        """None."""
+        del domain
+        return None
+
+    def lent(self, domain: str) -> Methods:
+        """None."""
+        del domain
+        return {}
 
 
 def plan_pause(deaths: int, *, has_answered: bool) -> float:
@@ -146,6 +172,7 @@ class Supervisor:
         bitmap: Callable[[str], int],
         disconnect: Callable[[Connection], Awaitable[None]],
         domain_dir: Callable[[str], str],
+        terms: Terms,
     ) -> None:
         self._config = config
         self._zygote = zygote
@@ -154,6 +181,7 @@ class Supervisor:
         self._disconnect = disconnect
         self._bitmap = bitmap
         self._domain_dir = domain_dir
+        self._terms = terms
         self._kept: dict[str, _Kept] = {}
         self._lock = trio.Lock()
 
@@ -297,7 +325,8 @@ class Supervisor:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             with theirs:
                 fds = [theirs.fileno(), kept.bitmap, *([kept.connection.fd] if kept.connection else [])]
-                child = await self._zygote.spawn(_ENTRY, self._args(kept), fds)
+                confinement = await self._terms.confinement(kept.domain)
+                child = await self._zygote.spawn(_ENTRY, self._args(kept), fds, confinement=confinement)
             kept.pid = child.pid
             try:
                 has_answered = await self._serve(kept, stream)
@@ -317,7 +346,8 @@ class Supervisor:
                 kept.ready.set()
                 return worker_api.Empty()
 
-            async with open_peer(stream, {"Ready": (Ready, ready)}, name="daemon") as peer:
+            methods: Methods = {"Ready": (Ready, ready), **self._terms.lent(kept.domain)}
+            async with open_peer(stream, methods, name="daemon") as peer:
                 kept.peer = peer
                 try:
                     await peer.wait_closed()
@@ -366,6 +396,7 @@ async def open_supervisor(
     disconnect: Callable[[Connection], Awaitable[None]],
     bitmap: Callable[[str], int],
     domain_dir: Callable[[str], str],
+    terms: Terms = NoTerms(),  # noqa: B008  stateless
 ) -> AsyncIterator[Supervisor]:
     """A Supervisor whose workers end with the block.
 
@@ -380,4 +411,5 @@ async def open_supervisor(
             disconnect=disconnect,
             bitmap=bitmap,
             domain_dir=domain_dir,
+            terms=terms,
         )
