@@ -61,9 +61,7 @@ class FakeBlob:
 class FakeLocalBlob(FakeBlob):
     """As of a layout."""
 
-    def open_fd(self) -> int:
-        self._data()
-        return 77
+    directory = "/layout"
 
 
 class FakeSource:

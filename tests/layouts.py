@@ -69,9 +69,6 @@ class ScriptedBlob:
     def stream(self, offset: int = 0) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         raise NotImplementedError
 
-    def open_fd(self) -> int | None:
-        return None
-
     async def fetch(self, offset: int, length: int) -> bytes:
         letter = self.script[len(self.asked) : len(self.asked) + 1]
         self.asked.append((offset, length))

@@ -37,6 +37,7 @@ from nsfs.errors import NotFoundError, NsfsError
 from nsfs.model.oci import Platform
 from nsfs.model.policy import parse_view_name
 from nsfs.remote.credentials import DockerConfig, config_path
+from nsfs.remote.hosts import HostsDirectory
 from nsfs.remote.reference import LayoutReference, parse_reference
 from nsfs.remote.source import Remote, open_remote
 from nsfs.remote.transport import Timeouts
@@ -123,7 +124,7 @@ async def _compose(
     remote = await stack.enter_async_context(
         open_remote(
             credentials=DockerConfig(config.registry.docker_config or config_path(os.environ)),
-            hosts=config.registry.config_path,
+            hosts=HostsDirectory(config.registry.config_path),
             timeouts=Timeouts(config.registry.connect_timeout, config.registry.read_timeout),
             connections=config.registry.connections,
         )
@@ -239,7 +240,7 @@ class RemoteSources:
     async def open(self, repository: str) -> Source:
         """See Sources."""
         if repository not in self._sources:
-            self._sources[repository] = self._remote.source(parse_reference(repository))
+            self._sources.setdefault(repository, await self._remote.source(parse_reference(repository)))
         return self._sources[repository]
 
 

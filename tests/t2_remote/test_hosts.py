@@ -60,7 +60,7 @@ ca = "server.pem"
 
 
 def test_everything_that_is_understood() -> None:
-    mirror, plain, odd, server = parse_hosts(tomllib.loads(FULL), "docker.io", "/etc/x")
+    mirror, plain, odd, server = parse_hosts(tomllib.loads(FULL), "docker.io", "/etc/x", str)
     assert mirror.base == "https://mirror.example:8443/v2"
     assert mirror.host == "mirror.example:8443"
     assert mirror.namespace == "docker.io"
@@ -78,9 +78,9 @@ def test_everything_that_is_understood() -> None:
 
 
 def test_the_server_by_default() -> None:
-    assert [endpoint.base for endpoint in parse_hosts({}, "docker.io", "/")] == ["https://registry-1.docker.io/v2"]
-    assert parse_hosts({}, "localhost:5000", "/")[0].base == "http://localhost:5000/v2"
-    assert parse_hosts({"server": "mirror.example"}, "a.example", "/")[0].namespace == "a.example"
+    assert [endpoint.base for endpoint in parse_hosts({}, "docker.io", "/", str)] == ["https://registry-1.docker.io/v2"]
+    assert parse_hosts({}, "localhost:5000", "/", str)[0].base == "http://localhost:5000/v2"
+    assert parse_hosts({"server": "mirror.example"}, "a.example", "/", str)[0].namespace == "a.example"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_the_server_by_default() -> None:
 )
 def test_malformed(text: str) -> None:
     with pytest.raises(UsageError, match=r"hosts\.toml"):
-        parse_hosts(tomllib.loads(text), "a.example", "/etc/x")
+        parse_hosts(tomllib.loads(text), "a.example", "/etc/x", str)
 
 
 def test_directories_as_containerd_names_them(tmp_path: Path) -> None:

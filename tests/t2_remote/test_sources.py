@@ -14,13 +14,13 @@ import pytest
 import trio
 
 import registry as registries
+from nsfs.core.ports import LocalBlob
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError, UsageError
 from nsfs.model import oci
 from nsfs.model.digest import Digest
 from nsfs.model.oci import Descriptor, Platform
 from nsfs.remote.client import Patience
 from nsfs.remote.credentials import Credential, DockerConfig
-from nsfs.remote.layout import LayoutBlob
 from nsfs.remote.reference import parse_reference
 from nsfs.remote.source import open_source
 
@@ -226,19 +226,31 @@ class TestRealRegistry:
 
 
 class TestLayout:
-    def test_a_blob_is_a_file(self, layout: Layout) -> None:
+    def test_a_blob_is_read_where_it_is(self, layout: Layout) -> None:
         async def body(source: Source) -> None:
             blob = source.blob((await layers_of(source))[0])
-            assert isinstance(blob, LayoutBlob)
-            fd = blob.open_fd()
-            try:
-                assert not os.get_inheritable(fd)
-                assert os.pread(fd, 10, 5) == LAYERS[0][5:15]
-                assert os.path.samestat(os.fstat(fd), os.stat(blob.local_path))
-            finally:
-                os.close(fd)
+            assert isinstance(blob, LocalBlob)
+            assert blob.directory == str(layout.root)
+            assert await blob.fetch(5, 10) == LAYERS[0][5:15]
 
         run(f"oci:{layout.root}:v1", body)
+
+    def test_no_symlink_leads_out_of_it(self, tmp_path: Path) -> None:
+        layout = Layout(tmp_path / "l")
+        path = layout.root / "blobs/sha256" / layout.image["digest"].partition(":")[2]
+        path.rename(path.with_name("beside"))
+        path.symlink_to("beside")
+        run(f"oci:{layout.root}:v1", lambda source: source.manifest("v1"))
+        path.unlink()
+        (path.parent / "beside").rename(tmp_path / "outside")
+        path.symlink_to(tmp_path / "outside")
+        with pytest.raises(NotFoundError, match="cannot be read"):
+            run(f"oci:{layout.root}:v1", lambda source: source.manifest("v1"))
+
+    def test_what_is_no_file_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "index.json")
+        with pytest.raises(NotFoundError, match="not a regular file"):
+            run(f"oci:{tmp_path}", lambda source: source.manifest("v1"))
 
     def test_the_only_image_needs_no_tag(self, tmp_path: Path) -> None:
         layout = Layout(tmp_path / "l")

@@ -233,22 +233,18 @@ def test_a_blob_that_nobody_named_is_not_found() -> None:
         unknown = Places().blobs.blob(digest_of(b"unknown"), 7)
         with pytest.raises(NotFoundError, match="no repository is known"):
             await unknown.fetch(0, 1)
-        with pytest.raises(NotFoundError):
-            await unknown.open_fd()
 
     run(body)
 
 
-def test_a_layouts_blob_is_a_file_and_costs_no_network() -> None:
+def test_a_layouts_blob_costs_no_network() -> None:
     async def body() -> None:
         site = Places(FakeLocalBlob)
         assert isinstance(site.places[0].blob(Descriptor(media_type="", digest=BLOB, size=len(DATA))), LocalBlob)
-        assert await site.blob.open_fd() == 77
         assert await site.blobs.is_local(BLOB, len(DATA))
         assert await site.stream() == DATA
         assert site.blobs.fetched[BLOB] == 0
         far = Places()
-        assert await far.blob.open_fd() is None
         assert not await far.blobs.is_local(BLOB, len(DATA))
 
     run(body)

@@ -262,19 +262,15 @@ def test_a_job_that_fails_ends_its_download(tmp_path: Path) -> None:
     with_site(tmp_path, test)
 
 
-def test_a_layouts_file_is_read_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "blob").write_bytes(DATA[0])
-
+def test_a_layouts_blob_is_nothing_to_download(tmp_path: Path) -> None:
     class FileBlob(FakeBlob):
-        def open_fd(self) -> int:
-            return os.open(tmp_path / "blob", os.O_RDONLY | os.O_CLOEXEC)
+        directory = "/layout"
 
     async def test(site: Site) -> None:
         Path(site.paths.spool(digest_of(DATA[0]))).write_bytes(DATA[0][:100_000])
         assert await site.layers.left_to_download(site.image, layer(0)) == 0
         await site.index(0)
         assert site.jobs.fed == [DATA[0][100_000:]]
-        assert site.source.asked == []
 
     with_site(tmp_path, test, FileBlob)
 

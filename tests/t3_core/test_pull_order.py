@@ -15,7 +15,7 @@ from nsfs.core.pull import Mounts, PullWish, pull
 from nsfs.errors import CorruptError, ExistsError, NotFoundError, UnreachableError
 from nsfs.model.digest import Digest
 from nsfs.model.oci import Descriptor, Platform
-from nsfs.remote.layout import LayoutSource
+from nsfs.remote.layout import LayoutDirectory, LayoutSource
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -33,7 +33,7 @@ class Source:
     """A layout that remembers which layers were asked for."""
 
     def __init__(self, directory: str) -> None:
-        self._layout = LayoutSource(directory)
+        self._layout = LayoutSource(directory, LayoutDirectory(directory))
         self.asked: list[Digest] = []
 
     async def manifest(self, identifier: str) -> Document:

@@ -141,17 +141,6 @@ class OriginBlob:
                 return
         raise self._summary(failures)
 
-    async def open_fd(self) -> int | None:
-        """The blob as a local file, positioned anywhere, the caller's to close; None where it is not local."""
-        failures: list[NsfsError] = []
-        for repository in self._blobs.repositories(self.digest):
-            try:
-                blob = await self._open(repository)
-                return blob.open_fd() if isinstance(blob, LocalBlob) else None
-            except NsfsError as error:
-                failures.append(error)
-        raise self._summary(failures)
-
     async def _open(self, repository: str) -> Blob:
         return await self._blobs.open(self.digest, self.size, repository)
 

@@ -527,17 +527,10 @@ def _size_of(path: str) -> int:
 
 
 async def _feed(blob: OriginBlob, offset: int, work: Callable[[int], Awaitable[None]]) -> None:
-    """Run `work` with a pipe that gives the blob's bytes from `offset` on; a layout's file is given as it is.
+    """Run `work` with a pipe that gives the blob's bytes from `offset` on.
 
     Where both fail, the registry's error is the cause and the one that leaves.
     """
-    if (fd := await blob.open_fd()) is not None:
-        try:
-            os.lseek(fd, offset, os.SEEK_SET)
-            await work(fd)
-        finally:
-            os.close(fd)
-        return
     receive, send = os.pipe2(os.O_CLOEXEC)
     with suppress(OSError):  # a user's pipes together have a limit (pipe(7), pipe-user-pages-soft)
         fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, _PIPE)

@@ -42,10 +42,11 @@ class Blob(Protocol):
 
 @runtime_checkable
 class LocalBlob(Blob, Protocol):
-    """A blob that is a file of this machine."""
+    """A blob of an image layout on this machine: it costs no network."""
 
-    def open_fd(self) -> int:
-        """A descriptor to read it from, the caller's to close."""
+    @property
+    def directory(self) -> str:
+        """The layout's."""
 
 
 class Source(Protocol):

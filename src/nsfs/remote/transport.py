@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
 import ssl
 from collections.abc import AsyncIterable
 from dataclasses import dataclass
@@ -118,16 +119,28 @@ def create_context(tls: Tls) -> ssl.SSLContext:
     paths = ssl.get_default_verify_paths()
     context = ssl.create_default_context() if paths.cafile or paths.capath else httpx.create_ssl_context()
     try:
-        for path in tls.ca:
-            context.load_verify_locations(path)
+        for authority in tls.ca:
+            context.load_verify_locations(cadata=authority)
         for certificate, key in tls.client:
-            context.load_cert_chain(certificate, key or None)
-    except (OSError, ssl.SSLError) as error:
+            with _in_memory(f"{certificate}\n{key}") as path:
+                context.load_cert_chain(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"unreadable certificate or key of a registry: {error}") from None
     if tls.skip_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+@contextlib.contextmanager
+def _in_memory(text: str) -> Iterator[str]:
+    """A file that no disk has, for a library that wants a path: for as long as the block."""
+    fd = os.memfd_create("nsfs-pem")
+    try:
+        os.write(fd, text.encode())
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
 
 
 def plan_proxy(url: str, environment: Mapping[str, str]) -> str | None:
