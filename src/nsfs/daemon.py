@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from nsfs import __version__
+from nsfs.core.clones import Clones
 from nsfs.core.lazy import LazyConfig, LazyLayers
 from nsfs.core.manual import Lowers, ManualMounts
 from nsfs.core.scopes import Scopes
@@ -133,9 +134,12 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         services = [control_service(control.handlers())]
         if host.root and not private:
             choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict")
-            lazy = LazyLayers(supervisor, lowers, host, scopes, choice)
+            clones = Clones(kernel, possible=host.idmap)
+            lazy = LazyLayers(supervisor, lowers, clones, host, scopes, choice)
             directories = SnapshotDirs(layout.snapshots, layout.lowers)
-            snapshots = await stack.enter_async_context(open_snapshots(meta, directories, lazy, empty=kernel.empty))
+            snapshots = await stack.enter_async_context(
+                open_snapshots(meta, directories, lazy, clones, empty=kernel.empty)
+            )
             services.append(snapshots_service(snapshots))
         await stack.enter_async_context(serve_rpc(config.socket, services))
         log.info("nsfs %s serves at %s", __version__, config.socket)
@@ -155,7 +159,12 @@ def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
     if missing:
         raise UnsupportedError(f"this host lacks what nsfs needs: {', '.join(missing)}", hint="see nsfs doctor")
     used = {feature.name for feature in report.features if feature.used}
-    return Host(root=uid == 0, erofs="erofs" in used, file_backed="erofs from files" in used)
+    return Host(
+        root=uid == 0,
+        erofs="erofs" in used,
+        file_backed="erofs from files" in used,
+        idmap={"idmapped mounts", "user namespaces"} <= used,
+    )
 
 
 class _Domains:

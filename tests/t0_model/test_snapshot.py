@@ -10,6 +10,7 @@ import pytest
 from nsfs.errors import BusyError, DeniedError, ExistsError, NotFoundError, UsageError
 from nsfs.model.filters import parse_filters
 from nsfs.model.mounts import OVERLAY_OPTIONS
+from nsfs.model.shift import parse_shift
 from nsfs.model.snapshot import (
     Change,
     Kind,
@@ -24,6 +25,7 @@ from nsfs.model.snapshot import (
     plan_remove,
     plan_update,
     select,
+    shift_of,
 )
 
 UPPER = ("/u/fs", "/u/work")
@@ -243,3 +245,33 @@ def test_128_layers_fit_into_a_page() -> None:
     upper = ("/var/lib/nsfs/snapshots/16777215/fs", "/var/lib/nsfs/snapshots/16777215/work")
     (mount,) = plan_mounts(Kind.ACTIVE, lowers, upper=upper, empty="/run/nsfs/l/empty")
     assert len(",".join(mount.options)) < 4096 - 512
+
+
+SHIFTED = {"containerd.io/snapshot/uidmapping": "0:7:9", "containerd.io/snapshot/gidmapping": "0:7:9"}
+
+
+def test_labels_shift_owners_but_not_of_layers_nor_of_copies(table: Dict) -> None:
+    assert shift_of("ns/7/c", {}, None) is None
+    assert shift_of("ns/7/c", SHIFTED, table["ns/2/top"]) == parse_shift(SHIFTED)
+    assert shift_of("ns/7/extract-1 sha256:x", SHIFTED, None) is None
+    assert shift_of("ns/7/c", SHIFTED | {"containerd.io/snapshot.ref": "sha256:x"}, None) is None
+    table.carry_out(plan_create(table, record("ns/7/sha256:ab-remap", parent="ns/2/top")))
+    committed = plan_commit(
+        table, "ns/8/sha256:ab", "ns/7/sha256:ab-remap", labels={}, parent="", claimed="ns", now=2
+    ).put
+    assert committed is not None
+    assert shift_of("ns/9/c", SHIFTED, committed) is None
+    table["ns/8/sha256:ab"] = committed
+    table.carry_out(plan_create(table, record("ns/9/c", parent="ns/8/sha256:ab")))
+    above = plan_commit(table, "ns/10/above", "ns/9/c", labels={}, parent="", claimed="ns", now=3).put
+    assert above is not None
+    assert shift_of("ns/11/c", SHIFTED, above) is None
+
+
+def test_a_commit_keeps_the_shift_that_it_was_written_under(table: Dict) -> None:
+    shift = parse_shift(SHIFTED)
+    table.carry_out(plan_create(table, record("ns/7/c", parent="ns/2/top", shift=shift)))
+    put = plan_commit(table, "ns/8/done", "ns/7/c", labels={}, parent="", claimed="ns", now=2).put
+    assert put is not None
+    assert (put.shift, put.copied) == (shift, False)
+    assert shift_of("ns/9/c", SHIFTED, put) == shift

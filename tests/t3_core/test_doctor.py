@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from click.testing import CliRunner
 
 from nsfs.cli.app import nsfs
 from nsfs.cli.exits import EXITS
+from nsfs.serve import doctor
 from nsfs.serve.config import parse_config
 from nsfs.serve.doctor import FEATURES, PROBES, DoctorReport, Finding, examine, is_shared, judge, parse_release
 
@@ -45,6 +47,7 @@ def test_this_host_is_fit_and_trying_leaves_nothing(tmp_path: Path) -> None:
     report = examine(config, os.environ, 0)
     assert report.usable, report.missing
     found = {row.name: row.present for row in report.features}
+    assert found["idmapped mounts"] == found["user namespaces"] == "yes"
     assert found["erofs"] == found["overlayfs"] == found["memfd"] == found["punched holes"] == "yes"
     assert _mounts() == before
     assert list(tmp_path.iterdir()) == []
@@ -65,11 +68,7 @@ def test_root_uses_what_is_there() -> None:
     assert {"loop devices", "fusermount3"}.isdisjoint(used)
 
 
-def test_nothing_claims_to_use_what_nothing_uses() -> None:
-    assert not {"idmapped mounts", "user namespaces"} & _used(judge(ALL, DEFAULT, "6.18", 0))
-
-
-@pytest.mark.parametrize("key", ["file_backed", "directio", "resend"])
+@pytest.mark.parametrize("key", ["file_backed", "directio", "resend", "idmap"])
 def test_what_is_turned_off_is_not_used(key: str) -> None:
     config = parse_config(f"[kernel]\n{key} = false")
     gone = _used(judge(ALL, DEFAULT, "6.18", 0)) - _used(judge(ALL, config, "6.18", 0))
@@ -121,3 +120,15 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(nsfs, ["doctor"])
     assert result.exit_code == 9
     assert "nsfs cannot work here: memfd" in result.stderr
+
+
+def test_owners_of_views_over_loop_devices_can_be_shifted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_stack: object, _directory: str) -> str:
+        raise OSError(errno.ENOTBLK, "block device required")
+
+    monkeypatch.setattr(doctor, "_mount_view", refuse)
+    before = _mounts()
+    report = examine(parse_config(f"root = '{tmp_path}'"), os.environ, 0)
+    found = {row.name: row.present for row in report.features}
+    assert (found["erofs from files"], found["idmapped mounts"]) == ("no", "yes")
+    assert _mounts() == before

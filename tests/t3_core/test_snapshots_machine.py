@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
+from nsfs.core.clones import Clones
 from nsfs.core.snapshots import Caller, Snapshots, open_snapshots
 from nsfs.errors import BusyError, ExistsError, NotFoundError, NsfsError, UnsupportedError, UsageError
 from nsfs.model.snapshot import Kind
@@ -41,7 +42,7 @@ class NothingLazy:
     async def settle(self, request: ScopeRequest, layer: LazyLayer) -> LazyLayer:
         raise AssertionError
 
-    async def stack(self, snapshot: int, request: ScopeRequest, layers: object) -> Any:
+    async def stack(self, snapshot: int, request: ScopeRequest, layers: object, shift: object) -> Any:
         raise AssertionError
 
     async def release(self, snapshot: int) -> None:
@@ -49,6 +50,19 @@ class NothingLazy:
 
     def stacked(self) -> set[int]:
         return set()
+
+
+class NoKernel:
+    """Nothing is mounted."""
+
+    async def mount_clones(self, clones: object, shift: object) -> None:
+        raise AssertionError
+
+    async def unmount(self, paths: object, *, force: bool) -> None:
+        raise AssertionError
+
+    def lower_path(self, name: str) -> str:
+        raise AssertionError
 
 
 class Daemon:
@@ -64,7 +78,8 @@ class Daemon:
     async def _serve(self) -> None:
         directories = SnapshotDirs(f"{self._path}/snapshots", f"{self._path}/l")
         with open_meta(f"{self._path}/meta") as meta:
-            async with open_snapshots(meta, directories, NothingLazy(), empty="/empty") as self.service:
+            clones = Clones(NoKernel(), possible=False)
+            async with open_snapshots(meta, directories, NothingLazy(), clones, empty="/empty") as self.service:
                 self._token = trio.lowlevel.current_trio_token()
                 self._end = trio.Event()
                 self._ready.set()

@@ -29,10 +29,12 @@ from nsfs.model.snapshot import Stacked
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from nsfs.core.clones import Clones
     from nsfs.core.manual import Lowers, Workers
     from nsfs.core.scopes import Scopes
     from nsfs.model.lazy import LazyLayer
     from nsfs.model.policy import Domain, ScopeRequest
+    from nsfs.model.shift import Shift
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +57,12 @@ class LazyConfig:
 class LazyLayers:
     """The service."""
 
-    def __init__(self, workers: Workers, lowers: Lowers, host: Host, scopes: Scopes, config: LazyConfig) -> None:
+    def __init__(
+        self, workers: Workers, lowers: Lowers, clones: Clones, host: Host, scopes: Scopes, config: LazyConfig
+    ) -> None:
         self._workers = workers
         self._lowers = lowers
+        self._clones = clones
         self._driver = choose_driver("auto", host)
         self._scopes = scopes
         self._config = config
@@ -125,9 +130,11 @@ class LazyLayers:
         return msgspec.structs.replace(layer, state=State.READY)
 
     async def stack(
-        self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None]
+        self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None], shift: Shift | None
     ) -> tuple[list[Stacked | None], tuple[int, int] | None]:
         """The mounted views of `layers`, top first, None for each that is none; and who owns the top's root.
+
+        With a `shift`, the views' clones; the owner is the one in the image.
 
         They stay mounted until `snapshot` releases them.
         """
@@ -140,6 +147,8 @@ class LazyLayers:
         async with self._lowers.locks[domain.name]:
             self._domains[snapshot] = domain
             paths = dict(zip(views, await self._lowers.acquire(views, _user(snapshot)), strict=True))
+            if shift is not None:
+                paths = await self._clones.acquire(paths, shift, snapshot)
         stacked = [
             None if info is None else Stacked(paths[self._lower(domain, info)], info.marks, info.opaque)
             for info in maps
@@ -154,7 +163,10 @@ class LazyLayers:
         try:
             async with self._lowers.locks[domain.name]:
                 self._domains.pop(snapshot, None)
-                await self._lowers.release(_user(snapshot))
+                try:
+                    await self._clones.release(snapshot)
+                finally:
+                    await self._lowers.release(_user(snapshot))
         finally:
             if domain.transient:
                 with trio.CancelScope(shield=True):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nsfs.model.filters import Filters
     from nsfs.model.lazy import LazyLayer
     from nsfs.model.policy import ScopeRequest
+    from nsfs.model.shift import Shift
     from nsfs.model.snapshot import Record, Stacked
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,12 @@ class Lazy(Protocol):
         """What became of a pending layer: ready or fenced."""
 
     async def stack(
-        self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None]
+        self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None], shift: Shift | None
     ) -> tuple[list[Stacked | None], tuple[int, int] | None]:
-        """The mounted views of `layers`, top first, None for each that is none; and who owns the top's root."""
+        """The mounted views of `layers`, top first, None for each that is none; and who owns the top's root.
+
+        With a `shift`, clones of the views; the owner is the one in the image.
+        """
 
     async def release(self, snapshot: int) -> None:
         """Unmount what only that snapshot stacks; a domain that was its alone ends."""

@@ -25,6 +25,7 @@ from nsfs.core.offers import Offers
 from nsfs.errors import CorruptError, ExistsError, NsfsError, UnreachableError, UsageError
 from nsfs.model.filters import parse_filters
 from nsfs.model.lazy import State, is_offered, is_unpack
+from nsfs.model.shift import between
 from nsfs.model.snapshot import (
     Change,
     Kind,
@@ -42,11 +43,13 @@ from nsfs.model.snapshot import (
     refuse_committed,
     request_of,
     select,
+    shift_of,
 )
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 
+    from nsfs.core.clones import Clones
     from nsfs.core.ledger import Records, Table
     from nsfs.core.offers import Lazy
 
@@ -113,6 +116,7 @@ class Snapshots:
         ledger: Ledger,
         directories: Directories,
         lazy: Lazy,
+        clones: Clones,
         nursery: trio.Nursery,
         *,
         empty: str,
@@ -121,6 +125,7 @@ class Snapshots:
         self._ledger = ledger
         self._directories = directories
         self._lazy = lazy
+        self._clones = clones
         self._offers = Offers(ledger, lazy, nursery)
         self._empty = empty
         self._clock = clock
@@ -218,9 +223,10 @@ class Snapshots:
         await self._release(())
 
     async def _release(self, keep: Collection[int]) -> None:
-        for number in self._lazy.stacked().difference(keep):
+        for number in (self._lazy.stacked() | self._clones.stacked()).difference(keep):
             try:
                 await self._lazy.release(number)
+                await self._clones.release(number)
             except NsfsError as error:
                 log.warning("views of snapshot %d are still mounted: %s", number, error)
 
@@ -241,6 +247,7 @@ class Snapshots:
             labels=dict(labels),
             created=now,
             updated=now,
+            shift=shift_of(key, labels, self._table(caller).get(parent)),
         )
 
     async def _make_directory(self, table: Table, new: Record) -> None:
@@ -248,9 +255,11 @@ class Snapshots:
         parent = table.get(new.parent)
 
         def make() -> None:
-            local = parent is not None and parent.layer is None
-            owner = self._directories.owner(parent.id) if local and parent else _ROOT
-            self._directories.make(new.id, owner)
+            if parent is None or parent.layer is not None:
+                owner, shift = _ROOT, new.shift
+            else:
+                owner, shift = self._directories.owner(parent.id), between(parent.shift, new.shift)
+            self._directories.make(new.id, shift.owner(*owner) if shift else owner)
 
         await trio.to_thread.run_sync(make)
 
@@ -282,16 +291,26 @@ class Snapshots:
         owner = None
         if any(parent.layer for parent in parents):
             layers = [parent.layer for parent in parents]
-            views, owner = await self._lazy.stack(record.id, request_of(record, layers), layers)
-
-        def stack() -> list[Stacked]:
-            if owner is not None and record.kind is Kind.ACTIVE:
-                self._directories.adopt(record.id, owner)
-            pairs = zip(views, parents, strict=True)
-            return [view or Stacked(self._directories.link(parent.id)) for view, parent in pairs]
-
-        lowers = await trio.to_thread.run_sync(stack) if parents else []
+            views, owner = await self._lazy.stack(record.id, request_of(record, layers), layers, record.shift)
+        if owner is not None and record.kind is Kind.ACTIVE:
+            owner = record.shift.owner(*owner) if record.shift else owner
+            await trio.to_thread.run_sync(self._directories.adopt, record.id, owner)
+        local = await self._show_unpacked(record, [parent for parent in parents if parent.layer is None])
+        lowers = [view or Stacked(local[parent.id]) for view, parent in zip(views, parents, strict=True)]
         return plan_mounts(record.kind, lowers, upper=self._directories.upper(record.id), empty=self._empty)
+
+    async def _show_unpacked(self, record: Record, parents: Sequence[Record]) -> dict[int, str]:
+        """Where the trees of unpacked layers show, by snapshot, with the owners that `record` is to see."""
+
+        def link() -> dict[int, str]:
+            return {parent.id: self._directories.link(parent.id) for parent in parents}
+
+        paths = await trio.to_thread.run_sync(link) if parents else {}
+        shifts = {parent.id: between(parent.shift, record.shift) for parent in parents}
+        for shift in {shift for shift in shifts.values() if shift is not None}:
+            sources = {number: paths[number] for number, needed in shifts.items() if needed == shift}
+            paths |= await self._clones.acquire(sources, shift, record.id)
+        return paths
 
 
 def _refuse_fenced(record: Record) -> None:
@@ -301,12 +320,12 @@ def _refuse_fenced(record: Record) -> None:
 
 @asynccontextmanager
 async def open_snapshots(
-    records: Records, directories: Directories, lazy: Lazy, *, empty: str
+    records: Records, directories: Directories, lazy: Lazy, clones: Clones, *, empty: str
 ) -> AsyncIterator[Snapshots]:
     """A service that has read its records, and goes on in the background with what an earlier daemon left."""
     ledger = await trio.to_thread.run_sync(Ledger, records)
     async with trio.open_nursery() as nursery:
-        snapshots = Snapshots(ledger, directories, lazy, nursery, empty=empty)
+        snapshots = Snapshots(ledger, directories, lazy, clones, nursery, empty=empty)
         nursery.start_soon(snapshots.cleanup)
         snapshots.resume()
         try:

@@ -36,6 +36,8 @@ class Host:
     root: bool
     erofs: bool
     file_backed: bool
+    idmap: bool = False
+    """Owners can be shifted."""
 
 
 def choose_driver(wish: str, host: Host) -> Driver:

@@ -20,9 +20,10 @@ import msgspec
 from msgspec import Struct
 
 from nsfs.errors import BusyError, DeniedError, ExistsError, NotFoundError, UsageError
-from nsfs.model.lazy import LazyLayer  # noqa: TC001  msgspec looks it up when it decodes
+from nsfs.model.lazy import LazyLayer, is_offered, is_unpack
 from nsfs.model.mounts import OVERLAY_OPTIONS, Bind, plan_rootfs
 from nsfs.model.policy import ISOLATION_LABEL, ScopeRequest, check_namespace
+from nsfs.model.shift import Shift, parse_shift
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 _KEY: Final = re.compile(r"([^/]+)/[0-9]+/.+", re.DOTALL)
 """How containerd's metadata store names snapshots: namespace, sequence number, the client's key."""
+
+_COPY: Final = "-remap"
+"""How keys end under which containerd's client copies a tree, to shift its owners; it commits without that end."""
 
 
 class Kind(enum.IntEnum):
@@ -58,6 +62,10 @@ class Record(Struct, frozen=True, kw_only=True):
     updated: int
     layer: LazyLayer | None = None
     """Where it is served on demand; such a snapshot is committed, and has no directory."""
+    shift: Shift | None = None
+    """How the owners of what is in its directory were shifted when that was written."""
+    copied: bool = False
+    """All that it shows has the owners of a user namespace already: containerd's client copied a tree below it."""
 
 
 class Mount(Struct, frozen=True, kw_only=True):
@@ -191,6 +199,7 @@ def plan_commit(
         if active.parent:
             raise UsageError(f"the parent cannot be changed by a commit: {key}")
         _check_new_parent(table, parent, active.namespace)
+    base = table.get(parent or active.parent)
     put = msgspec.structs.replace(
         active,
         name=name,
@@ -199,8 +208,24 @@ def plan_commit(
         labels=_worth_keeping(labels),
         created=now,
         updated=now,
+        copied=(base is not None and base.copied) or _client_key(key) == _client_key(name) + _COPY,
     )
     return Change(gone=active, put=put)
+
+
+def _client_key(name: str) -> str:
+    return name.split("/", 2)[-1]
+
+
+def shift_of(key: str, labels: Mapping[str, str], parent: Record | None) -> Shift | None:
+    """How the owners of a new snapshot are shifted; raises UsageError.
+
+    Not at all where a layer is unpacked, since its labels may be an image's annotations; nor over a copy that was made
+    for the same labels (client/snapshotter_opts_unix.go, containerd 1.7 to 2.x, without the capability remap-ids).
+    """
+    if is_offered(labels) or is_unpack(key) or (parent is not None and parent.copied):
+        return None
+    return parse_shift(labels)
 
 
 def _check_new_parent(table: Table, name: str, namespace: str) -> None:

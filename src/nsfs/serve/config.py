@@ -98,7 +98,7 @@ class Kernel(Struct, frozen=True, kw_only=True):
     resend: bool = True
     """Have the kernel repeat what a dead worker left unanswered (Linux 6.9); else these reads wait for an abort."""
     idmap: bool = True
-    """Shift owners by idmapped mounts (Linux 5.19). Nothing asks for that yet: owners are as the image has them."""
+    """Shift owners by idmapped mounts (Linux 5.19), for containers in user namespaces; else these are refused."""
 
 
 class Namespace(Struct, frozen=True, kw_only=True):

@@ -27,7 +27,9 @@ from msgspec import Struct
 
 from nsfs.format.erofs import render_erofs
 from nsfs.model.layer import Kind, Node
-from nsfs.serve.mounts import OPEN_HINT
+from nsfs.serve.idmap import cloned, shift_owners, user_namespace
+from nsfs.serve.mounts import OPEN_HINT, loop_device
+from nsfs.serve.syscalls import FSCONFIG, FSMOUNT, FSOPEN, syscall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -47,7 +49,7 @@ class Feature:
     needed: bool = False
     """Nothing works without it."""
     who: str = ""
-    """root or user where only these use it; nobody where nothing does yet."""
+    """root or user where only these use it."""
     key: str = ""
     """The key in [kernel] that turns it off."""
     instead_of: str = ""
@@ -77,8 +79,8 @@ FEATURES = (
     Feature(
         "FUSE_NOTIFY_RESEND", "6.9", "reads that a killed worker had taken are never answered", who="root", key="resend"
     ),
-    Feature("idmapped mounts", "5.19", "owners cannot be shifted", who="nobody", key="idmap"),
-    Feature("user namespaces", "3.8", "owners cannot be shifted", who="nobody", key="idmap"),
+    Feature("idmapped mounts", "5.19", "no containers in user namespaces without a copy", who="root", key="idmap"),
+    Feature("user namespaces", "3.8", "no containers in user namespaces", who="root", key="idmap"),
     Feature("memfd", "3.17", "nothing works: presence bitmaps live there", needed=True),
     Feature("sparse 16 TiB file", "", "nothing works: the pool does not fit this filesystem", needed=True),
     Feature("punched holes", "2.6.38", "evicted content keeps its disk space"),
@@ -194,18 +196,8 @@ def _find(probe: Callable[[_Host], Finding], host: _Host) -> Finding:
         return Finding(present=False, detail=error.strerror or str(error))
 
 
-# fsopen(2) and its family have no wrapper in the C libraries of 2022; the numbers are the same on all architectures.
-_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _syscall(number: int, *arguments: int | bytes | None) -> int:
-    result: int = _libc.syscall(ctypes.c_long(number), *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
 
 
 def _keep(stack: ExitStack, descriptor: int) -> int:
@@ -215,13 +207,13 @@ def _keep(stack: ExitStack, descriptor: int) -> int:
 
 def _mount_detached(stack: ExitStack, kind: bytes, *flags: bytes, **options: str) -> str:
     """Mount where no path leads to, until `stack` closes; the path of its root by /proc."""
-    context = _keep(stack, _syscall(_FSOPEN, kind, 1))
+    context = _keep(stack, syscall(FSOPEN, kind, 1))
     for flag in flags:
-        _syscall(_FSCONFIG, context, _SET_FLAG, flag, None, 0)
+        syscall(FSCONFIG, context, _SET_FLAG, flag, None, 0)
     for key, value in options.items():
-        _syscall(_FSCONFIG, context, _SET_STRING, key.encode(), os.fsencode(value), 0)
-    _syscall(_FSCONFIG, context, _CREATE, None, None, 0)
-    return f"/proc/self/fd/{_keep(stack, _syscall(_FSMOUNT, context, 1, 0))}"
+        syscall(FSCONFIG, context, _SET_STRING, key.encode(), os.fsencode(value), 0)
+    syscall(FSCONFIG, context, _CREATE, None, None, 0)
+    return f"/proc/self/fd/{_keep(stack, syscall(FSMOUNT, context, 1, 0))}"
 
 
 def _knows_filesystem(kind: bytes, since: str) -> Callable[[_Host], Finding]:
@@ -230,7 +222,7 @@ def _knows_filesystem(kind: bytes, since: str) -> Callable[[_Host], Finding]:
             with open("/proc/filesystems", "rb") as file:
                 known = b"\t" + kind + b"\n" in file.read()
             return Finding(present=True) if known else host.by_version(since)
-        os.close(_syscall(_FSOPEN, kind, 1))
+        os.close(syscall(FSOPEN, kind, 1))
         return Finding(present=True)
 
     return probe
@@ -263,9 +255,9 @@ def _probe_erofs_option(option: bytes, since: str) -> Callable[[_Host], Finding]
     def probe(host: _Host) -> Finding:
         if host.uid != 0:
             return host.by_version(since)
-        context = _syscall(_FSOPEN, b"erofs", 1)
+        context = syscall(FSOPEN, b"erofs", 1)
         try:
-            _syscall(_FSCONFIG, context, _SET_FLAG, option, None, 0)
+            syscall(FSCONFIG, context, _SET_FLAG, option, None, 0)
         finally:
             os.close(context)
         return Finding(present=True)
@@ -273,16 +265,27 @@ def _probe_erofs_option(option: bytes, since: str) -> Callable[[_Host], Finding]
     return probe
 
 
-def _mount_view(stack: ExitStack, directory: str) -> str:
-    """Mount an empty layer from a file on the filesystem that will hold the maps."""
+def _write_view(stack: ExitStack, directory: str) -> tuple[str, str]:
+    """The map of an empty layer and a disk for it, on the filesystem that will hold them."""
     place = stack.enter_context(tempfile.TemporaryDirectory(prefix="nsfs-doctor-", dir=directory))
     blocks = 1 << 20
     with open(f"{place}/map", "wb") as file:
         file.write(render_erofs(Node(Kind.DIRECTORY, 0o755), disk_blocks=blocks, uuid=bytes(16)))
     with open(f"{place}/disk", "wb") as file:
         file.truncate(blocks << 12)
-    os.mkdir(f"{place}/empty")
-    return _mount_detached(stack, b"erofs", b"ro", source=f"{place}/map", device=f"{place}/disk")
+    return f"{place}/map", f"{place}/disk"
+
+
+def _mount_view(stack: ExitStack, directory: str) -> str:
+    """Mount an empty layer from files."""
+    image, disk = _write_view(stack, directory)
+    return _mount_detached(stack, b"erofs", b"ro", source=image, device=disk)
+
+
+def _mount_loop_view(stack: ExitStack, directory: str) -> str:
+    """Mount an empty layer over loop devices."""
+    image, disk = (stack.enter_context(loop_device(path)) for path in _write_view(stack, directory))
+    return _mount_detached(stack, b"erofs", b"ro", source=image, device=disk)
 
 
 def _probe_file_backed(host: _Host) -> Finding:
@@ -341,7 +344,19 @@ def _probe_resend(host: _Host) -> Finding:
 
 
 def _probe_idmap(host: _Host) -> Finding:
-    return host.by_version("5.19")
+    """A view, as layers that are shown on demand are, and a directory of `root`, as unpacked ones are."""
+    if host.uid != 0:
+        return host.by_version("5.19")
+    by_one = "0 1 1\n"
+    with ExitStack() as stack:
+        namespace = stack.enter_context(user_namespace(by_one, by_one))
+        try:
+            view = _mount_view(stack, host.state)
+        except OSError:
+            view = _mount_loop_view(stack, host.state)
+        shift_owners(view, namespace)
+        stack.enter_context(cloned(host.state, namespace))
+        return Finding(os.stat(view).st_uid == 1, "tried")
 
 
 def _probe_userns(_host: _Host) -> Finding:

@@ -19,6 +19,7 @@ import trio
 from nsfs.core.manual import Kernel
 from nsfs.errors import DeniedError, NoSpaceError, NotFoundError, NsfsError, UnreachableError, UsageError
 from nsfs.model.mounts import Bind, Driver
+from nsfs.model.shift import render_map
 from nsfs.serve import mounts
 from nsfs.serve.fronts import FrontArgs, Fronts
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from nsfs.core import worker_api
     from nsfs.core.manual import Lower
     from nsfs.model.mounts import MountRecord, Overlay
+    from nsfs.model.shift import Shift
     from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ForkServer
     from nsfs.store.layout import Layout
@@ -114,6 +116,20 @@ class HostKernel(Kernel):
             loop=lower.driver is Driver.EROFS_LOOP,
             read_ahead_kb=READ_AHEAD_KB,
         )
+
+    async def mount_clones(self, clones: Sequence[tuple[str, str]], shift: Shift) -> None:
+        """See core.clones.Kernel."""
+        base = self._layout.lowers
+        for _, path in clones:
+            os.makedirs(path, 0o755, exist_ok=True)
+        pairs = tuple((source, path.removeprefix(base + "/")) for source, path in clones)
+        step = mounts.Clones(target=base, clones=pairs, uids=render_map(shift.uids), gids=render_map(shift.gids))
+        try:
+            await self._carry_out((step,))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.unmount([path for _, path in clones], force=True)
+            raise
 
     async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
         """See Kernel."""

@@ -41,6 +41,7 @@ from nsfs.errors import (
     UsageError,
 )
 from nsfs.model.mounts import OVERLAY_OPTIONS
+from nsfs.serve.idmap import attach, cloned, user_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -113,6 +114,18 @@ class Bind(Struct, frozen=True, kw_only=True, tag="bind"):
     guarded: bool = False
 
 
+class Clones(Struct, frozen=True, kw_only=True, tag="clones"):
+    """Directories shown a second time, read-only, with the owners that `uids` and `gids` (as in uid_map) make of them.
+
+    `clones` are pairs of a directory and its name below `target`.
+    """
+
+    target: str
+    clones: tuple[tuple[str, str], ...]
+    uids: str
+    gids: str
+
+
 class Umount(Struct, frozen=True, kw_only=True, tag="umount"):
     """Take a mount away; `detach` at once, though it is in use. It is no error if there is none."""
 
@@ -120,7 +133,7 @@ class Umount(Struct, frozen=True, kw_only=True, tag="umount"):
     detach: bool = False
 
 
-Step: TypeAlias = Fuse | Erofs | Overlay | Bind | Umount
+Step: TypeAlias = Fuse | Erofs | Overlay | Bind | Clones | Umount
 
 
 class MountPlan(Struct, frozen=True):
@@ -151,6 +164,8 @@ def do_step(step: Step) -> None:
             mount_overlay(step)
         case Bind():
             mount_bind(step)
+        case Clones():
+            mount_clones(step)
         case Umount():
             unmount(step.target, detach=step.detach)
 
@@ -273,6 +288,18 @@ def mount_bind(step: Bind) -> None:
     except NsfsError:
         unmount(step.target, detach=True)
         raise
+
+
+def mount_clones(step: Clones) -> None:
+    """Show directories with shifted owners, by idmapped mounts (Linux 5.12); all of them by one user namespace."""
+    try:
+        with user_namespace(step.uids, step.gids) as namespace:
+            for source, name in step.clones:
+                with cloned(source, namespace) as tree:
+                    attach(tree, os.path.join(step.target, name))
+    except OSError as error:
+        hint = "see idmapped mounts and user namespaces in nsfs doctor"
+        raise UnsupportedError(f"cannot shift owners below {step.target}: {error.strerror}", hint=hint) from error
 
 
 def unmount(target: str, *, detach: bool = False, force: bool = False) -> None:

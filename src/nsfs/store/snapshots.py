@@ -47,15 +47,15 @@ class SnapshotDirs:
         return os.path.join(top, "fs"), os.path.join(top, "work")
 
     def make(self, number: int, owner: tuple[int, int]) -> None:
-        """Make the directories of a new snapshot, empty; the root of its tree belongs to `owner`."""
+        """Make the directories of a new snapshot, empty; they belong to `owner`."""
         upper, work = self.upper(number)
         shutil.rmtree(os.path.dirname(upper), ignore_errors=True)
         try:
             os.mkdir(os.path.dirname(upper), 0o700)
             for path in (upper, work):
                 os.mkdir(path)
+                os.chown(path, *owner)
             os.chmod(upper, 0o755)  # noqa: S103  the root directory of a container
-            os.chown(upper, *owner)
         except OSError as error:
             kind = NoSpaceError if error.errno in {errno.ENOSPC, errno.EDQUOT} else NsfsError
             raise kind(f"cannot make the directory of a snapshot: {error}") from error
@@ -69,9 +69,10 @@ class SnapshotDirs:
         return found.st_uid, found.st_gid
 
     def adopt(self, number: int, owner: tuple[int, int]) -> None:
-        """Give the root of a snapshot's tree to `owner`, while nothing is in there."""
-        upper = self.upper(number)[0]
+        """Give a snapshot's directories to `owner`, while nothing is in there."""
+        upper, work = self.upper(number)
         if owner != self.owner(number) and not os.listdir(upper):
+            os.chown(work, *owner)
             os.chown(upper, *owner)
 
     def link(self, number: int) -> str:
