@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import hashlib
 import time
 import tracemalloc
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,7 +81,7 @@ def parse(data: bytes) -> list[tuple[Entry, bytes]]:
             piece = data[segment.stream_offset : segment.stream_offset + segment.length]
             rebuilt[segment.file_offset : segment.file_offset + segment.length] = piece
         assert rebuilt == content
-        assert entry.digest == (hashlib.sha256(content).digest() if entry.kind is Kind.REGULAR else b"")
+        assert entry.digest == (blake3(content).digest() if entry.kind is Kind.REGULAR else b"")
     return found
 
 

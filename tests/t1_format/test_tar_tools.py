@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import stat
@@ -11,6 +10,7 @@ import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
+from blake3 import blake3
 
 from nsfs.format.tar import Member, TarParser
 from nsfs.model.layer import Entry, Kind
@@ -67,7 +67,7 @@ def expected(root: Path, path: bytes) -> tuple[object, ...]:
     kind = KINDS[stat.S_IFMT(info.st_mode)]
     device = (os.major(info.st_rdev), os.minor(info.st_rdev)) if kind in (Kind.CHARACTER, Kind.BLOCK) else (0, 0)
     with open(full, "rb") if kind is Kind.REGULAR else io.BytesIO() as file:
-        digest = hashlib.file_digest(file, "sha256").digest() if kind is Kind.REGULAR else b""
+        digest = blake3(file.read()).digest() if kind is Kind.REGULAR else b""
     link = os.readlink(full) if kind is Kind.SYMLINK else b""
     size = info.st_size if kind is Kind.REGULAR else 0
     return path, kind, stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid, size, link, device, digest

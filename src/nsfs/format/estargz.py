@@ -302,14 +302,7 @@ def _entry(file: _File) -> Entry:
         device=(row.major, row.minor) if kind in (Kind.CHARACTER, Kind.BLOCK) else (0, 0),
         xattrs=tuple((_raw(name), value or b"") for name, value in row.xattrs.items()),
         segments=tuple(_segments(chunks)),
-        digest=_file_digest(row, chunks),
     )
-
-
-def _file_digest(row: _Row, chunks: Sequence[_Chunk]) -> bytes:
-    if not row.digest or row.type != "reg":
-        return b""
-    return chunks[0].digest if chunks and row.digest == row.chunk_digest else _sha256(row.digest)
 
 
 def _segments(chunks: Iterable[_Chunk]) -> Iterator[Segment]:

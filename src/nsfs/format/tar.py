@@ -12,11 +12,11 @@ that a cut divides. One parser belongs to one thread.
 
 from __future__ import annotations
 
-import hashlib
 from struct import Struct as Layout
 from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 from zlib import adler32
 
+from blake3 import blake3
 from msgspec import Struct
 
 from nsfs.errors import CorruptError
@@ -46,7 +46,7 @@ _RECORD_COST: Final = 32
 _HEADER: Final = Layout("100s8s8s8s12s12s8sc100s8s64x8s8s155s8x4s")
 _ZERO_BLOCK: Final = bytes(BLOCK)
 _ZEROS: Final = bytes(1 << 20)
-_NO_CONTENT: Final = hashlib.sha256(b"").digest()
+_NO_CONTENT: Final = blake3(b"").digest()
 _ODD_NAMES: Final = frozenset((b"", b".", b".."))
 _CACHED: Final = 4096
 _ID_MAX: Final = (1 << 32) - 1
@@ -160,7 +160,7 @@ class TarParser:
         self._segments: tuple[Segment, ...] = ()
         self._segment = 0
         self._at = 0
-        self._hash: hashlib._Hash | None = None
+        self._hash: blake3 | None = None
         self._hashed = 0
         self._holes_left = MAX_HASHED_HOLES
 
@@ -396,7 +396,7 @@ class TarParser:
         end = pos + size
         content = view[pos:end]
         if size:
-            self._emit(Kind.REGULAR, (Segment(0, self._offset, size),), hashlib.sha256(content).digest(), content)
+            self._emit(Kind.REGULAR, (Segment(0, self._offset, size),), blake3(content).digest(), content)
         else:
             self._emit(Kind.REGULAR, (), _NO_CONTENT, content)
         self._skip_padding(size)
@@ -478,7 +478,7 @@ class TarParser:
             self._fail(fields.name, f"its size is impossible: {size}")
         self._charge(_SEGMENT_COST * len(self._segments))
         holes = size - stored
-        self._hash = hashlib.sha256() if holes <= self._holes_left else None
+        self._hash = blake3() if holes <= self._holes_left else None
         self._holes_left -= holes if self._hash else 0
         self._payload, self._segment, self._at, self._hashed = stored, 0, 0, 0
         self._events.append(Begin(self._path, size))

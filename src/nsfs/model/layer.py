@@ -62,7 +62,7 @@ class Entry(Struct, frozen=True, gc=False, array_like=True):
     xattrs: tuple[tuple[bytes, bytes], ...] = ()
     segments: tuple[Segment, ...] = ()
     digest: bytes = b""
-    """Raw sha256 of a regular file's content: seen by ourselves for a plain layer, claimed by a TOC, b"" if unknown."""
+    """BLAKE3 of a regular file's content as we saw it, 32 bytes; b"" if unknown, as where a TOC says what it has."""
 
 
 class Codec(enum.IntEnum):

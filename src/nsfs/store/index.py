@@ -79,7 +79,7 @@ class _Databases(NamedTuple):
     about: _Database
     """b"version" -> decimal digits."""
     by_content: _Database
-    """raw sha256 of a content -> u64 address, u64 size."""
+    """BLAKE3 of a content -> u64 address, u64 size."""
     slabs: _Database
     """u64 address -> u64 size, u8 (1 once a layer with it is committed)."""
     layers: _Database
@@ -212,20 +212,20 @@ class DomainIndex:
     # Contents
 
     def known(self, digest: bytes) -> Extent | None:
-        """The extent of the content with this raw sha256, if the domain has one."""
+        """The extent of the content with this BLAKE3 hash, if the domain has one."""
         with self._transaction(self._db.by_content) as txn:
             value = txn.get(digest)
         return None if value is None else Extent(*_EXTENT.unpack(value))
 
     def contents_of(self, digests: Iterable[bytes]) -> dict[bytes, Extent]:
-        """The extents of those of `digests` (raw sha256) that the domain has, in one transaction."""
+        """The extents of those of `digests` (BLAKE3) that the domain has, in one transaction."""
         with self._transaction(self._db.by_content) as txn:
             return _get_extents(txn, sorted(digests))
 
     # Layers
 
     def commit_layer(self, record: LayerRecord, new_contents: list[tuple[bytes, int, int]]) -> dict[int, int]:
-        """Store a layer and the contents that came with it: (raw sha256, address, size) each, in one transaction.
+        """Store a layer and the contents that came with it: (BLAKE3, address, size) each, in one transaction.
 
         Of contents that were registered meanwhile the earlier extent stands: returns its address by the address given
         here. The caller uses that one instead, and evicts its own copy.
