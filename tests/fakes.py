@@ -304,7 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
         if given is not None and given != basic():
             self._answer(401)
             return
-        assert fields["scope"][0].endswith(":pull")
+        assert fields.get("scope", [":pull"])[0].endswith(":pull")
         answer = {"token": self.registry.issue_token(), "expires_in": self.registry.token_life}
         self._answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 

@@ -31,6 +31,7 @@ from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
+from nsfs.serve.credentials import Keychain, forbid_core_dumps
 from nsfs.serve.forkserver import launch_server, open_fork_server
 from nsfs.serve.fronts import open_fronts
 from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
@@ -38,7 +39,7 @@ from nsfs.serve.policy_file import load_policy
 from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.session import read_init
 from nsfs.serve.snapshots_rpc import snapshots_service
-from nsfs.serve.supervisor import Connection, open_supervisor
+from nsfs.serve.supervisor import Connection, NoTerms, open_supervisor
 from nsfs.store.layout import Layout, escape_component
 from nsfs.store.meta import open_meta
 from nsfs.store.pool import create_bitmap
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
     from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ServerProcess
+    from nsfs.serve.wire import Methods
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ def run(config: Config, *, private: bool) -> None:
     """Serve until SIGTERM or SIGINT, or, a private daemon, until nobody needs it; raises BusyError, DeniedError."""
     layout = Layout(config.root, config.run)
     _allow_descriptors()
+    forbid_core_dumps()
     with _owned(layout):
         zygote = launch_server(_WARM)
         trio.run(_serve, config, layout, zygote, private)
@@ -110,6 +113,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         meta = stack.enter_context(open_meta(layout.meta))
         host = await trio.to_thread.run_sync(host_of, config, os.environ, os.geteuid())
         domains = _Domains(layout)
+        keychain = Keychain(config, layout, os.environ, private=private)
         supervisor = await stack.enter_async_context(
             open_supervisor(
                 config,
@@ -118,6 +122,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
                 disconnect=domains.disconnect,
                 bitmap=lambda name: create_bitmap(layout.domain(name)),
                 domain_dir=lambda name: layout.domain(name).path,
+                terms=_Terms(keychain),
             )
         )
         kernel = HostKernel(layout, config, server)
@@ -130,7 +135,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         await manual.sweep()
         stack.push_async_callback(manual.end_all)
         await trio.to_thread.run_sync(_drop_pods, layout)
-        control = Control(config, manual, supervisor, scopes, private=private)
+        control = Control(config, manual, supervisor, scopes, keychain, private=private)
         services = [control_service(control.handlers())]
         if host.root and not private:
             choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict")
@@ -165,6 +170,17 @@ def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
         file_backed="erofs from files" in used,
         idmap={"idmapped mounts", "user namespaces"} <= used,
     )
+
+
+class _Terms(NoTerms):
+    """What the daemon's workers may ask of it."""
+
+    def __init__(self, keychain: Keychain) -> None:
+        self._keychain = keychain
+
+    def lent(self, domain: str, owner: str) -> Methods:
+        """See Terms."""
+        return {**super().lent(domain, owner), **self._keychain.methods(owner)}
 
 
 class _Domains:

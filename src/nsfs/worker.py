@@ -36,12 +36,12 @@ from nsfs.core.views import Views
 from nsfs.errors import NotFoundError, NsfsError
 from nsfs.model.oci import Platform
 from nsfs.model.policy import parse_view_name
-from nsfs.remote.credentials import DockerConfig, config_path
 from nsfs.remote.hosts import HostsDirectory
 from nsfs.remote.reference import LayoutReference, parse_reference
-from nsfs.remote.source import Remote, open_remote
+from nsfs.remote.source import open_remote
 from nsfs.remote.transport import Timeouts
 from nsfs.serve.config import unpack_config
+from nsfs.serve.credentials import AskedCredentials, forbid_core_dumps
 from nsfs.serve.forkserver import fork_server, open_fork_server
 from nsfs.serve.fuse import FuseOperations
 from nsfs.serve.logs import start_logging
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
     from nsfs.core.ports import Source
     from nsfs.model.pool import LayerKey
+    from nsfs.remote.source import Remote
     from nsfs.serve.config import Config, Fetch
     from nsfs.serve.forkserver import ServerProcess
     from nsfs.serve.wire import Peer
@@ -77,6 +78,7 @@ def main(args: bytes, fds: list[int]) -> int:
     params = msgspec.msgpack.decode(args, type=WorkerArgs)
     config = unpack_config(params.config)
     start_logging(config.log_format, config.log_level)
+    forbid_core_dumps()
     forks = fork_server()
     trio.run(_run, params, config, fds, forks)
     return 0
@@ -90,11 +92,21 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         stack.callback(pool.close)
         index = stack.enter_context(open_index(layout.domain(params.domain).index))
         unfinished = await trio.to_thread.run_sync(_recover, layout.domain(params.domain), index, pool)
-        worker = await _compose(stack, config, layout.domain(params.domain), pool, index, fds[1], forks)
+        credentials = AskedCredentials()
+        remote = await stack.enter_async_context(
+            open_remote(
+                credentials=credentials,
+                hosts=HostsDirectory(config.registry.config_path),
+                timeouts=Timeouts(config.registry.connect_timeout, config.registry.read_timeout),
+                connections=config.registry.connections,
+            )
+        )
+        worker = await _compose(stack, layout.domain(params.domain), config, pool, index, fds[1], forks, remote)
         worker.layers.finish(unfinished)
         worker.shown.show_again(params.views, params.trees)
         methods = worker.domain.methods() | worker.pinned.methods()
         peer = await stack.enter_async_context(open_peer(control, methods, name=params.domain))
+        credentials.connect(peer)
         await _serve(params, config, fds, peer, pool, worker)
 
 
@@ -111,24 +123,17 @@ class _Worker:
 
 async def _compose(
     stack: AsyncExitStack,
-    config: Config,
     layout: DomainLayout,
+    config: Config,
     pool: Pool,
     index: DomainIndex,
     bitmap: int,
     forks: ServerProcess,
+    remote: Remote,
 ) -> _Worker:
     spawner = await stack.enter_async_context(open_fork_server(forks))
     nursery = await stack.enter_async_context(trio.open_nursery())
     stack.callback(nursery.cancel_scope.cancel)
-    remote = await stack.enter_async_context(
-        open_remote(
-            credentials=DockerConfig(config.registry.docker_config or config_path(os.environ)),
-            hosts=HostsDirectory(config.registry.config_path),
-            timeouts=Timeouts(config.registry.connect_timeout, config.registry.read_timeout),
-            connections=config.registry.connections,
-        )
-    )
     fetcher = await stack.enter_async_context(open_fetcher(pool, fetch_config(config.fetch)))
     sources = RemoteSources(remote)
     blobs = Blobs(sources, index)

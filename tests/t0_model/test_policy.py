@@ -9,14 +9,19 @@ from hypothesis import strategies as st
 
 from nsfs.errors import DeniedError, UsageError
 from nsfs.model.policy import (
+    Domain,
     Isolation,
     Patience,
     Policy,
     Rule,
     ScopeRequest,
+    check_owner,
     check_rule,
     decide_scope,
+    own_domain,
     own_domains,
+    owner_name,
+    owner_of,
     parse_patience,
     parse_view_name,
     repository_of,
@@ -275,3 +280,21 @@ def test_no_other_text_is_a_view_name(text: str) -> None:
     except UsageError:
         return
     assert parse_view_name(view_name(map_id, patience)) == (map_id, patience)
+
+
+@pytest.mark.parametrize("plugin", ["", "nsfs", "nsfs-gold"])
+@pytest.mark.parametrize("wish", ["isolated", "pod", "shared"])
+def test_a_domain_says_on_whose_behalf(plugin: str, wish: str) -> None:
+    domain = decide_scope(POLICY, ask(plugin=plugin, wish=wish)).on_host()
+    owner = owner_name("team-a", "gold" if plugin == "nsfs-gold" else "")
+    assert domain.owner == check_owner(owner)
+    assert owner_of(domain) == ("" if wish == "shared" else owner)
+    if wish == "isolated":
+        assert domain.name == own_domain(owner)
+        assert owner_of(Domain(domain.name, Isolation.SHARED)) == owner
+
+
+@pytest.mark.parametrize("text", ["", "/a", "a/", "a/b/c", "../a", "a/..", "a b"])
+def test_what_cannot_own_anything(text: str) -> None:
+    with pytest.raises(UsageError):
+        check_owner(text)

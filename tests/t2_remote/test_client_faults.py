@@ -46,7 +46,7 @@ class Ann:
         self.credential = credential or Credential(fakes.USER, fakes.PASSWORD)
         self.asked: list[str] = []
 
-    async def lookup(self, host: str) -> Credential | None:
+    async def lookup(self, host: str, repository: str, *, again: bool = False) -> Credential | None:
         self.asked.append(host)
         return self.credential
 

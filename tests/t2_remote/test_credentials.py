@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
 from nsfs.errors import DeniedError, UsageError
-from nsfs.remote.credentials import Anonymous, Credential, DockerConfig, parse_auths, plan_helper
+from nsfs.remote.credentials import Anonymous, Credential, DockerConfig, FirstOf, parse_auths, plan_helper
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,7 @@ def install(tmp_path: Path, name: str, script: str) -> None:
 def lookup(tmp_path: Path, config: object, host: str, timeout: float = 10.0) -> Credential | None:
     path = write(tmp_path, config)
     found = DockerConfig(path, helper_timeout=timeout, helper_path=f"{tmp_path}:/usr/bin:/bin")
-    return trio.run(found.lookup, host)
+    return trio.run(found.lookup, host, "team/app")
 
 
 class TestAuths:
@@ -89,13 +90,28 @@ class TestAuths:
 
 class TestFile:
     def test_missing(self, tmp_path: Path) -> None:
-        assert trio.run(DockerConfig(str(tmp_path / "none")).lookup, "a") is None
-        assert trio.run(Anonymous().lookup, "a") is None
+        assert trio.run(DockerConfig(str(tmp_path / "none")).lookup, "a", "b") is None
+        assert trio.run(Anonymous().lookup, "a", "b") is None
 
     @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
     def test_malformed(self, tmp_path: Path, text: str) -> None:
         with pytest.raises(UsageError, match="malformed docker configuration"):
             lookup(tmp_path, text, "a")
+
+
+class Knows:
+    def __init__(self, *hosts: str) -> None:
+        self.hosts = hosts
+
+    async def lookup(self, host: str, repository: str, *, again: bool = False) -> Credential | None:
+        return Credential(self.hosts[0]) if host in self.hosts else None
+
+
+def test_the_first_that_knows_a_host_is_asked() -> None:
+    several = FirstOf([Knows("a"), Knows("b", "a"), Anonymous()])
+    assert trio.run(several.lookup, "a", "x") == Credential("a")
+    assert trio.run(several.lookup, "b", "x") == Credential("b")
+    assert trio.run(several.lookup, "c", "x") is None
 
 
 class TestHelpers:
@@ -141,6 +157,15 @@ class TestHelpers:
         with pytest.raises(DeniedError, match=reason) as caught:
             lookup(tmp_path, {"credsStore": "bad"}, "a", timeout=0.5)
         assert "hunter2" not in str(caught.value)
+
+    @pytest.mark.parametrize("mode", [0o666, 0o664])
+    def test_a_file_that_others_may_write_names_none(self, tmp_path: Path, mode: int) -> None:
+        install(tmp_path, "evil", f"touch {tmp_path}/ran")
+        path = write(tmp_path, {"credsStore": "evil"})
+        os.chmod(path, mode)
+        with pytest.raises(DeniedError, match="others may write"):
+            trio.run(DockerConfig(path, helper_path=f"{tmp_path}:/usr/bin:/bin").lookup, "a", "b")
+        assert not (tmp_path / "ran").exists()
 
     def test_it_is_not_installed(self, tmp_path: Path) -> None:
         with pytest.raises(DeniedError, match="not installed"):

@@ -88,7 +88,7 @@ def place(request: pytest.FixtureRequest, layout: Layout) -> Iterator[str]:
 
 
 class Ann:
-    async def lookup(self, host: str) -> Credential | None:
+    async def lookup(self, host: str, repository: str, *, again: bool = False) -> Credential | None:
         assert host.startswith("127.0.0.1:")
         return Credential(registries.USER, registries.PASSWORD)
 

@@ -17,6 +17,8 @@ from nsfs.model.report import EntryReport, ImageReport
 from nsfs.serve import api
 from nsfs.serve.config import Config
 from nsfs.serve.control import Control
+from nsfs.serve.credentials import Keychain
+from nsfs.store.layout import Layout
 from trio_tests import run
 
 T = TypeVar("T")
@@ -102,8 +104,9 @@ class Fixture:
         supervisor: Any = FakeSupervisor()
         self.mounts, self.supervisor = mounts, supervisor
         config = Config(root="/r", run="/r", socket="/r/s", on_error="wait:5s")
+        keychain = Keychain(config, Layout("/r", "/r"), {}, private=True)
         self.scopes = Scopes(Policy(Isolation.SHARED), lambda reference: f"docker.io/library/{reference}")
-        self.control = Control(config, mounts, supervisor, self.scopes, private=True)
+        self.control = Control(config, mounts, supervisor, self.scopes, keychain, private=True)
         self.told: list[object] = []
 
     async def ask(self, method: str, request: Struct) -> Any:

@@ -35,6 +35,8 @@ _COMMANDS = {
     "evict": "nsfs.cli.images",
     "status": "nsfs.cli.images",
     "policy": "nsfs.cli.policy",
+    "login": "nsfs.cli.accounts",
+    "logout": "nsfs.cli.accounts",
     "serve": "nsfs.cli.host",
     "doctor": "nsfs.cli.host",
     "completion": "nsfs.cli.host",

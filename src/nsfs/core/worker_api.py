@@ -176,5 +176,30 @@ class Evicted(Struct, kw_only=True):
     freed: int
 
 
+class CredentialRequest(Struct, kw_only=True):
+    """Worker to daemon: as whom to ask a registry. Answered by CredentialAnswer."""
+
+    host: str
+    repository: str
+    again: bool = False
+    """What was answered before was refused."""
+
+
+class CredentialAnswer(Struct, kw_only=True):
+    """What the worker's own namespace has there."""
+
+    known: bool = False
+    """Otherwise it asks as nobody."""
+    username: str = ""
+    password: str = ""
+    identity_token: str = ""
+    life: float | None = None
+    """Seconds after which it is to be asked for again."""
+
+    def __repr__(self) -> str:
+        """Without a secret."""
+        return f"CredentialAnswer(known={self.known})"
+
+
 class Empty(Struct):
     """No parameters, or no result."""

@@ -54,6 +54,8 @@ class Domain:
 
     name: str
     isolation: Isolation
+    owner: str = ""
+    """On whose behalf: `owner_name`. A shared domain has one for each call."""
 
     @property
     def transient(self) -> bool:
@@ -277,13 +279,14 @@ def _tighten(stand: _Stand, label: str) -> _Stand:
 
 
 def _domain(stand: _Stand, request: ScopeRequest, tenant: str) -> Domain | None:
+    owner = owner_name(request.namespace, tenant)
     match stand.scope:
         case Isolation.SHARED:
-            return Domain(stand.name or "shared", stand.scope)
+            return Domain(stand.name or "shared", stand.scope, owner)
         case Isolation.ISOLATED:
-            return Domain("/".join(filter(None, ("ns", request.namespace, tenant))), stand.scope)
+            return Domain(own_domain(owner), stand.scope, owner)
         case Isolation.POD:
-            return Domain(f"pod/{request.mount_id}", stand.scope)
+            return Domain(f"pod/{request.mount_id}", stand.scope, owner)
         case Isolation.GUEST:
             return None
 
@@ -298,6 +301,32 @@ def tenant_of(plugin: str) -> str:
     """The tenant that a plugin name says, or ""; raises UsageError for one that cannot be."""
     says = plugin.removeprefix(f"{PLUGIN}-")
     return "" if says == plugin or says in _ORDER else _check_identifier("tenant", says)
+
+
+def owner_name(namespace: str, tenant: str = "") -> str:
+    """Who owns mounts, credentials and grants: `namespace`, or `namespace/tenant` where plugin names tell apart."""
+    return f"{namespace}/{tenant}" if tenant else namespace
+
+
+def check_owner(text: str) -> str:
+    """`text` itself where it is an owner's name; raises UsageError."""
+    namespace, slash, tenant = text.partition("/")
+    check_namespace(namespace)
+    if slash:
+        _check_identifier("tenant", tenant)
+    return text
+
+
+def own_domain(owner: str) -> str:
+    """The domain that is `owner`'s alone."""
+    return f"ns/{owner}"
+
+
+def owner_of(domain: Domain) -> str:
+    """Whose alone `domain` is; "" where several may share it."""
+    if domain.name.startswith("ns/"):
+        return domain.name.removeprefix("ns/")
+    return domain.owner if domain.name.startswith("pod/") else ""
 
 
 def own_domains(namespace: str, domains: Iterable[str]) -> list[str]:

@@ -71,21 +71,22 @@ def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
 def plan_token_request(
     challenge: Challenge, repository: str, credential: Credential | None, *, plain: bool
 ) -> TokenRequest:
-    """How to get a token for pulling from `repository`; `plain` if the registry itself is asked without TLS."""
+    """How to get a token for pulling from `repository`, or, where that is "", one that only says who asks.
+
+    `plain` if the registry itself is asked without TLS.
+    """
     realm = challenge.parameters.get("realm", "")
     _check_realm(realm, plain=plain)
     service = challenge.parameters.get("service", "")
     scope = challenge.parameters.get("scope", "")
     if _SCOPE.fullmatch(scope) is None:
-        scope = f"repository:{repository}:pull"
-    named = (("service", service),) if service else ()
+        scope = f"repository:{repository}:pull" if repository else ""
+    named = (*((("service", service),) if service else ()), *((("scope", scope),) if scope else ()))
     if credential and credential.identity_token:
         grant = (("grant_type", "refresh_token"), ("refresh_token", credential.identity_token), ("client_id", "nsfs"))
-        return TokenRequest(realm, form=(*grant, *named, ("scope", scope)))
+        return TokenRequest(realm, form=(*grant, *named))
     account = (("account", credential.username),) if credential else ()
-    return TokenRequest(
-        realm, query=(*named, ("scope", scope), *account), authorization=credential.basic if credential else None
-    )
+    return TokenRequest(realm, query=(*named, *account), authorization=credential.basic if credential else None)
 
 
 def parse_token(data: bytes) -> Token:
@@ -129,7 +130,7 @@ class Authorizer:
         if entry is None or entry.challenge is None:
             return None
         if trio.current_time() >= entry.expires:
-            return await self._obtain(repository, entry.challenge, entry.header)
+            return await self._obtain(repository, entry.challenge, entry.header, again=False)
         return entry.header
 
     async def answer(self, repository: str, challenges: list[Challenge], refused: str | None) -> str | None:
@@ -140,24 +141,27 @@ class Authorizer:
         """
         entry = self._entries.setdefault(repository, _Entry())
         challenge = _choose(challenges) or entry.challenge
-        return await self._obtain(repository, challenge, refused) if challenge else None
+        if challenge is None:
+            return None
+        return await self._obtain(repository, challenge, refused, again=refused is not None)
 
-    async def _obtain(self, repository: str, challenge: Challenge, refused: str | None) -> str | None:
+    async def _obtain(self, repository: str, challenge: Challenge, refused: str | None, *, again: bool) -> str | None:
         entry = self._entries[repository]
         async with entry.lock:
             if entry.header is not None and entry.header != refused and trio.current_time() < entry.expires:
                 return entry.header
-            header, life = await self._negotiate(repository, challenge)
+            header, life = await self._negotiate(repository, challenge, again=again)
             if header is None or (header == refused and challenge.scheme == "basic"):
                 return None
             entry.challenge, entry.header, entry.expires = challenge, header, trio.current_time() + life
             return header
 
-    async def _negotiate(self, repository: str, challenge: Challenge) -> tuple[str | None, float]:
-        credential = await self._credentials.lookup(self._host)
+    async def _negotiate(self, repository: str, challenge: Challenge, *, again: bool) -> tuple[str | None, float]:
+        credential = await self._credentials.lookup(self._host, repository, again=again)
         if challenge.scheme == "basic":
             usable = credential is not None and not credential.identity_token
-            return (credential.basic if credential and usable else None), _LONGEST_LIFE
+            life = credential.life if credential and credential.life is not None else _LONGEST_LIFE
+            return (credential.basic if credential and usable else None), min(life, _LONGEST_LIFE)
         request = plan_token_request(challenge, repository, credential, plain=self._plain)
         token = parse_token(await self._ask(request))
         return f"Bearer {token.value}", token.life

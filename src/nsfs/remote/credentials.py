@@ -20,9 +20,10 @@ import trio
 from nsfs.errors import DeniedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-_HUB_KEY = "https://index.docker.io/v1/"
+HUB_KEY = "https://index.docker.io/v1/"
+"""What docker calls Docker Hub where it keeps credentials."""
 _HUB_HOSTS = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 _HELPER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _NOT_FOUND = b"credentials not found"
@@ -36,6 +37,8 @@ class Credential:
     username: str
     password: str = field(default="", repr=False)
     identity_token: str = field(default="", repr=False)
+    life: float | None = None
+    """Seconds after which it is to be looked up again; None where nothing is known of that."""
 
     @property
     def basic(self) -> str:
@@ -46,16 +49,34 @@ class Credential:
 class Credentials(Protocol):
     """Finds the credential for a server."""
 
-    async def lookup(self, host: str) -> Credential | None:
-        """For `host` (host[:port], docker.io for Docker Hub); None to ask without one. Raises NsfsError."""
+    async def lookup(self, host: str, repository: str, *, again: bool = False) -> Credential | None:
+        """For `repository` of `host` (host[:port], docker.io for Docker Hub); None to ask without one.
+
+        `again` says that what was found before was refused. Raises NsfsError.
+        """
 
 
 class Anonymous:
     """Nobody's."""
 
-    async def lookup(self, host: str) -> Credential | None:
+    async def lookup(self, host: str, repository: str, *, again: bool = False) -> Credential | None:
         """None."""
-        del host
+        del host, repository, again
+        return None
+
+
+class FirstOf:
+    """The first of several that knows a host."""
+
+    def __init__(self, several: Sequence[Credentials]) -> None:
+        self._several = several
+
+    async def lookup(self, host: str, repository: str, *, again: bool = False) -> Credential | None:
+        """As `Credentials.lookup`."""
+        for each in self._several:
+            found = await each.lookup(host, repository, again=again)
+            if found is not None:
+                return found
         return None
 
 
@@ -69,13 +90,18 @@ class DockerConfig:
     helper_path: str | None = None
     """Where docker-credential-NAME is searched, PATH if None."""
 
-    async def lookup(self, host: str) -> Credential | None:
-        """As `Credentials.lookup`; a missing file knows nobody, a malformed one is a UsageError."""
+    async def lookup(self, host: str, repository: str, *, again: bool = False) -> Credential | None:
+        """As `Credentials.lookup`; a missing file knows nobody, a malformed one is a UsageError.
+
+        Raises DeniedError where the file names a helper, and somebody else than its user could have written that.
+        """
+        del repository, again
         config = await trio.to_thread.run_sync(load_config, self.path)
         helper = plan_helper(config, host)
         if helper is None:
             return parse_auths(config, host)
-        return await self._ask(helper, _HUB_KEY if host in _HUB_HOSTS else host)
+        await trio.to_thread.run_sync(check_owner, self.path)
+        return await self._ask(helper, HUB_KEY if host in _HUB_HOSTS else host)
 
     async def _ask(self, helper: str, server: str) -> Credential | None:
         program = f"docker-credential-{helper}"
@@ -118,11 +144,21 @@ def load_config(path: str) -> dict[str, Any]:
     return config
 
 
+def check_owner(path: str) -> None:
+    """Raise DeniedError unless the file is ours, or root's: it decides which program is run by us."""
+    status = os.stat(path)
+    if status.st_uid not in {0, os.geteuid()} or status.st_mode & 0o022:
+        raise DeniedError(
+            f"a credential helper is named by a file that others may write: {path}",
+            hint="have it owned by whom the daemon runs as, or keep credentials in the file itself",
+        )
+
+
 def plan_helper(config: dict[str, Any], host: str) -> str | None:
     """The name of the helper that knows `host`, None if `auths` does."""
     helpers = config.get("credHelpers")
     by_host = _by_host(helpers) if isinstance(helpers, dict) else {}
-    name = by_host.get(_key_of(host)) or config.get("credsStore")
+    name = by_host.get(key_of(host)) or config.get("credsStore")
     if not name:
         return None
     if not isinstance(name, str) or _HELPER_NAME.fullmatch(name) is None:
@@ -133,7 +169,7 @@ def plan_helper(config: dict[str, Any], host: str) -> str | None:
 def parse_auths(config: dict[str, Any], host: str) -> Credential | None:
     """What `auths` holds for `host`."""
     auths = config.get("auths")
-    entry = _by_host(auths).get(_key_of(host)) if isinstance(auths, dict) else None
+    entry = _by_host(auths).get(key_of(host)) if isinstance(auths, dict) else None
     if not isinstance(entry, dict):
         return None
     username, password = _text(entry, "username"), _text(entry, "password")
@@ -164,10 +200,11 @@ def parse_helper_answer(program: str, status: int, output: bytes) -> Credential 
 def _by_host(table: dict[str, Any]) -> dict[str, Any]:
     """`table` with its keys, which may be URLs of old, as bare hosts; exact hosts win."""
     exact = {key.lower(): value for key, value in table.items() if "/" not in key}
-    return {_key_of(key): value for key, value in table.items()} | exact
+    return {key_of(key): value for key, value in table.items()} | exact
 
 
-def _key_of(host: str) -> str:
+def key_of(host: str) -> str:
+    """`host`, or a URL that stands for it, as a bare host in lower case; docker.io for Docker Hub."""
     bare = host.lower().removeprefix("https://").removeprefix("http://").partition("/")[0]
     return "docker.io" if bare in _HUB_HOSTS else bare
 

@@ -174,6 +174,35 @@ class EvictReport(Struct, kw_only=True):
     freed: int
 
 
+class LoginRequest(Struct, kw_only=True):
+    """Keep a credential for a namespace, once its registry has accepted it."""
+
+    registry: str
+    namespace: str = "default"
+    """Or namespace/tenant."""
+    username: str
+    password: str
+
+    def __repr__(self) -> str:
+        """Without the secret."""
+        return f"LoginRequest({self.registry!r}, {self.namespace!r}, {self.username!r})"
+
+
+class LogoutRequest(Struct, kw_only=True):
+    """Forget it."""
+
+    registry: str
+    namespace: str = "default"
+
+
+class LoginReport(Struct, kw_only=True):
+    """Who is logged in where now."""
+
+    registry: str
+    namespace: str
+    username: str
+
+
 METHODS: dict[str, tuple[type, type]] = {
     "Version": (Empty, VersionReport),
     "Status": (Empty, StatusReport),
@@ -187,5 +216,7 @@ METHODS: dict[str, tuple[type, type]] = {
     "Read": (PathRequest, Empty),
     "Evict": (ImageRequest, EvictReport),
     "Explain": (ExplainRequest, ExplainReport),
+    "Login": (LoginRequest, LoginReport),
+    "Logout": (LogoutRequest, Empty),
 }
 """Request and result class by method. List and Tree answer by `Item`s, Read by `Data`, before an empty result."""

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from nsfs.errors import DeniedError, NotFoundError, NsfsError, UsageError
-from nsfs.model.policy import Isolation, check_namespace, parse_patience
+from nsfs.model.policy import Isolation, check_owner, parse_patience
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -102,7 +102,7 @@ class Kernel(Struct, frozen=True, kw_only=True):
 
 
 class Namespace(Struct, frozen=True, kw_only=True):
-    """What is particular to one namespace: a table [namespace.<name>]."""
+    """What is particular to one namespace: a table [namespace.<name>], or [namespace."<name>/<tenant>"]."""
 
     docker_config: str = ""
     """File with the namespace's credentials, its own; empty for the one that `nsfs login -n` keeps."""
@@ -253,7 +253,7 @@ def _refuse_unknown(said: dict[str, Any], source: str) -> None:
 
 def _checked(name: str, source: str) -> str:
     try:
-        return check_namespace(name)
+        return check_owner(name)
     except UsageError as error:
         raise UsageError(f"{source}: {_NAMESPACES}: {error.message}", hint=error.hint) from None
 

@@ -18,6 +18,7 @@ from nsfs.errors import DeniedError, NsfsError, UnsupportedError
 from nsfs.model.explain import follows_of, sharers_of
 from nsfs.model.policy import ScopeRequest
 from nsfs.model.report import EntryReport, ImageReport
+from nsfs.remote.credentials import Credential
 from nsfs.serve import api
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from nsfs.model.policy import Domain
     from nsfs.serve.config import Config
     from nsfs.serve.control_rpc import Handler, Report
+    from nsfs.serve.credentials import Keychain
     from nsfs.serve.supervisor import Supervisor
 
 T = TypeVar("T")
@@ -39,12 +41,20 @@ class Control:
     """The handlers of `api.METHODS`."""
 
     def __init__(
-        self, config: Config, mounts: ManualMounts, supervisor: Supervisor, scopes: Scopes, *, private: bool
+        self,
+        config: Config,
+        mounts: ManualMounts,
+        supervisor: Supervisor,
+        scopes: Scopes,
+        keychain: Keychain,
+        *,
+        private: bool,
     ) -> None:
         self._config = config
         self._scopes = scopes
         self._mounts = mounts
         self._supervisor = supervisor
+        self._keychain = keychain
         self._private = private
         self.running = 0
         """Calls under way, Status and Version aside."""
@@ -66,6 +76,8 @@ class Control:
             "Stat": self._counted(self._path("Stat", EntryReport, None)),
             "Evict": self._counted(self._evict),
             "Explain": self._explain,
+            "Login": self._counted(self._login),
+            "Logout": self._counted(self._logout),
         }
 
     def _counted(self, handler: Callable[..., Awaitable[Struct]]) -> Handler:
@@ -171,6 +183,15 @@ class Control:
             follows=follows_of(decision),
             sharers=sharers_of(self._scopes.policy, decision),
         )
+
+    async def _login(self, request: api.LoginRequest, _report: Report) -> api.LoginReport:
+        credential = Credential(request.username, request.password)
+        registry = await self._keychain.login(request.namespace, request.registry, credential)
+        return api.LoginReport(registry=registry, namespace=request.namespace, username=request.username)
+
+    async def _logout(self, request: api.LogoutRequest, _report: Report) -> api.Empty:
+        await self._keychain.logout(request.namespace, request.registry)
+        return api.Empty()
 
     async def _status(self, _request: api.Empty, _report: Report) -> api.StatusReport:
         """All mounts and domains, asked at once: one that does not answer says so, and holds up nobody else."""

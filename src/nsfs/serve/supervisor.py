@@ -27,6 +27,7 @@ from msgspec import Struct
 from nsfs.core import worker_api
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import NsfsError, UnreachableError
+from nsfs.model.policy import owner_of
 from nsfs.serve.config import Config, pack_config
 from nsfs.serve.session import is_connected
 from nsfs.serve.wire import Peer, open_peer
@@ -97,8 +98,8 @@ class Terms(Protocol):
     async def confinement(self, domain: str) -> Confinement | None:
         """What the next worker is held to, None for nothing. Raises NsfsError where that cannot be had."""
 
-    def lent(self, domain: str) -> Methods:
-        """What a worker may ask of the daemon, beside telling that it is ready."""
+    def lent(self, domain: str, owner: str) -> Methods:
+        """What a worker may ask of the daemon, beside telling that it is ready; no `owner`: several share it."""
 
 
 class NoTerms:
@@ -109,9 +110,9 @@ class NoTerms:
         del domain
         return None
 
-    def lent(self, domain: str) -> Methods:
+    def lent(self, domain: str, owner: str) -> Methods:
         """None."""
-        del domain
+        del domain, owner
         return {}
 
 
@@ -125,6 +126,7 @@ class _Kept:
     """What outlives the workers of a domain, and the worker of now."""
 
     domain: str
+    owner: str
     bitmap: int
     connection: Connection | None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -197,7 +199,7 @@ class Supervisor:
 
         What can be asked twice is asked of the next worker, too.
         """
-        kept = await self._keep(domain.name)
+        kept = await self._keep(domain)
         kept.note(method, params)
         left = 1 if method in _ONCE else _ATTEMPTS
         while True:
@@ -239,19 +241,21 @@ class Supervisor:
         """The descriptor of the live bitmap of a domain whose worker was called before."""
         return self._kept[domain].bitmap
 
-    async def _keep(self, name: str) -> _Kept:
+    async def _keep(self, domain: Domain) -> _Kept:
+        name = domain.name
         if name in self._kept:
             return self._kept[name]
         async with self._lock:
             if name not in self._kept:
-                self._kept[name] = await self._open(name)
+                self._kept[name] = await self._open(domain)
                 self._nursery.start_soon(self._run, self._kept[name])
             return self._kept[name]
 
-    async def _open(self, name: str) -> _Kept:
-        bitmap = await trio.to_thread.run_sync(self._bitmap, name)
+    async def _open(self, domain: Domain) -> _Kept:
+        bitmap = await trio.to_thread.run_sync(self._bitmap, domain.name)
         try:
-            return _Kept(name, bitmap, await self._connect(name) if self._connect else None)
+            connection = await self._connect(domain.name) if self._connect else None
+            return _Kept(domain.name, owner_of(domain), bitmap, connection)
         except BaseException:
             os.close(bitmap)
             raise
@@ -346,7 +350,10 @@ class Supervisor:
                 kept.ready.set()
                 return worker_api.Empty()
 
-            methods: Methods = {"Ready": (Ready, ready), **self._terms.lent(kept.domain)}
+            methods: Methods = {
+                "Ready": (Ready, ready),
+                **self._terms.lent(kept.domain, kept.owner),
+            }
             async with open_peer(stream, methods, name="daemon") as peer:
                 kept.peer = peer
                 try:

@@ -153,6 +153,10 @@ class Layout:
         """Held by the daemon that lives, so that two never share a root."""
         return os.path.join(self.root, "lock")
 
+    def credentials(self, namespace: str) -> str:
+        """What `nsfs login` keeps for a namespace, in a directory of its own."""
+        return os.path.join(self.root, "credentials", escape_component(namespace), "config.json")
+
     @property
     def snapshots(self) -> str:
         """Holds a directory for every snapshot that somebody may write to, or has."""
