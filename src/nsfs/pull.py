@@ -63,7 +63,7 @@ def run(
         snapshotter=snapshotter,
     )
     address = trio.run(_find_snapshotter, wish, socket)
-    request = ImageRequest(reference=str(image), namespace=namespace, platform=platform_name)
+    request = ImageRequest(reference=str(image), namespace=namespace, platform=platform_name, plugin=snapshotter)
     wish = replace(wish, lazy=_index(address, request, talk)) if address else wish
     try:
         return trio.run(_run, wish, image, config, talk, socket)
@@ -103,7 +103,7 @@ def _index(address: str, request: ImageRequest, talk: Talk) -> frozenset[Digest]
         try:
             report = control.call("Index", request, ImageReport, listen)
         except NsfsError as error:
-            talk.note(f"nsfs does not serve this image: {error.message}")
+            talk.note(f"nsfs reads nothing of this image ahead: {error.message}")
             return frozenset()
     return frozenset(Digest(layer.digest) for layer in report.layers if layer.indexed)
 

@@ -63,7 +63,8 @@ def test_a_name_is_bound_to_everything() -> None:
     ("key", "unpack"),
     [
         ("ns/1/extract-123-a_b sha256:ff", True),
-        ("extract-123", True),
+        ("extract-123 sha256:ff", True),
+        ("ns/1/extract-123", False),
         ("ns/1/container", False),
         ("extract-ns/1/container", False),
         ("ns/1/a/extract-1", False),

@@ -12,7 +12,7 @@ from nsfs.core import worker_api
 from nsfs.core.scopes import Scopes
 from nsfs.errors import DeniedError, NotFoundError, UnreachableError
 from nsfs.model.mounts import MountRecord
-from nsfs.model.policy import Domain, Isolation, Policy, ScopeRequest, decide_scope
+from nsfs.model.policy import Domain, Isolation, Policy
 from nsfs.model.report import EntryReport, ImageReport
 from nsfs.serve import api
 from nsfs.serve.config import Config
@@ -51,10 +51,6 @@ class FakeMounts:
 
     def records(self) -> list[MountRecord]:
         return [record(0, "a"), record(1, "b"), record(2, "a")]
-
-    def domain_for(self, namespace: str, reference: str, isolation: str | None, mount_id: str = "inspect") -> Domain:
-        asked = ScopeRequest(namespace=namespace, references=(reference,), wish=isolation, mount_id=mount_id)
-        return decide_scope(Policy(Isolation.SHARED), asked).on_host()
 
     async def mount(self, wish: Any, report: Callable[[Struct], Any]) -> MountRecord:
         self.wishes.append(wish)

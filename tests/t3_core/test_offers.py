@@ -60,6 +60,9 @@ class Layers:
         self.settled = list(settled)
         self.asked = 0
 
+    def is_guest(self, request: ScopeRequest) -> bool:
+        return False
+
     async def offer(self, request: ScopeRequest, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
         self.asked += 1
         return self._say(layer, self.offered)

@@ -36,6 +36,9 @@ class NothingLazy:
 
     wait = 1.0
 
+    def is_guest(self, request: ScopeRequest) -> bool:
+        return False
+
     async def offer(self, request: ScopeRequest, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
         raise UnsupportedError("nothing is served on demand here")
 

@@ -77,12 +77,18 @@ class LazyLayers:
         """Seconds that calls may take which containerd makes under its locks."""
         return self._config.wait
 
+    def is_guest(self, request: ScopeRequest) -> bool:
+        """Whether nothing of an image may be on this host; raises NsfsError for who may not ask so."""
+        return self._scopes.is_guest(request)
+
     async def offer(self, request: ScopeRequest, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
         """The layer, ready, pending or unread; raises NsfsError where it cannot be served, or does not count yet.
 
         `over_local` says that it stands on a layer that containerd unpacked. Where it may not be pending, what is
         raised is an UnreachableError with `retry_after`.
         """
+        if self.is_guest(request):
+            return msgspec.structs.replace(layer, state=State.UNREAD)
         domain = self._domain(request)
         begun = False
         with trio.move_on_at(self._deadline(request.namespace, layer)):
@@ -140,6 +146,7 @@ class LazyLayers:
         """
         domain = self._domains[snapshot] = self._domains.get(snapshot) or self._domain(request)
         names = [None if layer is None else _name(layer) for layer in reversed(layers)]
+        await self._prove(domain, layers)
         answer = await self._workers.call(domain, "Stack", worker_api.Stack(layers=names), worker_api.Stacked)
         infos = iter(reversed(answer.maps))
         maps = [None if layer is None else next(infos) for layer in layers]
@@ -154,6 +161,14 @@ class LazyLayers:
             for info in maps
         ]
         return stacked, maps[0].owner if maps and maps[0] is not None else None
+
+    async def _prove(self, domain: Domain, layers: Sequence[LazyLayer | None]) -> None:
+        """Have proved what no pull proved: layers that were meant for a guest."""
+        if self._config.strict:
+            for layer in layers:
+                if layer is not None and layer.state is State.UNREAD:
+                    indexed = await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
+                    self._check(indexed, over_local=False)
 
     async def release(self, snapshot: int) -> None:
         """Unmount what only that snapshot stacks; a domain that was its alone ends."""

@@ -142,6 +142,12 @@ class Wish:
     writable: bool
     on_error: str
 
+    def scope(self, mount_id: str) -> ScopeRequest:
+        """What it says of itself, as a mount of that ID."""
+        return ScopeRequest(
+            namespace=self.namespace, references=(self.reference,), wish=self.isolation, mount_id=mount_id
+        )
+
 
 class Lowers:
     """Which views are mounted under which short names, and which mounts stack each.
@@ -246,11 +252,6 @@ class ManualMounts:
         """Whether this host shows layers one by one, as snapshots need them."""
         return self._host.root and choose_driver("auto", self._host) is not Driver.FUSE
 
-    def domain_for(self, namespace: str, reference: str, isolation: str | None, mount_id: str = "inspect") -> Domain:
-        """The domain of a request; a user who is not root has only one."""
-        asked = ScopeRequest(namespace=namespace, references=(reference,), wish=isolation, mount_id=mount_id)
-        return self._scopes.domain(asked)
-
     def records(self) -> list[MountRecord]:
         """All mounts there are."""
         return self._records.mounts()
@@ -264,7 +265,7 @@ class ManualMounts:
         driver = choose_driver(wish.driver, self._host)
         patience = parse_patience(wish.on_error)
         mount_id = secrets.token_hex(8)
-        domain = self.domain_for(wish.namespace, wish.reference, wish.isolation, mount_id)
+        domain = self._scopes.domain(wish.scope(mount_id))
         if wish.writable and not self._host.root:
             raise DeniedError("a writable mount needs root: the kernel's overlay", hint="leave --rw away")
         async with AsyncExitStack() as undo:

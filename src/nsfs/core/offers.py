@@ -45,6 +45,9 @@ class Lazy(Protocol):
     def wait(self) -> float:
         """Seconds that calls may take which containerd makes under its locks."""
 
+    def is_guest(self, request: ScopeRequest) -> bool:
+        """Whether nothing of an image may be on this host; raises NsfsError for who may not ask so."""
+
     async def offer(self, request: ScopeRequest, layer: LazyLayer, *, over_local: bool) -> LazyLayer:
         """The layer, ready, pending or unread; raises NsfsError if it cannot be served, or not yet (`retry_after`)."""
 

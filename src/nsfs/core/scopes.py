@@ -1,7 +1,7 @@
 """Scopes: what the administrator's policy decides for each mount, while that policy may change.
 
 Owns the policy of now, and completes references before they are looked up in it. Decides nothing by itself: that is
-`model.policy`'s. What was decided for a mount or a snapshot is remembered with it, and no later policy moves it.
+`model.policy`'s. What was decided for a mount, or for a snapshot that is mounted, no later policy moves.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class Scopes:
             rule, domain = "a user's own daemon has one domain", resolve_private_domain(request.wish)
             return Decision(domain.isolation, domain, rule, (rule,))
         return decide_scope(self.policy, replace(request, references=references))
+
+    def is_guest(self, request: ScopeRequest) -> bool:
+        """Whether nothing of the image may be on this host; raises as `decide` does."""
+        return bool(request.namespace) and self.decide(request).domain is None
 
     def domain(self, request: ScopeRequest) -> Domain:
         """The domain that is decided; raises DeniedError also where nothing may be on this host."""

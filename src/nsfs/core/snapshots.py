@@ -22,8 +22,9 @@ import trio
 from nsfs.core.flights import Flights
 from nsfs.core.ledger import Ledger
 from nsfs.core.offers import Offers
-from nsfs.errors import CorruptError, ExistsError, NsfsError, UnreachableError, UsageError
+from nsfs.errors import CorruptError, DeniedError, ExistsError, NsfsError, UnreachableError, UsageError
 from nsfs.model.filters import parse_filters
+from nsfs.model.guest import plan_guest_mounts
 from nsfs.model.lazy import State, is_offered, is_unpack
 from nsfs.model.shift import between
 from nsfs.model.snapshot import (
@@ -145,6 +146,7 @@ class Snapshots:
             plan_create(table, new)
             if await self._offers.take(new) is not None:
                 raise ExistsError(f"this layer need not be downloaded: {key}")
+        self._refuse_guests_layer(table, new)
         async with self._ledger.lock:
             new = msgspec.structs.replace(new, id=self._ledger.take_number())
             change = plan_create(table, new)
@@ -250,6 +252,14 @@ class Snapshots:
             shift=shift_of(key, labels, self._table(caller).get(parent)),
         )
 
+    def _refuse_guests_layer(self, table: Table, new: Record) -> None:
+        """Raise where containerd would unpack a layer of which nothing may be on this host."""
+        if is_unpack(new.name) and self._lazy.is_guest(request_of(new, [each.layer for each in chain(table, new)])):
+            raise DeniedError(
+                "nothing of this image may be on the host, and containerd would unpack it here",
+                hint="pull it so that containerd says which layers it means: nsfs pull, or see docs/containerd.md",
+            )
+
     async def _make_directory(self, table: Table, new: Record) -> None:
         """The root of a tree is its upper's: it takes the owner of the one below."""
         parent = table.get(new.parent)
@@ -289,9 +299,13 @@ class Snapshots:
             _refuse_fenced(parent)
         views: list[Stacked | None] = [None] * len(parents)
         owner = None
-        if any(parent.layer for parent in parents):
-            layers = [parent.layer for parent in parents]
-            views, owner = await self._lazy.stack(record.id, request_of(record, layers), layers, record.shift)
+        layers = [parent.layer for parent in parents]
+        request = request_of(record, layers)
+        if parents and self._lazy.is_guest(request):
+            upper = self._directories.upper(record.id)
+            return plan_guest_mounts(record.kind, parents, upper=upper, empty=self._empty)
+        if any(layers):
+            views, owner = await self._lazy.stack(record.id, request, layers, record.shift)
         if owner is not None and record.kind is Kind.ACTIVE:
             owner = record.shift.owner(*owner) if record.shift else owner
             await trio.to_thread.run_sync(self._directories.adopt, record.id, owner)

@@ -68,8 +68,12 @@ def is_offered(labels: Mapping[str, str]) -> bool:
 
 
 def is_unpack(key: str) -> bool:
-    """Whether the caller will write a layer, with the mounts that it gets, and not ask for mounts again."""
-    return key.split("/", 2)[-1].startswith(_UNPACK)
+    """Whether the caller will write a layer, with the mounts that it gets, and not ask for mounts again.
+
+    No container's name has a space (pkg/identifiers).
+    """
+    name = key.split("/", 2)[-1]
+    return name.startswith(_UNPACK) and " " in name
 
 
 def parse_offer(labels: Mapping[str, str]) -> LazyLayer:

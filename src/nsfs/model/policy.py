@@ -166,7 +166,7 @@ class ScopeRequest:
 
     namespace: str
     references: tuple[str, ...]
-    """The image, complete; behind it those under whose names layers that it stands on were pulled."""
+    """The image, complete; behind it those under whose names layers that it stands on were pulled. None: unknown."""
     plugin: str = ""
     """containerd's name for the snapshotter; empty for a mount by hand."""
     wish: str | None = None
@@ -223,7 +223,7 @@ def decide_scope(policy: Policy, request: ScopeRequest) -> Decision:
     """
     check_namespace(request.namespace)
     tenant = tenant_of(request.plugin)
-    stand = reduce(_both, (_stand(policy, request, reference) for reference in request.references))
+    stand = reduce(_both, (_stand(policy, request, reference) for reference in request.references or ("",)))
     if request.wish is not None:
         stand = stand.take(parse_isolation(request.wish), "--isolation")
     if request.label is not None:

@@ -132,12 +132,17 @@ def chain(table: Table, record: Record) -> list[Record]:
 
 
 def request_of(record: Record, layers: Sequence[LazyLayer | None]) -> ScopeRequest:
-    """What `record` says of itself where it wants these layers, top first (None: one that is not lazy)."""
+    """What `record` says of itself where it wants these layers, top first (None: one that is not lazy).
+
+    What an image says of itself decides nothing: its descriptors' annotations become labels of its layers
+    (core/unpack, containerd 1.6 to 2.x), and so those are not looked at.
+    """
+    is_layer = is_offered(record.labels) or is_unpack(record.name)
     return ScopeRequest(
         namespace=record.namespace,
         references=tuple(dict.fromkeys(layer.reference for layer in layers if layer is not None)),
         plugin=record.snapshotter,
-        label=record.labels.get(ISOLATION_LABEL),
+        label=None if is_layer else record.labels.get(ISOLATION_LABEL),
         mount_id=f"snapshot-{record.id}",
     )
 

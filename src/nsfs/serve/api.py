@@ -23,12 +23,14 @@ class ImageRequest(Struct, kw_only=True):
 
     `reference` is what the user typed, except that an `oci:` layout's path is absolute. `isolation` is None (the
     policy's choice), "shared", "isolated" or "pod". `platform` is os/architecture[/variant], None for the host's.
+    `plugin` is containerd's name for the snapshotter, where it is about a container's image.
     """
 
     reference: str
     namespace: str = "default"
     isolation: str | None = None
     platform: str | None = None
+    plugin: str = ""
 
 
 class ExplainRequest(Struct, kw_only=True):

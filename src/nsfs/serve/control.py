@@ -113,7 +113,14 @@ class Control:
         return api.Empty()
 
     def _domain(self, request: api.ImageRequest) -> Domain:
-        domain = self._mounts.domain_for(request.namespace, request.reference, request.isolation)
+        asked = ScopeRequest(
+            namespace=request.namespace,
+            references=(request.reference,),
+            plugin=request.plugin,
+            wish=request.isolation,
+            mount_id="inspect",
+        )
+        domain = self._scopes.domain(asked)
         if domain.transient:
             raise DeniedError(
                 "a pod's domain lives and dies with its mount",
