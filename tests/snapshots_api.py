@@ -62,8 +62,9 @@ class Backend:
         request = pb.PrepareSnapshotRequest(snapshotter=self.plugin, key=key, parent=parent, labels=labels)
         return list(self.call("Prepare", request, pb.PrepareSnapshotResponse).mounts)
 
-    def view(self, key: str, parent: str = "") -> list[mount_pb2.Mount]:
-        request = pb.ViewSnapshotRequest(snapshotter=self.plugin, key=key, parent=parent)
+    def view(self, key: str, parent: str = "", **more: Any) -> list[mount_pb2.Mount]:
+        labels = more.get("labels", {})
+        request = pb.ViewSnapshotRequest(snapshotter=self.plugin, key=key, parent=parent, labels=labels)
         return list(self.call("View", request, pb.ViewSnapshotResponse).mounts)
 
     def mounts(self, key: str) -> list[mount_pb2.Mount]:
@@ -81,6 +82,10 @@ class Backend:
         request = pb.StatSnapshotRequest(snapshotter=self.plugin, key=key)
         info: pb.Info = self.call("Stat", request, pb.StatSnapshotResponse).info
         return info
+
+    def update(self, name: str, labels: Mapping[str, str]) -> None:
+        request = pb.UpdateSnapshotRequest(snapshotter=self.plugin, info=pb.Info(name=name, labels=labels))
+        self.call("Update", request, pb.UpdateSnapshotResponse)
 
     def usage(self, key: str) -> pb.UsageResponse:
         answer: pb.UsageResponse = self.call(
