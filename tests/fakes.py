@@ -11,6 +11,7 @@ well:
     C  one byte flipped in the middle       D  429, Retry-After as a date
     W  206 of another range                 X  connection reset before any answer
     H  half of it, then silence until `go_on` is set, then the rest
+    O  one byte a second until `go_on` is set, then the rest
 
 Blobs may be redirected to a second server (`redirect=True`), whose URLs carry a signature that `expire_urls` makes
 void. Every request is logged with its headers and the number of body bytes sent.
@@ -291,6 +292,11 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._serve_registry(url.path)
 
+    def do_HEAD(self) -> None:
+        """What containerd's resolver asks of a document; never fails by script."""
+        self._fault = "."
+        self._serve_registry(urlsplit(self.path).path)
+
     def do_POST(self) -> None:
         self._fault = "."
         form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
@@ -356,6 +362,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(part)
                 self._log(status, len(part))
                 self.registry.go_on.wait(60)
+        elif self._fault == "O":
+            self._start(status, headers, len(body))
+            self._drip(status, body)
         elif self._fault == "S":
             self._start(status, headers, len(body))
             self.wfile.write(body[: len(body) // 2])
@@ -364,7 +373,19 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._answer(status, body, headers)
 
+    def _drip(self, status: int, body: bytes) -> None:
+        sent = 0
+        while sent < len(body) and not self.registry.go_on.wait(1):
+            self.wfile.write(body[sent : sent + 1])
+            sent += 1
+        self.wfile.write(body[sent:])
+        self._log(status, len(body))
+
     def _answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        if self.command == "HEAD":
+            self._log(status, 0)
+            self._start(status, headers or {}, len(body))
+            return
         self._log(status, len(body))
         self._start(status, headers or {}, len(body))
         if self.registry.chunked:

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 _PULL: Final = 60.0
 """Seconds after its deadline when the pull of an image is taken for a new one."""
+_DOCUMENTS: Final = 5.0
+"""Seconds for an image's manifest and configuration, where `wait` is less: without them nothing can be promised."""
 _LEAST: Final = 0.5
 """Seconds that every layer gets: enough for one that is known already."""
 
@@ -90,17 +92,17 @@ class LazyLayers:
         if self.is_guest(request):
             return msgspec.structs.replace(layer, state=State.UNREAD)
         domain = self._domain(request)
-        begun = False
-        with trio.move_on_at(self._deadline(request.namespace, layer)):
+        limit = max(self._config.wait, _DOCUMENTS)
+        with trio.move_on_after(limit) as looking:
             if domain.transient:
                 return await self._offer_to_pods(request, layer, over_local=over_local)
             await self._workers.call(domain, "Offer", _name(layer), worker_api.Empty)
-            begun = True
+        if looking.cancelled_caught:
+            raise UnreachableError(f"its registry did not answer within {limit:g} s")
+        with trio.move_on_at(self._deadline(request.namespace, layer)):
             indexed = await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
             self._check(indexed, over_local=over_local)
             return msgspec.structs.replace(layer, state=State.READY)
-        if not begun:
-            raise UnreachableError(f"its registry did not answer within {self._config.wait:g} s")
         if self._config.strict:
             raise UnreachableError(f"layer {layer.blob} is still being read for the first time", retry_after=1)
         return layer

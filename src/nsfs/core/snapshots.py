@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 
 _USAGE_FRESH: Final = 5.0
 """Seconds for which a walk's result is given again: containerd asks for every active snapshot every ten."""
+_UNPACK_WAIT: Final = 10.0
+"""Seconds for the mounts of an unpack, which asks once, and fails where they are late."""
 _WALKERS: Final = 2
 _ROOT: Final = (0, 0)
 _END: Final = 30.0
@@ -280,7 +282,7 @@ class Snapshots:
         told to come back later. A snapshot whose mounts cannot be had at all is not made.
         """
         failure: NsfsError | None = None
-        with trio.move_on_after(self._lazy.wait):
+        with trio.move_on_after(max(self._lazy.wait, _UNPACK_WAIT) if is_unpack(new.name) else self._lazy.wait):
             try:
                 return await self._mounts(table, new)
             except NsfsError as error:

@@ -131,7 +131,7 @@ class Config(Struct, frozen=True, kw_only=True):
     """What a read does where its content cannot be had, for mounts that do not say: wait, wait:<seconds>s or eio."""
     prepare: Prepare = "lenient"
     """What counts as a lazy layer for containerd: lenient, or strict for namespaces that several tenants share."""
-    prepare_wait: Duration = Duration(10)
+    prepare_wait: Duration = Duration(0.5)
     """How long a pull of containerd waits for its plain layers that are read for the first time."""
     registry: Registry = Registry()
     fetch: Fetch = Fetch()
