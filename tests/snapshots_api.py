@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from typing import TYPE_CHECKING, Any, Self
 
 import grpc
@@ -151,12 +152,16 @@ def offers(image: Image, reference: str) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def mounted(given: Sequence[mount_pb2.Mount], target: Path) -> Iterator[Path]:
-    """Mount what Prepare, View or Mounts gave, as containerd does."""
+    """Mount what Prepare, View or Mounts gave, as containerd does: from the directory that all lowers are in."""
     (mount,) = given
     target.mkdir(exist_ok=True)
-    flags, options = 0, []
+    flags, options, base = 0, [], "/"
     for option in mount.options:
         match option:
+            case str(lowers) if lowers.startswith("lowerdir=") and ":" in lowers:
+                paths = lowers.removeprefix("lowerdir=").split(":")
+                base = os.path.commonpath(paths)
+                options.append("lowerdir=" + ":".join(os.path.relpath(path, base) for path in paths))
             case "ro":
                 flags |= 1
             case "rw":
@@ -165,7 +170,8 @@ def mounted(given: Sequence[mount_pb2.Mount], target: Path) -> Iterator[Path]:
                 flags |= 4096 | 16384
             case _:
                 options.append(option)
-    mounts._mount(mount.source, str(target), mount.type, flags, ",".join(options) or None)
+    with mounts._working_directory(base):
+        mounts._mount(mount.source, str(target), mount.type, flags, ",".join(options) or None)
     try:
         yield target
     finally:

@@ -164,11 +164,12 @@ def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
     if missing:
         raise UnsupportedError(f"this host lacks what nsfs needs: {', '.join(missing)}", hint="see nsfs doctor")
     used = {feature.name for feature in report.features if feature.used}
+    erofs = not used.isdisjoint({"erofs from files", "loop devices"})
     return Host(
         root=uid == 0,
-        erofs="erofs" in used,
+        erofs=erofs,
         file_backed="erofs from files" in used,
-        idmap={"idmapped mounts", "user namespaces"} <= used,
+        idmap=erofs and {"idmapped mounts", "user namespaces"} <= used,
     )
 
 

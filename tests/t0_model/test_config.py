@@ -71,6 +71,7 @@ def test_every_key_can_be_changed() -> None:
     concurrency = 2
     read_ahead = "64 KiB"
     [kernel]
+    erofs = false
     file_backed = false
     directio = false
     resend = false

@@ -43,8 +43,12 @@ def whiteout() -> Node:
     return Node(Kind.CHARACTER, 0)
 
 
+def rendered(root: Node) -> memoryview:
+    return memoryview(bytes(render_erofs(root, disk_blocks=(1 << 32) - 1, uuid=bytes(16))))
+
+
 def image(root: Node) -> ErofsImage:
-    return ErofsImage(bytes(render_erofs(root, disk_blocks=(1 << 32) - 1, uuid=bytes(16))))
+    return ErofsImage(rendered(root))
 
 
 async def no_reader(view: str, address: int, size: int) -> bytes:
@@ -189,7 +193,7 @@ def domain_fs() -> DomainFs:
 def test_a_domain_shows_disks_maps_and_trees() -> None:
     fs = domain_fs()
     assert [e.name for e in fs.readdir(vfs.ROOT, 0)] != []
-    assert {e.name for e in fs.readdir(vfs.ROOT, 0)} == {b"disks", b"maps", b"trees"}
+    assert {e.name for e in fs.readdir(vfs.ROOT, 0)} == {b"disks", b"maps", b"trees", b"layers"}
     assert [e.name for e in fs.readdir(find(fs, "disks"), 0)] == [MAP.encode()]
     assert fs.getattr(find(fs, f"disks/{MAP}")).size == (16 << 40) - 4096
     assert read(fs, find(fs, f"maps/{MAP}"), 4, 8) == MAP[4:12].encode()
@@ -222,6 +226,46 @@ def test_what_is_removed_is_gone_and_comes_back_under_its_number() -> None:
         fs.open(disk)
     again = domain_fs()
     assert (find(again, f"disks/{MAP}"), find(again, "trees/one")) == (disk, tree)
+
+
+def layer_fs() -> DomainFs:
+    gone = directory({b"gone": whiteout(), b"new": regular(4 << 30, 9)})
+    gone.xattrs = ((b"trusted.overlay.origin", b""), (b"user.x", b"y"))
+    changed = directory({b"d": gone, b"var": directory({b"new": regular(5 << 30, 7)}, opaque=True)})
+    fs = DomainFs(no_reader, {})
+    fs.add_map(OTHER, rendered(directory({b"d": directory({b"gone": regular(1 << 30, 1)})})))
+    fs.add_map(MAP, rendered(changed))
+    return fs
+
+
+def test_a_layer_is_shown_with_its_marks_as_overlay_wants_them() -> None:
+    fs = layer_fs()
+    assert {e.name.decode() for e in fs.readdir(find(fs, "layers"), 0)} == {MAP, OTHER}
+    root = find(fs, f"layers/{MAP}")
+    assert [path for path, _ in walk(fs, root)] == ["/d", "/d/gone", "/d/new", "/var", "/var/new"]
+    gone = fs.getattr(find(fs, "d/gone", root))
+    assert (stat.S_ISCHR(gone.mode), gone.device) == (True, (0, 0))
+    assert fs.xattrs(find(fs, "d", root)) == {b"trusted.overlay.origin": b"", b"user.x": b"y"}
+    assert fs.xattrs(find(fs, "var", root)) == {b"trusted.overlay.opaque": b"y"}
+    assert read(fs, find(fs, "var/new", root), 0, 100) == f"{MAP}@{5 << 30}+7".encode()
+    assert fs.lookup(root, b"nothing") is None
+
+
+def test_files_of_layers_have_numbers_of_their_own_that_last() -> None:
+    fs = layer_fs()
+    numbers = [entry.attr.inode for _, entry in walk(fs)]
+    roots = [find(fs, f"layers/{view}") for view in (MAP, OTHER)]
+    assert len(set(numbers)) == len(numbers)
+    assert set(roots) <= set(numbers)
+    assert max(numbers) < 1 << 60, "overlay's xino wants some bits"
+    again = layer_fs()
+    assert find(again, f"layers/{OTHER}/d/gone") == find(fs, f"layers/{OTHER}/d/gone")
+    inode = find(fs, f"layers/{MAP}/d")
+    assert again.getattr(inode) == fs.getattr(inode), "also where nobody looked it up before"
+    fs.remove_map(MAP)
+    with pytest.raises(NotFoundError):
+        fs.getattr(inode)
+    assert find(fs, f"layers/{OTHER}/d")
 
 
 MEMORY = """

@@ -179,6 +179,27 @@ def test_ctr_of_containerd_2_pulls_lazily_by_itself(
     assert node.run(reference, "a", "/bin/cat", "/etc/motd", namespace=namespace) == "lazy\n"
 
 
+def test_without_erofs_layers_are_trees_of_their_own(
+    meter: Meter, images: dict[str, Image], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """On one release: what is between containerd and nsfs is as in the other tests."""
+    reference = f"{meter.host}/plain:latest"
+    with run_node(str(tmp_path_factory.mktemp("node")), RELEASES[-1], settings={"kernel": {"erofs": False}}) as node:
+        assert pull(node, reference, "red") == ["lazy", "lazy"]
+        node.daemon.nsfs("evict", reference, "--namespace", "red")
+        before = meter.served()
+        assert node.run(reference, "a", "/bin/cat", "/etc/motd", namespace="red") == "lazy\n"
+        assert 0 < meter.served() - before < size(images["plain"]) / 3
+        seen = node.run(reference, "b", "/bin/sh", "-c", busybox.LISTING, namespace="red")
+        pull(node, reference, "red", "--snapshotter", "overlayfs")
+        assert seen == node.containerd.run(reference, "c", "/bin/sh", "-c", busybox.LISTING, namespace="red")
+        node.start(reference, "d", "echo new > /etc/motd; rm /data/0", "red")
+        assert node.ask("d", "cat /etc/motd; ls /data | wc -l", "red") == "new\n49\n"
+        assert node.commit("d", "red") == {"etc", "etc/motd", "data", "data/.wh.0"}
+        node.clear("red")
+        assert node.is_clean()
+
+
 def test_twenty_containers_share_the_views(node: Node, meter: Meter, namespace: str) -> None:
     reference = f"{meter.host}/plain:latest"
     pull(node, reference, namespace)

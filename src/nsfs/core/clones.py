@@ -91,7 +91,7 @@ class Clones:
     def _refuse_impossible(self) -> None:
         if not self._possible:
             raise UnsupportedError(
-                "owners cannot be shifted: this kernel cannot, or kernel.idmap is false",
+                "owners cannot be shifted: this kernel cannot, or kernel.idmap or kernel.erofs is false",
                 hint="see nsfs doctor; without remap-ids among the plugin's capabilities containerd makes a copy",
             )
 

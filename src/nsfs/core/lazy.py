@@ -1,9 +1,9 @@
 """Lazy layers for snapshots: which worker serves them, when they count, where their views are mounted.
 
 Owns the way from a layer's names to its view: `core.scopes` says in which domain a snapshot's layers are, that domain's
-worker indexes them, and `core.manual.Lowers` mounts each view once for all who stack it. A record names no domain: the
-snapshot that is mounted decides, for its whole stack. Refuses, with the reason, what cannot be served: `offer` raises,
-and the caller has containerd unpack that layer.
+worker indexes them, and `core.manual.Lowers` mounts each view once for all who stack it: as EROFS or, where that cannot
+be, as a FUSE tree of that one layer. A record names no domain: the snapshot that is mounted decides, for its whole
+stack. Refuses, with the reason, what cannot be served: `offer` raises, and the caller has containerd unpack that layer.
 
 Concurrency: `offer` waits for so long as was configured, for all layers of an image together, since containerd holds
 locks through it; the work goes on in the worker. `settle` and `stack` wait for as long as it takes.
@@ -23,7 +23,7 @@ from nsfs.core.manual import Lower
 from nsfs.core.pods import PodImages
 from nsfs.errors import CorruptError, UnreachableError, UnsupportedError
 from nsfs.model.lazy import State
-from nsfs.model.mounts import Driver, Host, choose_driver
+from nsfs.model.mounts import Host, choose_driver
 from nsfs.model.snapshot import Stacked
 
 if TYPE_CHECKING:
@@ -194,8 +194,6 @@ class LazyLayers:
         return set(self._domains)
 
     def _domain(self, request: ScopeRequest) -> Domain:
-        if self._driver is Driver.FUSE:
-            raise UnsupportedError("this kernel or configuration mounts no erofs", hint="see nsfs doctor")
         if not request.namespace:
             raise UnsupportedError("the caller has no namespace")
         return self._scopes.domain(request)

@@ -248,9 +248,9 @@ class ManualMounts:
         self._claimed: set[str] = set()
 
     @property
-    def mounts_erofs(self) -> bool:
-        """Whether this host shows layers one by one, as snapshots need them."""
-        return self._host.root and choose_driver("auto", self._host) is not Driver.FUSE
+    def is_root(self) -> bool:
+        """Whether layers can be shown one by one, as snapshots need them."""
+        return self._host.root
 
     def records(self) -> list[MountRecord]:
         """All mounts there are."""

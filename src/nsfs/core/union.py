@@ -1,7 +1,8 @@
 """The merged tree of an image: maps stacked as overlay stacks them, without mounting anything.
 
 Owns overlay's rules of looking up (Linux, Documentation/filesystems/overlayfs.rst): the topmost name wins, directories
-of one name merge down to the first opaque one, whiteouts hide. It keeps nothing per file: a `UnionNode` is a value that
+of one name merge down to the first opaque one, whiteouts hide; and what a single layer is where overlay follows these
+rules itself. It keeps nothing per file: a `UnionNode` is a value that
 the caller holds for as long as it needs it, and can be had again from its path. Immutable, hence safe from any thread;
 nothing waits for anything but page faults of the maps.
 
@@ -230,6 +231,20 @@ class UnionTree:
         layer, nid = directories[number]
         name = self.images[layer].name_before(nid, position)
         return [(each, *part, self.images[part[0]].position(part[1], name)) for each, part in enumerate(directories)]
+
+
+class LayerTree(UnionTree):
+    """One layer as overlay stacks it: whiteouts are character devices 0/0, overlay's own attributes are to be seen."""
+
+    def __init__(self, image: ErofsImage) -> None:
+        super().__init__([image])
+
+    def xattrs(self, node: UnionNode) -> list[tuple[bytes, bytes]]:
+        """Extended attributes, all of them."""
+        return self.images[node.layer].xattrs(node.nid)
+
+    def _is_whiteout(self, part: _Part) -> bool:  # noqa: ARG002  a name like any other
+        return False
 
 
 class LowerTree:

@@ -1,8 +1,8 @@
 """What a FUSE session shows: the Protocol that adapters serve, and the two trees that nsfs has.
 
-Owns: inode numbers, and which inode is backed by which bytes. `DomainFs` is the inside of a domain, for the kernel and
-for root: `disks/<view>`, `maps/<view>`, `trees/<tree>/…` and a hidden `.nsfs/`. `TreeFs` is one image, the union of its
-layers' maps. Both translate reads of contents into (view, address, size) and leave them to a `Reader`.
+Owns: inode numbers, and which inode is backed by which bytes. `DomainFs` is the inside of a domain, for root:
+`disks/<view>`, `maps/<view>`, `layers/<view>/…` for kernels without EROFS, `trees/<tree>/…` and a hidden `.nsfs/`.
+`TreeFs` is one image, the union of its layers' maps, or one layer. A `Reader` is asked for (view, address, size).
 
 Everything but `Handle.read` is synchronous and quick, served from memory maps; nothing is kept per file, and of merged
 directories a bounded number. All methods raise NsfsError only; its errno is what a process sees.
@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 from msgspec import Struct
 
 from nsfs.core.ports import BLOCK
-from nsfs.core.union import UnionNode
+from nsfs.core.union import LayerTree, UnionNode
 from nsfs.errors import CorruptError, ExistsError, NotFoundError, UsageError
 from nsfs.format.erofs import FILE_TYPES
+from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.layer import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
     from nsfs.core.union import UnionTree
-    from nsfs.format.erofs_image import ErofsImage
 
 ROOT: Final = 1
 """The inode number of every root."""
@@ -131,14 +131,16 @@ class ExtentHandle:
 # Numbers: 4 zero bits (overlay's xino wants some), 2 bits of kind, then 58 that the kind explains.
 
 _KIND_SHIFT: Final = 58
-_KIND_DISK, _KIND_MAP, _KIND_TREE = 1, 2, 3
+_KIND_LAYER, _KIND_DISK, _KIND_MAP, _KIND_TREE = range(4)
+"""Layers share the first kind with the folders: no layer's number is as small as theirs."""
 _NAME_MASK: Final = (1 << _KIND_SHIFT) - 1
 """Of a disk and a map: a hash of the view's name."""
 _NID_BITS: Final = 27
 _TREE_SHIFT: Final = 35
-"""Of a file in a tree: 23 bits of the tree's id, 8 of layer, 27 of nid."""
+"""Of a file in a tree: 23 bits of the tree's id, 8 of layer, 27 of nid; in a layer, 31 of the view and 27 of nid."""
 _TREE_MASK: Final = (1 << _KIND_SHIFT - _TREE_SHIFT) - 1
 _NID_MASK: Final = (1 << _NID_BITS) - 1
+_LAYER_MASK: Final = (1 << _KIND_SHIFT - _NID_BITS) - 1
 MAX_LAYERS: Final = 1 << _TREE_SHIFT - _NID_BITS
 
 _DIRECTORY: Final = stat.S_IFDIR | 0o555
@@ -286,8 +288,8 @@ class TreeFs:
         """The file of that number; what merges into a directory from below is left out."""
         if inode == self.root:
             return self._tree.root
-        layer, nid = inode >> _NID_BITS & MAX_LAYERS - 1, inode & _NID_MASK
-        if inode ^ self._base >= MAX_LAYERS << _NID_BITS or layer >= len(self._tree.images):
+        layer, nid = (inode ^ self._base) >> _NID_BITS, inode & _NID_MASK
+        if layer >= len(self._tree.images):
             raise NotFoundError(f"no such inode: {inode}")
         return UnionNode(layer, nid, self._tree.images[layer].kind(nid))
 
@@ -332,8 +334,13 @@ def _name_of(image: ErofsImage, directory: int, nid: int) -> bytes | None:
     return next((entry.name for entry in image.readdir(directory) if entry.nid == nid), None)
 
 
-_FOLDERS: Final = {b"disks": 2, b"maps": 3, b"trees": 4, _HIDDEN: 5}
-_DISKS, _MAPS, _TREES, _STATE = _FOLDERS.values()
+_FOLDERS: Final = {b"disks": 2, b"maps": 3, b"trees": 4, b"layers": 5, _HIDDEN: 6}
+_DISKS, _MAPS, _TREES, _LAYERS, _STATE = _FOLDERS.values()
+
+
+def _layer_bits(view: str) -> int:
+    """What tells the files of one view's layer from those of others: never 0, which is the folders'."""
+    return _hash_bits(view) & _LAYER_MASK or 1
 
 
 class DomainFs:
@@ -346,17 +353,28 @@ class DomainFs:
         self._reader = reader
         self._state = StateFiles(state, _STATE)
         self._maps: dict[int, tuple[str, memoryview]] = {}
+        self._layers: dict[int, TreeFs] = {}
+        """Of maps of whose layers somebody asked."""
+        self._views: dict[int, str] = {}
+        """Of all maps, by the number of their layer."""
         self._trees: dict[int, tuple[str, TreeFs]] = {}
 
     def add_map(self, view: str, image: memoryview) -> None:
-        """Show `maps/<view>`, whose bytes are `image`, and `disks/<view>`. Nothing happens if it is there."""
-        known, _ = self._maps.setdefault(_hash_bits(view) & _NAME_MASK, (view, image))
+        """Show `maps/<view>`, whose bytes are `image`, `disks/<view>` and `layers/<view>`; nothing if it is there.
+
+        Raises ExistsError if another view has its number (one chance in two thousand million for each).
+        """
+        known = self._views.setdefault(_layer_bits(view), view)
         if known != view:
             raise ExistsError(f"two views have one number: {view}, {known}")
+        self._maps.setdefault(_hash_bits(view) & _NAME_MASK, (view, image))
 
     def remove_map(self, view: str) -> None:
         """Take it away; what is open goes on failing with ENOENT."""
         self._maps.pop(_hash_bits(view) & _NAME_MASK, None)
+        if self._views.get(_layer_bits(view)) == view:
+            del self._views[_layer_bits(view)]
+            self._layers.pop(_layer_bits(view), None)
 
     def add_tree(
         self,
@@ -387,18 +405,19 @@ class DomainFs:
             return self.getattr(_FOLDERS[name]) if name in _FOLDERS else None
         if parent == _STATE:
             return self._state.lookup(name)
-        if parent >> _KIND_SHIFT == _KIND_TREE:
-            return self._tree(parent).lookup(parent, name)
-        return self.getattr(self._number(parent, name))
+        tree = self._tree_of(parent)
+        return tree.lookup(parent, name) if tree else self.getattr(self._number(parent, name))
 
     def _number(self, folder: int, name: bytes) -> int:
-        """The inode of a name in disks/, maps/ or trees/."""
+        """The inode of a name in disks/, maps/, layers/ or trees/."""
         text = name.decode("utf-8", "surrogateescape")
         bits = _hash_bits(text)
         if folder == _TREES:
             known, tree = self._trees.get(bits & _TREE_MASK, (None, None))
             if tree is not None and known == text:
                 return tree.root
+        elif folder == _LAYERS and self._views.get(_layer_bits(text)) == text:
+            return self._layer(_layer_bits(text)).root
         elif folder in (_DISKS, _MAPS) and self._maps.get(bits & _NAME_MASK, (None,))[0] == text:
             kind = _KIND_DISK if folder == _DISKS else _KIND_MAP
             return kind << _KIND_SHIFT | bits & _NAME_MASK
@@ -406,9 +425,10 @@ class DomainFs:
 
     def getattr(self, inode: int) -> Attr:
         """See Vfs."""
+        tree = self._tree_of(inode)
+        if tree is not None:
+            return tree.getattr(inode)
         match inode >> _KIND_SHIFT:
-            case 3:
-                return self._tree(inode).getattr(inode)
             case 2:
                 return Attr(inode=inode, mode=_FILE, size=len(self._map(inode)[1]))
             case 1:
@@ -416,14 +436,15 @@ class DomainFs:
                 return Attr(inode=inode, mode=_FILE, size=DISK_SIZE)
         if self._state.owns(inode):
             return self._state.getattr(inode)
-        if inode not in (ROOT, _DISKS, _MAPS, _TREES):
+        if inode not in (ROOT, _DISKS, _MAPS, _TREES, _LAYERS):
             raise NotFoundError(f"no such inode: {inode}")
         return Attr(inode=inode, mode=_DIRECTORY, links=2)
 
     def readdir(self, inode: int, start: int) -> Iterator[Entry]:
         """See Vfs. `.nsfs` is not listed."""
-        if inode >> _KIND_SHIFT == _KIND_TREE:
-            return self._tree(inode).readdir(inode, start)
+        tree = self._tree_of(inode)
+        if tree is not None:
+            return tree.readdir(inode, start)
         if inode == _STATE:
             return self._state.readdir(start)
         return self._list(inode, start)
@@ -448,17 +469,22 @@ class DomainFs:
 
     def readlink(self, inode: int) -> bytes:
         """See Vfs."""
-        return self._tree(inode).readlink(inode)
+        tree = self._tree_of(inode)
+        if tree is None:
+            raise NotFoundError(f"no such symlink: {inode}")
+        return tree.readlink(inode)
 
     def xattrs(self, inode: int) -> Mapping[bytes, bytes]:
         """See Vfs."""
-        return self._tree(inode).xattrs(inode) if inode >> _KIND_SHIFT == _KIND_TREE else {}
+        tree = self._tree_of(inode)
+        return tree.xattrs(inode) if tree else {}
 
     def open(self, inode: int) -> Handle:
         """See Vfs."""
+        tree = self._tree_of(inode)
+        if tree is not None:
+            return tree.open(inode)
         match inode >> _KIND_SHIFT:
-            case 3:
-                return self._tree(inode).open(inode)
             case 2:
                 return BytesHandle(self._map(inode)[1], direct=False)
             case 1:
@@ -473,8 +499,23 @@ class DomainFs:
         except KeyError:
             raise NotFoundError(f"no such inode: {inode}") from None
 
-    def _tree(self, inode: int) -> TreeFs:
+    def _tree_of(self, inode: int) -> TreeFs | None:
+        """The tree or the layer that an inode is in; None for what is in neither."""
+        kind, bits = inode >> _KIND_SHIFT, inode >> _NID_BITS & _LAYER_MASK
+        if kind == _KIND_LAYER and bits:
+            return self._layer(bits)
+        if kind != _KIND_TREE:
+            return None
         try:
             return self._trees[inode >> _TREE_SHIFT & _TREE_MASK][1]
         except KeyError:
             raise NotFoundError(f"no such inode: {inode}") from None
+
+    def _layer(self, bits: int) -> TreeFs:
+        if bits not in self._layers:
+            view = self._views.get(bits)
+            if view is None:
+                raise NotFoundError(f"no such layer: {bits}")
+            tree = LayerTree(ErofsImage(self._map(_hash_bits(view))[1]))
+            self._layers[bits] = TreeFs(tree, [view], self._reader, base=bits << _NID_BITS)
+        return self._layers[bits]

@@ -91,6 +91,8 @@ class Fetch(Struct, frozen=True, kw_only=True):
 class Kernel(Struct, frozen=True, kw_only=True):
     """Kernel features that nsfs uses where the kernel has them; false forces the way without."""
 
+    erofs: bool = True
+    """Mount layers as EROFS (Linux 5.16); else each is a FUSE tree of its own."""
     file_backed: bool = True
     """Mount EROFS from files (Linux 6.12); else over loop devices."""
     directio: bool = True

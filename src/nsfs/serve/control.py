@@ -133,7 +133,7 @@ class Control:
 
     async def _index(self, request: api.ImageRequest, report: Report) -> ImageReport:
         """Before containerd asks for the image's snapshots."""
-        if self._private or not self._mounts.mounts_erofs:
+        if self._private or not self._mounts.is_root:
             raise UnsupportedError("this daemon serves no layers to containerd", hint="see nsfs doctor")
         return await self._report_image("Index", request, report)
 

@@ -54,6 +54,8 @@ class Feature:
     """The key in [kernel] that turns it off."""
     instead_of: str = ""
     """Used only where this feature is not."""
+    part_of: str = ""
+    """Used only where this feature is, too."""
 
 
 FEATURES = (
@@ -61,10 +63,17 @@ FEATURES = (
     Feature("/dev/fuse", "", "nothing works: no FUSE connection", needed=True),
     Feature("libfuse", "", "nothing works: pyfuse3 needs libfuse 3.3", needed=True),
     Feature("fusermount3", "", "nothing works for users who are not root", who="user", needed=True),
-    Feature("erofs", "5.16", "metadata and mmap go through the FUSE tree, slower", who="root"),
-    Feature("erofs from files", "6.12", "views take a loop device each", who="root", key="file_backed"),
+    Feature("erofs", "5.16", "metadata and mmap go through FUSE trees, slower", who="root", key="erofs"),
     Feature(
-        "erofs directio", "6.13", "every page is kept twice, and cold reads are slower", who="root", key="directio"
+        "erofs from files", "6.12", "views take a loop device each", who="root", key="file_backed", part_of="erofs"
+    ),
+    Feature(
+        "erofs directio",
+        "6.13",
+        "every page is kept twice, and cold reads are slower",
+        who="root",
+        key="directio",
+        part_of="erofs from files",
     ),
     Feature(
         "loop devices",
@@ -72,6 +81,7 @@ FEATURES = (
         "no EROFS where it cannot be mounted from files",
         who="root",
         instead_of="erofs from files",
+        part_of="erofs",
     ),
     Feature("overlayfs", "4.0", "layers are merged in the FUSE tree; no --rw", who="root"),
     Feature("overlay on a view, twice", "6.12", "no containers inside containers (docker in docker)", who="root"),
@@ -131,6 +141,7 @@ def judge(findings: Mapping[str, Finding], config: Config, kernel: str, uid: int
     for feature in FEATURES:
         finding = findings[feature.name]
         wanted = _is_wanted(feature, config, user) and feature.instead_of not in used
+        wanted = wanted and (not feature.part_of or feature.part_of in used)
         if wanted and finding.present:
             used.add(feature.name)
         rows.append(_report(feature, finding, user, used=feature.name in used))

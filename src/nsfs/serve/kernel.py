@@ -108,6 +108,8 @@ class HostKernel(Kernel):
 
     def _step(self, lower: Lower, path: str) -> mounts.Step:
         run = self._layout.domain_run(lower.domain)
+        if lower.driver is Driver.FUSE:
+            return mounts.Bind(target=path, source=run.fuse_layer(lower.view))
         return mounts.Erofs(
             target=path,
             image=run.fuse_map(lower.view),

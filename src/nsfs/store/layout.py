@@ -113,6 +113,10 @@ class RunLayout:
         """An EROFS image, as a mount's source."""
         return os.path.join(self.fuse, "maps", escape_component(map_id))
 
+    def fuse_layer(self, map_id: str) -> str:
+        """The layer of one map as a tree, where the kernel has no EROFS."""
+        return os.path.join(self.fuse, "layers", escape_component(map_id))
+
     def fuse_tree(self, tree_id: str) -> str:
         """A stack of layers as one tree."""
         return os.path.join(self.fuse, "trees", escape_component(tree_id))
