@@ -19,13 +19,24 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nsfs.store.keys import Keys
+from nsfs.store.layout import Layout
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from nsfs.store.layout import DomainLayout
 
 _DEADLINE = 20.0
 """Seconds for the daemon to answer, and to end."""
 
 NSFS = (os.path.join(os.path.dirname(sys.executable), "nsfs"),)
+
+
+def stored_domain(root: str, domain: str = "ns/default") -> DomainLayout:
+    """What a domain of a daemon has on disk, and the key that it is under."""
+    layout = Layout(root, root)
+    return layout.domain(domain, Keys(layout, None).load(domain))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,10 @@ class Daemon:
     def workers(self) -> dict[str, int]:
         """Process ID of each domain's worker."""
         return {domain["name"]: domain["pid"] for domain in self.json("status")["domains"] if domain["pid"]}
+
+    def layout(self, domain: str = "ns/default") -> DomainLayout:
+        """What a domain has on disk, and the key that it is under."""
+        return stored_domain(self.root, domain)
 
     def tail(self) -> str:
         """The end of the daemon's log."""

@@ -11,7 +11,6 @@ import fcntl
 import logging
 import os
 import resource
-import shutil
 import signal
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from functools import partial
@@ -26,6 +25,7 @@ from nsfs.core.manual import Lowers, ManualMounts
 from nsfs.core.scopes import Scopes
 from nsfs.core.snapshots import open_snapshots
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnsupportedError
+from nsfs.model.encryption import Encrypt
 from nsfs.model.mounts import Host
 from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
@@ -40,9 +40,10 @@ from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.session import read_init
 from nsfs.serve.snapshots_rpc import snapshots_service
 from nsfs.serve.supervisor import Connection, NoTerms, open_supervisor
-from nsfs.store.layout import Layout, escape_component
+from nsfs.store.domains import Domains
+from nsfs.store.keys import Keys, load_host_key
+from nsfs.store.layout import Layout
 from nsfs.store.meta import open_meta
-from nsfs.store.pool import create_bitmap
 from nsfs.store.snapshots import SnapshotDirs
 
 if TYPE_CHECKING:
@@ -61,8 +62,6 @@ _TIDY_EVERY: Final = 1.0
 """Seconds between looks for mounts that others took away."""
 _LINGER: Final = 5
 """So many looks without a mount or a call end a private daemon."""
-_POD: Final = escape_component("pod/")
-"""How the directories of pods' domains begin."""
 
 
 def run(config: Config, *, private: bool) -> None:
@@ -113,6 +112,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         meta = stack.enter_context(open_meta(layout.meta))
         host = await trio.to_thread.run_sync(host_of, config, os.environ, os.geteuid())
         domains = _Domains(layout)
+        store = _open_store(config, layout, host)
         keychain = Keychain(config, layout, os.environ, private=private)
         supervisor = await stack.enter_async_context(
             open_supervisor(
@@ -120,8 +120,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
                 server,
                 connect=domains.connect if host.root else None,
                 disconnect=domains.disconnect,
-                bitmap=lambda name: create_bitmap(layout.domain(name)),
-                domain_dir=lambda name: layout.domain(name).path,
+                store=store,
                 terms=_Terms(keychain),
             )
         )
@@ -134,7 +133,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         manual = ManualMounts(meta, supervisor, kernel, host, scopes, lowers)
         await manual.sweep()
         stack.push_async_callback(manual.end_all)
-        await trio.to_thread.run_sync(_drop_pods, layout)
+        await trio.to_thread.run_sync(store.drop_lost)
         control = Control(config, manual, supervisor, scopes, keychain, private=private)
         services = [control_service(control.handlers())]
         if host.root and not private:
@@ -184,6 +183,14 @@ class _Terms(NoTerms):
         return {**super().lent(domain, owner), **self._keychain.methods(owner)}
 
 
+def _open_store(config: Config, layout: Layout, host: Host) -> Domains:
+    """What domains have on disk; only root's are encrypted, since its workers alone read what is theirs."""
+    if not host.root and config.encrypt is Encrypt.ALL:
+        raise UnsupportedError("encryption needs root: encrypt = all", hint="encrypt the disk that your home is on")
+    host_key = load_host_key(config.key_file, os.environ.get("CREDENTIALS_DIRECTORY", ""))
+    return Domains(layout, Keys(layout, host_key), config.encrypt if host.root else Encrypt.OFF)
+
+
 class _Domains:
     """Domains' FUSE connections."""
 
@@ -220,14 +227,6 @@ def _open_fuse() -> int:
         raise UnsupportedError(
             f"cannot open /dev/fuse: {error.strerror}", hint="modprobe fuse; see nsfs doctor"
         ) from None
-
-
-def _drop_pods(layout: Layout) -> None:
-    """Delete the pools of pods, none of which outlives its daemon."""
-    with suppress(FileNotFoundError):
-        for name in os.listdir(layout.domains):
-            if name.startswith(_POD):
-                shutil.rmtree(os.path.join(layout.domains, name), ignore_errors=True)
 
 
 async def _obey_hangups(config: Config, scopes: Scopes) -> None:

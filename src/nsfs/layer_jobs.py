@@ -1,7 +1,8 @@
 """The jobs of `core.layers`: entry points of short-lived processes, where services meet the store.
 
 Owns the composition of one job: which files, pool and index it opens, and in which order what it made becomes visible.
-Each function is started by a fork server as "nsfs.layer_jobs:<name>"; it opens everything anew, as nothing that LMDB or
+Each function is started by a fork server as "nsfs.layer_jobs:<name>", with descriptors of the live bitmap, of the
+domain's key, and of what else it needs; it opens everything anew, as nothing that LMDB or
 a memory map made may cross a fork. What a job leaves behind when it is killed is cleared at the worker's next start.
 """
 
@@ -26,6 +27,8 @@ from nsfs.model.oci import Compression
 from nsfs.model.pool import LayerKey, LayerRecord
 from nsfs.model.tree import plan_tree
 from nsfs.store import layers as files
+from nsfs.store.crypt import load_key
+from nsfs.store.files import replace_file
 from nsfs.store.index import END_ADDRESS, open_index
 from nsfs.store.layout import DomainLayout
 from nsfs.store.pool import BLOCK, open_pool
@@ -80,9 +83,13 @@ class _Files:
         files.store_spans(self._directory, spans)
 
 
+def _layout(domain: str, fds: Sequence[int]) -> DomainLayout:
+    return DomainLayout(domain, load_key(fds[1]))
+
+
 @contextmanager
-def _opened_pool(layout: DomainLayout, bitmap: int) -> Iterator[Pool]:
-    pool = open_pool(layout, bitmap)
+def _opened_pool(layout: DomainLayout, bitmap: int, salt: bytes) -> Iterator[Pool]:
+    pool = open_pool(layout, bitmap, salt)
     try:
         yield pool
     finally:
@@ -92,7 +99,7 @@ def _opened_pool(layout: DomainLayout, bitmap: int) -> Iterator[Pool]:
 def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerMade:
     os.nice(args.nice)
     gc.disable()  # its many values hold no cycles, and the process ends with the layer
-    layout = DomainLayout(args.domain)
+    layout = _layout(args.domain, fds)
     key = LayerKey(Digest(args.blob), "plain")
     directory = layout.layer_dir(key)
     job = firstpass.FirstPassJob(
@@ -104,9 +111,13 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
         spool=layout.spool(key.blob),
         max_stream=firstpass.plan_max_stream(args.blob_size),
     )
-    with working(layout), _opened_pool(layout, fds[0]) as pool, open_index(layout.index) as index:
+    with (
+        working(layout),
+        open_index(layout.index, layout.key) as index,
+        _opened_pool(layout, fds[0], index.salt) as pool,
+    ):
         result = firstpass.run_first_pass(
-            job, source_fd=fds[1], disk=pool, catalog=index, files=_Files(directory), progress=channel.progress
+            job, source_fd=fds[2], disk=pool, catalog=index, files=_Files(directory), progress=channel.progress
         )
     made = None
     with suppress(NsfsError):  # the layer is committed: whoever wants its map hears what is wrong with it
@@ -115,16 +126,16 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
 
 
 def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
-    layout = DomainLayout(args.domain)
+    layout = _layout(args.domain, fds)
     toc = Digest(args.toc_digest)
     key = LayerKey(Digest(args.blob), f"estargz-{toc.hex}")
-    with open(fds[0], "rb", closefd=False) as file:
+    with open(fds[2], "rb", closefd=False) as file:
         index, spans = estargz.parse_toc(file.read(), estargz.TocLocation(args.toc_offset, args.toc_size), toc)
     regular = [entry for entry in index.entries if entry.kind is Kind.REGULAR]
     room = sum(-(-entry.size // BLOCK) * BLOCK for entry in regular)
     if room > firstpass.MAX_ADDRESSES:
         raise CorruptError(f"the contents of the layer are larger than allowed: {room} bytes")
-    with working(layout), open_index(layout.index) as catalog:
+    with working(layout), open_index(layout.index, layout.key) as catalog:
         slab = catalog.reserve(room)
         addresses = _give_out(index.entries, slab.address)
         directory = _Files(layout.layer_dir(key))
@@ -158,11 +169,11 @@ def _give_out(entries: Sequence[Entry], address: int) -> list[int]:
     return addresses
 
 
-def _make_checkpoints(args: SpanArgs, _fds: Sequence[int], _channel: Channel) -> LayerMade:
+def _make_checkpoints(args: SpanArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
     os.nice(_NICE)
-    layout = DomainLayout(args.domain)
+    layout = _layout(args.domain, fds)
     key = LayerKey(Digest(args.blob), args.index)
-    with working(layout), open_index(layout.index) as index:
+    with working(layout), open_index(layout.index, layout.key) as index:
         record = index.layer(key)
         assert record is not None, "only layers that were committed get checkpoints"
         job = firstpass.CheckpointJob(
@@ -176,8 +187,8 @@ def _make_checkpoints(args: SpanArgs, _fds: Sequence[int], _channel: Channel) ->
     return LayerMade()
 
 
-def _build_map(args: MapArgs, _fds: Sequence[int], _channel: Channel) -> MapMade:
-    layout = DomainLayout(args.domain)
+def _build_map(args: MapArgs, fds: Sequence[int], _channel: Channel) -> MapMade:
+    layout = _layout(args.domain, fds)
     key = LayerKey(Digest(args.blob), args.index)
     index, addresses = files.load_index(layout.layer_dir(key))
     return _write_map(layout, key, args.map_id, index.entries, addresses, args.lowers)
@@ -200,5 +211,5 @@ def _write_map(
     image = render_erofs(
         planned.root, disk_blocks=END_ADDRESS // BLOCK, uuid=bytes.fromhex(map_id), volume=planned.volume
     )
-    files.replace_file(layout.map(key, map_id), [image])
+    replace_file(layout.map(key, map_id), [image])
     return MapMade(needs_lower=False, marks=planned.marks, opaque=planned.opaque, borrowed=sorted(planned.borrowed))

@@ -1,6 +1,7 @@
 """The worker of one domain: composition root of everything that serves a tenant's reads.
 
-Started by the daemon's fork server with the socket to the daemon, the live bitmap and, for root, the FUSE connection.
+Started by the daemon's fork server with the socket to the daemon, the live bitmap, the domain's key and, for root, the
+FUSE connection.
 It forks its own fork server, for jobs, before anything here starts a thread. It ends when the daemon is gone or its
 FUSE filesystem is unmounted; dying at any other time loses nothing but time.
 """
@@ -48,6 +49,7 @@ from nsfs.serve.logs import start_logging
 from nsfs.serve.session import Session
 from nsfs.serve.supervisor import Ready, WorkerArgs
 from nsfs.serve.wire import open_peer
+from nsfs.store.crypt import load_key
 from nsfs.store.index import open_index
 from nsfs.store.layers import LayerTable, open_table
 from nsfs.store.layout import Layout
@@ -86,12 +88,12 @@ def main(args: bytes, fds: list[int]) -> int:
 
 async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: ServerProcess) -> None:
     control = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fds[0])))
-    layout = Layout(config.root, config.run)
+    layout = Layout(config.root, config.run).domain(params.domain, load_key(fds[2]))
     async with AsyncExitStack() as stack:
-        pool = open_pool(layout.domain(params.domain), fds[1])
+        index = stack.enter_context(open_index(layout.index, layout.key))
+        pool = open_pool(layout, fds[1], index.salt)
         stack.callback(pool.close)
-        index = stack.enter_context(open_index(layout.domain(params.domain).index))
-        unfinished = await trio.to_thread.run_sync(_recover, layout.domain(params.domain), index, pool)
+        unfinished = await trio.to_thread.run_sync(_recover, layout, index, pool)
         credentials = AskedCredentials()
         remote = await stack.enter_async_context(
             open_remote(
@@ -101,7 +103,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
                 connections=config.registry.connections,
             )
         )
-        worker = await _compose(stack, layout.domain(params.domain), config, pool, index, fds[1], forks, remote)
+        worker = await _compose(stack, layout, config, pool, index, fds[1:3], forks, remote)
         worker.layers.finish(unfinished)
         worker.shown.show_again(params.views, params.trees)
         methods = worker.domain.methods() | worker.pinned.methods()
@@ -127,7 +129,7 @@ async def _compose(
     config: Config,
     pool: Pool,
     index: DomainIndex,
-    bitmap: int,
+    shared: Sequence[int],
     forks: ServerProcess,
     remote: Remote,
 ) -> _Worker:
@@ -144,7 +146,7 @@ async def _compose(
         for address, size in ranges:
             pool.mark_dirty(address, size)
 
-    layers = Layers(index, layout, blobs, jobs, nursery, domain_dir=layout.path, bitmap=bitmap, written=written)
+    layers = Layers(index, layout, blobs, jobs, nursery, domain_dir=layout.path, shared=shared, written=written)
 
     def table(key: LayerKey) -> LayerTable:
         return open_table(layout.layer_dir(key))
@@ -172,7 +174,7 @@ async def _serve(params: WorkerArgs, config: Config, fds: list[int], peer: Peer,
         nursery.start_soon(drop_often, pool)
         if params.fuse:
             ready = trio.Event()
-            session = Session(FuseOperations(worker.shown.files), fds[2], resend=config.kernel.resend)
+            session = Session(FuseOperations(worker.shown.files), fds[3], resend=config.kernel.resend)
             nursery.start_soon(_serve_fuse, session, params.init, ready, nursery.cancel_scope)
             await ready.wait()
         else:

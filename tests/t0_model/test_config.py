@@ -57,6 +57,8 @@ def test_every_key_can_be_changed() -> None:
     log_format = "json"
     isolation = "pod"
     policy = "/f"
+    encrypt = "all"
+    key_file = "/k"
     on_error = "eio"
     prepare = "strict"
     prepare_wait = "3s"

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from nsfs.errors import CorruptError, NoSpaceError, UnsupportedError
 from nsfs.store import pool as pool_module
+from nsfs.store.crypt import DomainKey
 from nsfs.store.layout import DomainLayout, Layout
 from nsfs.store.pool import BITMAP_SIZE, DISK_SIZE, Pool, create_bitmap, open_pool
 
@@ -27,9 +28,13 @@ BASE = 1 << 30
 BLOCK = 4096
 
 
-@pytest.fixture
-def domain(tmp_path: Path) -> DomainLayout:
-    return Layout(str(tmp_path), str(tmp_path)).domain("d")
+KEY = DomainKey(b"a key of the tests, of 32 bytes!")
+SALT = b"sixteen bytes of"
+
+
+@pytest.fixture(params=[None, KEY], ids=["plain", "encrypted"])
+def domain(tmp_path: Path, request: pytest.FixtureRequest) -> DomainLayout:
+    return Layout(str(tmp_path), str(tmp_path)).domain("d", request.param)
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def bitmap(domain: DomainLayout) -> Iterator[int]:
 
 @pytest.fixture
 def pool(domain: DomainLayout, bitmap: int) -> Iterator[Pool]:
-    opened = open_pool(domain, bitmap)
+    opened = open_pool(domain, bitmap, SALT)
     yield opened
     opened.close()
 
@@ -61,7 +66,7 @@ def after_power_loss(domain: DomainLayout) -> Pool:
     """The pool as the durable bitmap has it."""
     fd = create_bitmap(domain)
     try:
-        return open_pool(domain, fd)
+        return open_pool(domain, fd, SALT)
     finally:
         os.close(fd)
 
@@ -88,14 +93,15 @@ class PoolMachine(RuleBasedStateMachine):
 
     blocks = st.integers(0, 70)
     counts = st.integers(1, 40)
+    key: DomainKey | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.directory = f"/dev/shm/nsfs-pool-{os.getpid()}-{random.getrandbits(64):x}"
-        self.domain = Layout(self.directory, self.directory).domain("d")
+        self.domain = Layout(self.directory, self.directory).domain("d", self.key)
         self.first = BASE + (128 << 20) - 32 * BLOCK
         self.bitmap = create_bitmap(self.domain)
-        self.pool = open_pool(self.domain, self.bitmap)
+        self.pool = open_pool(self.domain, self.bitmap, SALT)
         self.live: dict[int, bytes] = {}
         self.durable: dict[int, bytes] = {}
         self.number = 0
@@ -123,14 +129,14 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def lose_worker(self) -> None:
         self.pool.close()
-        self.pool = open_pool(self.domain, self.bitmap)
+        self.pool = open_pool(self.domain, self.bitmap, SALT)
 
     @rule()
     def lose_power(self) -> None:
         self.pool.close()
         os.close(self.bitmap)
         self.bitmap = create_bitmap(self.domain)
-        self.pool = open_pool(self.domain, self.bitmap)
+        self.pool = open_pool(self.domain, self.bitmap, SALT)
         self.live = dict(self.durable)
 
     @rule(block=blocks, count=counts, offset=st.integers(0, 4095), size=st.integers(1, 9000))
@@ -161,6 +167,16 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+class EncryptedPoolMachine(PoolMachine):
+    """The same, of a domain that has a key."""
+
+    key = KEY
+
+
+TestEncryptedPoolMachine = EncryptedPoolMachine.TestCase
+TestEncryptedPoolMachine.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
 
 
 @settings(deadline=None, max_examples=50)
@@ -340,7 +356,7 @@ def test_a_job_and_the_worker_share_bits_but_each_has_its_own_pool(
 ) -> None:
     pid = os.fork()
     if pid == 0:
-        job = open_pool(domain, bitmap)
+        job = open_pool(domain, bitmap, SALT)
         job.write(BASE + (64 << 20), b"j" * BLOCK)
         os._exit(0)
     os.waitpid(pid, 0)
@@ -357,7 +373,7 @@ def test_a_job_and_the_worker_share_bits_but_each_has_its_own_pool(
 
 
 def test_a_front_reads_and_cannot_write(domain: DomainLayout, pool: Pool, bitmap: int) -> None:
-    front = open_pool(domain, bitmap, readonly=True)
+    front = open_pool(domain, bitmap, SALT, readonly=True)
     pool.write(BASE, b"x" * BLOCK)
     assert front.read_present(BASE, 3) == b"xxx"
     with pytest.raises(CorruptError):
@@ -367,7 +383,7 @@ def test_a_front_reads_and_cannot_write(domain: DomainLayout, pool: Pool, bitmap
 
 def test_a_worker_that_died_in_an_eviction_blocks_nobody(domain: DomainLayout, pool: Pool, bitmap: int) -> None:
     pool._epoch[0] |= 1
-    heir = open_pool(domain, bitmap)
+    heir = open_pool(domain, bitmap, SALT)
     assert heir._epoch[0] % 2 == 0
     heir.write(BASE, b"x" * BLOCK)
     assert heir.read_present(BASE, 1) == b"x"
@@ -382,7 +398,7 @@ def test_a_bitmap_without_its_disk_says_nothing(domain: DomainLayout, pool: Pool
     assert not fresh.is_present(BASE, 1)
     fresh.close()
     with pytest.raises(CorruptError, match="another pool"):
-        open_pool(domain, bitmap)
+        open_pool(domain, bitmap, SALT)
 
 
 @pytest.mark.parametrize("name", ["disk", "present"])
@@ -391,7 +407,7 @@ def test_other_formats_are_refused(domain: DomainLayout, bitmap: int, name: str)
     with open(path, "r+b") as file:
         file.seek(8)
         file.write(b"\x07")
-    for attempt in (lambda: create_bitmap(domain), lambda: open_pool(domain, bitmap)):
+    for attempt in (lambda: create_bitmap(domain), lambda: open_pool(domain, bitmap, SALT)):
         with pytest.raises(UnsupportedError, match=r"newer format.*: 7"):
             attempt()
     with open(path, "r+b") as file:

@@ -79,7 +79,7 @@ class FakeJobs:
     async def first_pass(self, args: PlainArgs, fds: Sequence[int], report: Any) -> LayerMade:
         spool = Path(self.site.paths.spool(Digest(args.blob)))
         await report(1)
-        fed = await _read_all(fds[1])
+        fed = await _read_all(fds[2])
         self.fed.append(fed)
         with spool.open("ab") as file:
             file.write(fed)
@@ -139,7 +139,7 @@ class Site:
             jobs,
             nursery,
             domain_dir="/d",
-            bitmap=5,
+            shared=[5, 6],
             written=self.written.extend,
         )
         self.image = Image("r:latest", "r", "latest", digest_of(b""), CONFIG, tuple(map(layer, range(len(DATA)))))

@@ -1,6 +1,7 @@
 """Workers' lives: started when needed, again when they die, with what their domain needs; and who waits for them."""
 
 import os
+import shutil
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -135,6 +136,24 @@ class Fuse:
         os.close(self.opened[-1][0])
 
 
+class Store:
+    """Domains are directories; keys that were destroyed are noted."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.destroyed: list[tuple[str, bool]] = []
+        """Names, and whether the directory was there."""
+
+    def open(self, name: str) -> tuple[int, int]:
+        return os.memfd_create("bitmap"), os.memfd_create("key")
+
+    def destroy_key(self, name: str) -> None:
+        self.destroyed.append((name, os.path.exists(f"{self.directory}/{name}")))
+
+    def delete(self, name: str) -> None:
+        shutil.rmtree(f"{self.directory}/{name}", ignore_errors=True)
+
+
 @asynccontextmanager
 async def supervised(
     fuse: Fuse | None = None, directory: str = "/nonexistent"
@@ -147,8 +166,7 @@ async def supervised(
             zygote,
             connect=fuse.connect,
             disconnect=fuse.disconnect,
-            bitmap=lambda _: os.memfd_create("bitmap"),
-            domain_dir=lambda name: f"{directory}/{name}",
+            store=Store(directory),
         ) as supervisor:
             yield supervisor, zygote
         nursery.cancel_scope.cancel()

@@ -17,7 +17,6 @@ from fakes import FakeRegistry
 from images import Image, Layer, file, gzip_layer
 from mounting import swept
 from nsfs.store.index import open_index
-from nsfs.store.layout import Layout
 from nsfs_daemon import Daemon, run_daemon
 from published import estargz_layer, publish
 
@@ -191,10 +190,10 @@ def test_a_damaged_blob_is_named_and_leaves_nothing(daemon: Daemon, tmp_path: Pa
         assert layer.digest in seen
         (domain,) = [each for each in daemon.json("status")["domains"] if each["name"] == "ns/damaged"]
         assert domain["local"] == 0
-        layout = Layout(daemon.root, daemon.run).domain("ns/damaged")
+        layout = daemon.layout("ns/damaged")
         assert os.stat(layout.disk).st_blocks * 512 < 100_000
         assert not os.path.exists(layout.spool(layer.digest))
-        with open_index(layout.index, readonly=True) as index:
+        with open_index(layout.index, layout.key, readonly=True) as index:
             assert index.orphan_slabs() == []
         with daemon.mounted(reference, str(tmp_path / "mnt"), *namespace):
             assert read(f"{tmp_path}/mnt/d/0") == files["d/0"]

@@ -18,14 +18,15 @@ from mounting import swept
 from nsfs.model.pool import LayerKey
 from nsfs.store.index import open_index
 from nsfs.store.layers import open_table
-from nsfs.store.layout import DomainLayout, Layout
 from nsfs.store.pool import create_bitmap, open_pool
-from nsfs_daemon import Daemon, run_daemon
+from nsfs_daemon import run_daemon, stored_domain
 from published import publish
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from nsfs.store.layout import DomainLayout
 
 SETTINGS = {"fetch": {"read_ahead": 0}}
 NO_SPACE = 7
@@ -51,10 +52,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["mount", "-o", "loop", image, target], check=True)
         yield target
         subprocess.run(["umount", target], check=True)
-
-
-def layout_of(daemon: Daemon) -> DomainLayout:
-    return Layout(daemon.root, daemon.run).domain("ns/default")
 
 
 def make(seed: str, size: int = 1 << 20, count: int = 24) -> tuple[dict[str, bytes], Layer]:
@@ -97,9 +94,9 @@ def test_a_first_pass_into_a_full_disk_is_no_space_and_goes_on_by_range(
             refused = daemon.nsfs("mount", reference, str(target), check=False)
             assert refused.returncode == NO_SPACE, refused.stderr
             assert "No space left" in refused.stderr
-            layout = layout_of(daemon)
+            layout = daemon.layout()
             assert os.stat(layout.disk).st_blocks * 512 < 1 << 20
-            with open_index(layout.index, readonly=True) as index:
+            with open_index(layout.index, layout.key, readonly=True) as index:
                 assert index.orphan_slabs() == []
             spooled = os.stat(layout.spool(layer.digest)).st_size
             assert spooled > 4 << 20
@@ -155,8 +152,7 @@ def test_what_is_claimed_after_kills_is_what_was_fetched(registry: FakeRegistry,
         read(f"{target}/d/1")
         for pid in (daemon.pid, *daemon.workers().values()):
             os.kill(pid, signal.SIGKILL)
-    layout = Layout(f"{directory}/root", f"{directory}/run").domain("ns/default")
-    assert compare(layout, layer) > 1 << 20
+    assert compare(stored_domain(f"{directory}/root"), layer) > 1 << 20
     with run_daemon(directory, SETTINGS) as daemon, daemon.mounted(reference, target):
         assert {name: read(f"{target}/{name}") for name in files} == files
 
@@ -167,7 +163,8 @@ def compare(layout: DomainLayout, layer: Layer) -> int:
         with open(path, "rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     bitmap = create_bitmap(layout)
-    pool = open_pool(layout, bitmap, readonly=True)
+    with open_index(layout.index, layout.key, readonly=True) as index:
+        pool = open_pool(layout, bitmap, index.salt, readonly=True)
     table = open_table(layout.layer_dir(LayerKey(layer.digest, "plain")))
     present = 0
     for address, size in table.ranges():

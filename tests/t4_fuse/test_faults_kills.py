@@ -19,7 +19,6 @@ from images import Image, Layer, file, gzip_layer
 from mounting import swept
 from nsfs.serve import mounts
 from nsfs.store.index import open_index
-from nsfs.store.layout import DomainLayout, Layout
 from nsfs_daemon import NSFS, Daemon, run_daemon
 from published import publish
 
@@ -71,10 +70,6 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         yield running
 
 
-def layout_of(daemon: Daemon) -> DomainLayout:
-    return Layout(daemon.root, daemon.run).domain(DOMAIN)
-
-
 def start_mount(daemon: Daemon, passing: Passing) -> subprocess.Popen[str]:
     """`nsfs mount`, once half of the layer is there."""
     command = [*NSFS, "--socket", daemon.socket, "mount", passing.reference, passing.target]
@@ -84,7 +79,7 @@ def start_mount(daemon: Daemon, passing: Passing) -> subprocess.Popen[str]:
 
 
 def wait_for_spool(daemon: Daemon, passing: Passing) -> None:
-    spool = layout_of(daemon).spool(passing.layer.digest)
+    spool = daemon.layout().spool(passing.layer.digest)
     deadline = time.monotonic() + 20
     while not os.path.exists(spool) or os.stat(spool).st_size < len(passing.layer.blob) // 2 - (1 << 20):
         assert time.monotonic() < deadline, daemon.tail()
@@ -98,11 +93,11 @@ def finish(mount: subprocess.Popen[str]) -> tuple[int, str]:
 
 def check_goes_on(daemon: Daemon, passing: Passing) -> None:
     """Nothing of the killed pass is in the pool, and the next one does not read again what was spooled."""
-    layout = layout_of(daemon)
+    layout = daemon.layout()
     passing.registry.script = ""
     with daemon.mounted(passing.reference, passing.target):
         passing.check()
-        with open_index(layout.index, readonly=True) as index:
+        with open_index(layout.index, layout.key, readonly=True) as index:
             assert index.orphan_slabs() == []
         assert os.stat(layout.disk).st_blocks * 512 < SIZE + (2 << 20)
     assert [offset > len(passing.layer.blob) // 3 for offset in passing.offsets()] == [False, True]
@@ -139,9 +134,9 @@ def test_a_killed_job_is_a_clear_error_and_leaves_its_spool(daemon: Daemon, pass
     assert "killed" in said
     os.kill(daemon.workers()[DOMAIN], signal.SIGKILL)
     wait_for_worker(daemon)
-    with open_index(layout_of(daemon).index, readonly=True) as index:
+    with open_index(daemon.layout().index, daemon.layout().key, readonly=True) as index:
         assert index.orphan_slabs() == []
-    assert os.stat(layout_of(daemon).disk).st_blocks * 512 < 100_000
+    assert os.stat(daemon.layout().disk).st_blocks * 512 < 100_000
     check_goes_on(daemon, passing)
 
 

@@ -77,7 +77,7 @@ class Paths(Protocol):
 
 
 class PlainArgs(Struct, kw_only=True):
-    """For `first_pass`. Descriptors: the live bitmap, and a pipe or file with the blob's bytes from the spool's end."""
+    """For `first_pass`. One more descriptor: a pipe or file with the blob's bytes from the spool's end."""
 
     domain: str
     blob: str
@@ -90,7 +90,7 @@ class PlainArgs(Struct, kw_only=True):
 
 
 class TocArgs(Struct, kw_only=True):
-    """For `read_toc`. Descriptors: the TOC's compressed bytes in a memfd."""
+    """For `read_toc`. One more descriptor: the TOC's compressed bytes in a memfd."""
 
     domain: str
     blob: str
@@ -158,7 +158,7 @@ class Layers:
         nursery: trio.Nursery,
         *,
         domain_dir: str,
-        bitmap: int,
+        shared: Sequence[int],
         written: Callable[[Sequence[tuple[int, int]]], None],
     ) -> None:
         self._catalog = catalog
@@ -167,7 +167,8 @@ class Layers:
         self._jobs = jobs
         self._nursery = nursery
         self._domain = domain_dir
-        self._bitmap = bitmap
+        self._shared = shared
+        """The first descriptors of every job: what the domain's processes share."""
         self._written = written
         self._indexing: Flights[LayerKey] = Flights(nursery)
         self._spanning: Flights[LayerKey] = Flights(nursery)
@@ -347,7 +348,7 @@ class Layers:
         async def work(fd: int) -> None:
             result.append(
                 await self._jobs.run(
-                    "nsfs.layer_jobs:first_pass", args, [self._bitmap, fd], LayerMade, report, is_fed=True
+                    "nsfs.layer_jobs:first_pass", args, [*self._shared, fd], LayerMade, report, is_fed=True
                 )
             )
 
@@ -365,7 +366,7 @@ class Layers:
             toc_size=found.size,
         )
         with _memory_file(toc) as fd:
-            return await self._jobs.run("nsfs.layer_jobs:read_toc", args, [fd], LayerMade)
+            return await self._jobs.run("nsfs.layer_jobs:read_toc", args, [*self._shared, fd], LayerMade)
 
     async def maps(self, layers: Sequence[Layer]) -> list[MapRecord]:
         """The maps of indexed layers, lowest first as given; made where they are missing."""
@@ -403,7 +404,7 @@ class Layers:
             map_id=map_id,
             lowers=None if lowers is None else [record.path for record in lowers],
         )
-        made = await self._jobs.run("nsfs.layer_jobs:build_map", args, [], MapMade)
+        made = await self._jobs.run("nsfs.layer_jobs:build_map", args, self._shared, MapMade)
         return await self._remember_map(key, map_id, made, lowers)
 
     async def _remember_map(
@@ -473,7 +474,7 @@ class Layers:
             index=record.index,
             compression=oci.layer_format(record.media_type).compression.value,
         )
-        await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, [], LayerMade)
+        await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, self._shared, LayerMade)
         return record.key
 
     async def _make_spans_quietly(self, key: LayerKey) -> None:

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from nsfs.errors import DeniedError, NotFoundError, NsfsError, UsageError
+from nsfs.model.encryption import Encrypt
 from nsfs.model.policy import Isolation, check_owner, parse_patience
 
 if TYPE_CHECKING:
@@ -129,6 +130,10 @@ class Config(Struct, frozen=True, kw_only=True):
     """What a mount that does not say gets: shared, isolated, pod or guest."""
     policy: str = ""
     """File of rules that say what shares what, by namespace, image and plugin name; empty for none."""
+    encrypt: Encrypt = Encrypt.ISOLATED
+    """What is encrypted on disk: isolated (domains of one namespace or pod), all, or off; domains that begin now."""
+    key_file: str = ""
+    """A secret of 32 bytes or more that wraps the keys in `root`; empty for systemd's credential nsfs.key, if any."""
     on_error: str = "wait:60s"
     """What a read does where its content cannot be had, for mounts that do not say: wait, wait:<seconds>s or eio."""
     prepare: Prepare = "lenient"
@@ -302,8 +307,8 @@ def _complete(config: Config, source: str) -> Config:
     for name, namespace in config.namespace.items():
         if namespace.docker_config and not namespace.docker_config.startswith("/"):
             raise UsageError(f"{source}: {_NAMESPACES}.{name}.docker_config: not an absolute path")
-    for key in ("root", "run", "socket", "policy"):
-        if getattr(config, key)[:1] not in ({"/", ""} if key == "policy" else {"/"}):
+    for key in ("root", "run", "socket", "policy", "key_file"):
+        if getattr(config, key)[:1] not in ({"/", ""} if key in {"policy", "key_file"} else {"/"}):
             raise UsageError(f"{source}: {key}: not an absolute path: {getattr(config, key)!r}")
     if len(config.socket.encode()) > 107:
         raise UsageError(f"{source}: socket: longer than the 107 bytes of a unix socket's name: {config.socket}")

@@ -1,9 +1,9 @@
 """Workers: one process per domain, started when it is first needed and started again when it dies.
 
-Owns, per domain, what must outlive a worker: the /dev/fuse descriptor (so the connection stays), the live bitmap (a
-memfd), the INIT that the kernel sent, and what the domain shows. A new worker gets all of it and goes on where the last
-one was killed. A worker that dies again and again, or does not begin to answer, is given longer and longer pauses,
-never given up.
+Owns, per domain, what must outlive a worker: the /dev/fuse descriptor (so the connection stays), the live bitmap and
+the key (memfds), the INIT that the kernel sent, and what the domain shows. A new worker gets all of it and goes on
+where the last one was killed. A worker that dies again and again, or does not begin to answer, is given longer and
+longer pauses, never given up.
 
 Concurrency: one task per domain keeps its worker; callers wait on an event until it answers. Who asks how things stand
 (`ask_now`) waits for no start. Nothing here touches a path below a FUSE mount.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import socket
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -62,10 +61,23 @@ _ONCE: Final = frozenset({"List", "Tree", "Read"})
 """What cannot be asked of the next worker, since part of it was reported to somebody. All else may be done twice."""
 
 
+class DomainStore(Protocol):
+    """What domains have on disk. Its calls block."""
+
+    def open(self, name: str) -> tuple[int, int]:
+        """Begin a domain, or go on with it; descriptors of its live bitmap and its key."""
+
+    def destroy_key(self, name: str) -> None:
+        """Have nobody able to read what the domain has on disk."""
+
+    def delete(self, name: str) -> None:
+        """Delete it."""
+
+
 class WorkerArgs(Struct, kw_only=True):
     """What a worker is started with.
 
-    Its descriptors: the socket to the daemon, the bitmap and, where `fuse`, the FUSE connection.
+    Its descriptors: the socket to the daemon, the bitmap, the key and, where `fuse`, the FUSE connection.
     """
 
     domain: str
@@ -128,6 +140,7 @@ class _Kept:
     domain: str
     owner: str
     bitmap: int
+    key: int
     connection: Connection | None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
@@ -139,6 +152,8 @@ class _Kept:
     """In a row, of workers that had not served."""
     views: set[str] = field(default_factory=set)
     trees: dict[str, worker_api.Tree] = field(default_factory=dict)
+    is_deleted: bool = False
+    """Nobody shall have the key any more."""
 
     def lose(self) -> bool:
         """The worker is gone; whether it had come to answer."""
@@ -171,9 +186,8 @@ class Supervisor:
         nursery: trio.Nursery,
         *,
         connect: Callable[[str], Awaitable[Connection]] | None,
-        bitmap: Callable[[str], int],
         disconnect: Callable[[Connection], Awaitable[None]],
-        domain_dir: Callable[[str], str],
+        store: DomainStore,
         terms: Terms,
     ) -> None:
         self._config = config
@@ -181,8 +195,7 @@ class Supervisor:
         self._nursery = nursery
         self._connect = connect
         self._disconnect = disconnect
-        self._bitmap = bitmap
-        self._domain_dir = domain_dir
+        self._store = store
         self._terms = terms
         self._kept: dict[str, _Kept] = {}
         self._lock = trio.Lock()
@@ -225,13 +238,15 @@ class Supervisor:
         raise UnreachableError("the worker does not answer")
 
     async def end(self, domain: Domain) -> None:
-        """End the worker, its connection, and delete the domain's directory."""
+        """Destroy the domain's key, end the worker and its connection, and delete what the domain has on disk."""
         async with self._lock:
+            await trio.to_thread.run_sync(self._store.destroy_key, domain.name)
             kept = self._kept.pop(domain.name, None)
             if kept is not None:
+                kept.is_deleted = True
                 kept.scope.cancel()
                 await kept.ended.wait()
-        await trio.to_thread.run_sync(lambda: shutil.rmtree(self._domain_dir(domain.name), ignore_errors=True))
+            await trio.to_thread.run_sync(self._store.delete, domain.name)
 
     def pids(self) -> dict[str, int]:
         """The worker of each domain that has one; 0 while it is being started."""
@@ -252,12 +267,13 @@ class Supervisor:
             return self._kept[name]
 
     async def _open(self, domain: Domain) -> _Kept:
-        bitmap = await trio.to_thread.run_sync(self._bitmap, domain.name)
+        bitmap, key = await trio.to_thread.run_sync(self._store.open, domain.name)
         try:
             connection = await self._connect(domain.name) if self._connect else None
-            return _Kept(domain.name, owner_of(domain), bitmap, connection)
+            return _Kept(domain.name, owner_of(domain), bitmap, key, connection)
         except BaseException:
             os.close(bitmap)
+            os.close(key)
             raise
 
     async def _wait_peer(self, kept: _Kept) -> Peer:
@@ -320,6 +336,9 @@ class Supervisor:
             if kept.connection is not None:
                 await self._close(kept.connection)
         finally:
+            if kept.is_deleted:
+                os.pwrite(kept.key, bytes(os.fstat(kept.key).st_size), 0)
+            os.close(kept.key)
             os.close(kept.bitmap)
             kept.ended.set()
             kept.ready.set()
@@ -328,7 +347,7 @@ class Supervisor:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             with theirs:
-                fds = [theirs.fileno(), kept.bitmap, *([kept.connection.fd] if kept.connection else [])]
+                fds = [theirs.fileno(), kept.bitmap, kept.key, *([kept.connection.fd] if kept.connection else [])]
                 confinement = await self._terms.confinement(kept.domain)
                 child = await self._zygote.spawn(_ENTRY, self._args(kept), fds, confinement=confinement)
             kept.pid = child.pid
@@ -401,13 +420,12 @@ async def open_supervisor(
     *,
     connect: Callable[[str], Awaitable[Connection]] | None,
     disconnect: Callable[[Connection], Awaitable[None]],
-    bitmap: Callable[[str], int],
-    domain_dir: Callable[[str], str],
+    store: DomainStore,
     terms: Terms = NoTerms(),  # noqa: B008  stateless
 ) -> AsyncIterator[Supervisor]:
     """A Supervisor whose workers end with the block.
 
-    `connect` opens and mounts a domain's FUSE connection (None: workers without), `bitmap` makes its live bitmap.
+    `connect` opens and mounts a domain's FUSE connection (None: workers without).
     """
     async with open_tasks() as nursery:
         yield Supervisor(
@@ -416,7 +434,6 @@ async def open_supervisor(
             nursery,
             connect=connect,
             disconnect=disconnect,
-            bitmap=bitmap,
-            domain_dir=domain_dir,
+            store=store,
             terms=terms,
         )

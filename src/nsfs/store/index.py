@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias, TypeVar
 import lmdb
 import msgspec
 
-from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, NsfsError, UnsupportedError, UsageError
+from nsfs.errors import CorruptError, DeniedError, NoSpaceError, NotFoundError, NsfsError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.pool import Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
+from nsfs.store.crypt import SALT_SIZE
 from nsfs.store.databases import mapped_errors
 
 if TYPE_CHECKING:
@@ -32,12 +33,17 @@ if TYPE_CHECKING:
 
     from lmdb import _Database
 
+    from nsfs.store.crypt import DomainKey
+
     _Transaction: TypeAlias = lmdb.Transaction[bytes]
 
 __all__ = ["DomainIndex", "Extent", "LayerKey", "LayerRecord", "MapRecord", "Slab", "check_key", "open_index"]
 
-VERSION = 1
-"""Of the format of `index.lmdb`."""
+VERSION = 2
+"""Of the format of `index.lmdb`, where the domain has a key."""
+
+PLAIN_VERSION = 1
+"""Of its format where it has none."""
 
 FIRST_ADDRESS = 1 << 30
 """Nothing lies below: 0 is never an address, and the pool keeps its headers there."""
@@ -77,7 +83,7 @@ class _Databases(NamedTuple):
     """The schema. Integers are little-endian, except in keys, where big-endian makes order."""
 
     about: _Database
-    """b"version" -> decimal digits."""
+    """b"version" -> decimal digits; b"salt" -> random bytes, of an index whose domain has a key."""
     by_content: _Database
     """BLAKE3 of a content -> u64 address, u64 size."""
     slabs: _Database
@@ -119,46 +125,61 @@ def _open_environment(path: str, *, readonly: bool) -> lmdb.Environment:
     )
 
 
-def _check_version(found: bytes, path: str) -> None:
+def _check_version(found: bytes, path: str, key: DomainKey | None) -> None:
     if int(found) > VERSION:
         raise UnsupportedError(
             f"the index has a newer format: {path}: {int(found)}",
             hint=f"this nsfs reads format {VERSION}; use the release that wrote it",
         )
+    if int(found) != _version(key):
+        raise DeniedError(
+            f"the index is {'not ' if key else ''}encrypted, unlike what its domain has a key for: {path}"
+        )
 
 
-def open_index(path: str, *, readonly: bool = False) -> DomainIndex:
+def _version(key: DomainKey | None) -> int:
+    return VERSION if key else PLAIN_VERSION
+
+
+def open_index(path: str, key: DomainKey | None = None, *, readonly: bool = False) -> DomainIndex:
     """Open `index.lmdb` at `path`, made if it does not exist (unless `readonly`).
 
     At most one may be open per path and process, and none may be carried over a fork.
-    Raises NotFoundError, UnsupportedError (a newer format), CorruptError, NoSpaceError.
+    Raises NotFoundError, UnsupportedError (a newer format), CorruptError, NoSpaceError, DeniedError (without the key).
     """
     with mapped_errors(_NAME, path):
         environment = _open_environment(path, readonly=readonly)
         try:
-            return DomainIndex(environment, path, _open_databases(environment, path, readonly=readonly))
+            databases, salt = _open_databases(environment, path, key, readonly=readonly)
+            return DomainIndex(environment, path, databases, salt)
         except BaseException:
             environment.close()
             raise
 
 
-def _open_databases(environment: lmdb.Environment, path: str, *, readonly: bool) -> _Databases:
+def _open_databases(
+    environment: lmdb.Environment, path: str, key: DomainKey | None, *, readonly: bool
+) -> tuple[_Databases, bytes]:
     environment.reader_check()
     names = [name.encode() for name in _Databases._fields]
     about = environment.open_db(names[0], create=not readonly)
     with environment.begin(db=about, write=not readonly) as txn:
         found = txn.get(b"version")
         if found is not None:
-            _check_version(found, path)
+            _check_version(found, path, key)
         elif not readonly:
-            txn.put(b"version", str(VERSION).encode())
-    return _Databases(about, *(environment.open_db(name, create=not readonly) for name in names[1:]))
+            txn.put(b"version", str(_version(key)).encode())
+            txn.put(b"salt", os.urandom(SALT_SIZE) if key else b"")
+        salt = txn.get(b"salt") or b""
+    return _Databases(about, *(environment.open_db(name, create=not readonly) for name in names[1:])), salt
 
 
 class DomainIndex:
     """An open `index.lmdb`. `close` it, or use it as a context manager."""
 
-    def __init__(self, environment: lmdb.Environment, path: str, databases: _Databases) -> None:
+    def __init__(self, environment: lmdb.Environment, path: str, databases: _Databases, salt: bytes) -> None:
+        self.salt = salt
+        """What makes keystreams over its addresses its own; empty where the domain has no key."""
         self._environment = environment
         self._path = path
         self._db = databases

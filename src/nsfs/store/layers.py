@@ -17,14 +17,14 @@ import sys
 import zlib
 from array import array
 from bisect import bisect_left, bisect_right
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
 import zstandard
 
-from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, UnsupportedError
+from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.layer import Codec, Covers, LayerIndex, Span, Spans
+from nsfs.store.files import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -80,34 +80,6 @@ def _parse_header(data: bytes | memoryview, magic: bytes, path: str) -> _Header:
     if checksum != zlib.crc32(data[: _HEADER.size - 8]):
         raise CorruptError(f"the header of a layer's file is damaged: {path}")
     return _Header(kind, (counts[0], counts[1], counts[2], counts[3]))
-
-
-def replace_file(path: str, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
-    """Write a file whole and durably, or leave what was there; raises NoSpaceError."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb", opener=_open_private) as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(temporary, path)
-        _sync_directory(os.path.dirname(path))
-    except OSError as error:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise NoSpaceError(f"cannot write the file of a layer: {path}: {error.strerror}") from error
-
-
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _column(values: Iterable[int]) -> bytes:

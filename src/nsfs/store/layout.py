@@ -17,6 +17,7 @@ from nsfs.store.index import check_key
 if TYPE_CHECKING:
     from nsfs.model.digest import Digest
     from nsfs.model.pool import LayerKey
+    from nsfs.store.crypt import DomainKey
 
 _NAME_MAX = 255
 
@@ -36,10 +37,12 @@ def escape_component(name: str) -> str:
 
 
 class DomainLayout:
-    """The paths of one domain that survive a reboot."""
+    """The paths of one domain that survive a reboot, and the key that their files are under."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, key: DomainKey | None = None) -> None:
         self.path = path
+        self.key = key
+        """None: they are plain."""
 
     @property
     def disk(self) -> str:
@@ -139,9 +142,18 @@ class Layout:
         """Holds a directory for every domain."""
         return os.path.join(self.root, "domains")
 
-    def domain(self, name: str) -> DomainLayout:
+    @property
+    def keys(self) -> str:
+        """Holds a file for every domain that has a key."""
+        return os.path.join(self.root, "keys")
+
+    def key(self, domain: str) -> str:
+        """The key of a domain; raises UsageError for a name that cannot be one."""
+        return os.path.join(self.keys, escape_component(domain))
+
+    def domain(self, name: str, key: DomainKey | None = None) -> DomainLayout:
         """The durable paths of a domain; raises UsageError for a name that cannot be one."""
-        return DomainLayout(os.path.join(self.domains, escape_component(name)))
+        return DomainLayout(os.path.join(self.domains, escape_component(name)), key)
 
     def domain_run(self, name: str) -> RunLayout:
         """The other paths of a domain; raises UsageError as `domain` does."""

@@ -4,6 +4,9 @@ Owns `disk`, `present` (the durable bitmap) and the memory behind the live bitma
 workers and is shared by a worker, its jobs and its fronts. All three begin with a header that names the pool: the
 addresses below 1 GiB are never given out, so neither file needs its first blocks for anything else.
 
+Where the domain has a key, all of the disk but its header is ciphertext (`store.crypt.DiskCipher`): an address never
+holds two different plaintexts, since it is given out once, to one content, and padded with zeros.
+
 Invariants: a live bit is set only after its block was written, a durable one only after its block was synced; a block
 is punched only after the live bit is cleared, and then the durable one, and that is synced. So neither a crash nor a
 power loss nor a concurrent reader gets a hole for data.
@@ -25,16 +28,22 @@ import zlib
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from nsfs.errors import CorruptError, NoSpaceError, NsfsError, UnsupportedError
+from nsfs.errors import CorruptError, DeniedError, NoSpaceError, NsfsError, UnsupportedError
+from nsfs.store.crypt import CHECK_SIZE, SALT_SIZE
+from nsfs.store.files import sync_directory
 from nsfs.store.index import END_ADDRESS, FIRST_ADDRESS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from nsfs.store.crypt import DiskCipher, DomainKey
     from nsfs.store.layout import DomainLayout
 
-VERSION = 1
-"""Of the format of `disk` and `present`."""
+VERSION = 2
+"""Of the format of `disk`, where it is encrypted."""
+
+PLAIN_VERSION = 1
+"""Of the format of `disk` where it is not, and of `present`."""
 
 BLOCK = 4096
 DISK_SIZE = END_ADDRESS
@@ -52,6 +61,12 @@ _STEP = 4096
 
 _HEADER = struct.Struct("<8sII16sI")
 """Magic, version, block size, id of the pool, crc32 of what is before it; zeros up to the end of the block."""
+
+_CHECK_AT = _HEADER.size
+"""Of an encrypted disk: the check value of its key, with the pool's id as salt, behind the header."""
+
+_WRITE = 1 << 20
+"""Bytes encrypted and written at once: ciphertext that the processor's caches still have."""
 
 _DISK_MAGIC = b"nsfsdisk"
 _BITS_MAGIC = b"nsfsbits"
@@ -77,9 +92,10 @@ class _Header(NamedTuple):
     pool_id: bytes
 
 
-def _render_header(magic: bytes, pool_id: bytes) -> bytes:
-    packed = _HEADER.pack(magic, VERSION, BLOCK, pool_id, 0)[:-4]
-    return packed + zlib.crc32(packed).to_bytes(4, "little")
+def _render_header(magic: bytes, pool_id: bytes, key: DomainKey | None = None) -> bytes:
+    packed = _HEADER.pack(magic, VERSION if key else PLAIN_VERSION, BLOCK, pool_id, 0)[:-4]
+    check = key.check_value(pool_id) if key else b""
+    return packed + zlib.crc32(packed).to_bytes(4, "little") + check
 
 
 def _parse_header(data: bytes, magic: bytes, path: str) -> _Header:
@@ -94,6 +110,18 @@ def _parse_header(data: bytes, magic: bytes, path: str) -> _Header:
     if zlib.crc32(data[: _HEADER.size - 4]) != int.from_bytes(data[_HEADER.size - 4 : _HEADER.size], "little"):
         raise CorruptError(f"the header of the pool is damaged: {path}")
     return found
+
+
+def _check_key(layout: DomainLayout, header: _Header, data: bytes) -> None:
+    """Refuse a disk that is not under the key which the domain has."""
+    if header.version < VERSION:
+        if layout.key is not None:
+            raise CorruptError(f"the pool is not encrypted, and its domain has a key: {layout.path}")
+        return
+    if layout.key is None:
+        raise DeniedError(f"the pool is encrypted, and its domain has no key: {layout.path}")
+    if not layout.key.is_meant_by(data[_CHECK_AT : _CHECK_AT + CHECK_SIZE], header.pool_id):
+        raise DeniedError(f"the key is not the one that the pool is encrypted with: {layout.path}")
 
 
 def _mapped_error(error: OSError, what: str) -> NsfsError:
@@ -112,14 +140,6 @@ def _mapped_errors(what: str) -> Iterator[None]:
         raise _mapped_error(error, what) from error
 
 
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _create_sparse(path: str, size: int, header: bytes) -> None:
     """Make a file that either is complete or does not exist, whatever happens meanwhile."""
     temporary = f"{path}.{os.getpid()}.tmp"
@@ -136,18 +156,21 @@ def _create_sparse(path: str, size: int, header: bytes) -> None:
     finally:
         os.close(fd)
     os.rename(temporary, path)
-    _sync_directory(os.path.dirname(path))
+    sync_directory(os.path.dirname(path))
 
 
-def _read_header(path: str, magic: bytes) -> _Header | None:
+def _read_header(path: str) -> bytes | None:
     try:
-        fd = os.open(path, os.O_RDONLY)
+        with open(path, "rb", buffering=0) as file:
+            return file.read(BLOCK)
     except FileNotFoundError:
         return None
-    try:
-        return _parse_header(os.pread(fd, _HEADER.size, 0), magic, path)
-    finally:
-        os.close(fd)
+
+
+def is_encrypted(layout: DomainLayout) -> bool:
+    """Whether the domain has a pool, and that is under a key; raises CorruptError, UnsupportedError."""
+    data = _read_header(layout.disk)
+    return data is not None and _parse_header(data, _DISK_MAGIC, layout.disk).version == VERSION
 
 
 def _ensure_files(layout: DomainLayout) -> None:
@@ -156,13 +179,15 @@ def _ensure_files(layout: DomainLayout) -> None:
     if not os.path.exists(layout.tag):
         with open(layout.tag, "wb") as tag:
             tag.write(_TAG)
-    disk = _read_header(layout.disk, _DISK_MAGIC)
-    pool_id = disk.pool_id if disk else os.urandom(16)
-    if disk is None:
-        _create_sparse(layout.disk, DISK_SIZE, _render_header(_DISK_MAGIC, pool_id))
-    present = _read_header(layout.present, _BITS_MAGIC)
-    if present is None or present.pool_id != pool_id:
-        _create_sparse(layout.present, BITMAP_SIZE, _render_header(_BITS_MAGIC, pool_id))
+    data = _read_header(layout.disk)
+    if data is None:
+        data = _render_header(_DISK_MAGIC, os.urandom(SALT_SIZE), layout.key)
+        _create_sparse(layout.disk, DISK_SIZE, data)
+    disk = _parse_header(data, _DISK_MAGIC, layout.disk)
+    _check_key(layout, disk, data)
+    present = _read_header(layout.present)
+    if present is None or _parse_header(present, _BITS_MAGIC, layout.present).pool_id != disk.pool_id:
+        _create_sparse(layout.present, BITMAP_SIZE, _render_header(_BITS_MAGIC, disk.pool_id))
 
 
 def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
@@ -184,7 +209,8 @@ def create_bitmap(layout: DomainLayout) -> int:
 
     Makes the pool's files where there are none; they belong to the calling user. Call it once per domain and boot: the
     memfd is what tells the domain's processes apart from those of an earlier life.
-    Raises UnsupportedError (a newer format, or a filesystem without large files), CorruptError, NoSpaceError.
+    Raises UnsupportedError (a newer format, or a filesystem without large files), CorruptError, NoSpaceError, and
+    DeniedError where the pool is under another key.
     """
     with _mapped_errors(f"cannot make the pool: {layout.path}"), ExitStack() as stack:
         _ensure_files(layout)
@@ -207,10 +233,12 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
         start += len(data)
 
 
-def open_pool(layout: DomainLayout, bitmap_fd: int, *, readonly: bool = False) -> Pool:
+def open_pool(layout: DomainLayout, bitmap_fd: int, salt: bytes = b"", *, readonly: bool = False) -> Pool:
     """Open the pool whose live bitmap `create_bitmap` made; every process opens its own.
 
-    `bitmap_fd` stays the caller's and may be closed at once. Raises CorruptError if the bitmap is not this pool's.
+    `bitmap_fd` stays the caller's and may be closed at once. `salt` is that of the index which gives out the addresses:
+    where the domain has a key, an index that was made anew begins a new keystream. Raises CorruptError if the bitmap is
+    not this pool's, DeniedError for another key.
     """
     with _mapped_errors(f"cannot open the pool: {layout.path}"), ExitStack() as stack:
         mode = os.O_RDONLY if readonly else os.O_RDWR
@@ -218,17 +246,23 @@ def open_pool(layout: DomainLayout, bitmap_fd: int, *, readonly: bool = False) -
         stack.callback(os.close, disk)
         present = os.open(layout.present, mode)
         stack.callback(os.close, present)
-        ids = {
-            _parse_header(os.pread(fd, _HEADER.size, 0), magic, layout.path).pool_id
-            for fd, magic in ((disk, _DISK_MAGIC), (present, _BITS_MAGIC), (bitmap_fd, _BITS_MAGIC))
-        }
-        if len(ids) != 1:
-            raise CorruptError(
-                f"the bitmap is of another pool: {layout.path}", hint="stop the daemon and start it again"
-            )
-        pool = Pool(disk, present, bitmap_fd, readonly=readonly)
+        header = _check_headers(layout, disk, present, bitmap_fd)
+        _check_key(layout, header, os.pread(disk, BLOCK, 0))
+        cipher = layout.key.disk(salt) if layout.key else None
+        pool = Pool(disk, present, bitmap_fd, cipher, readonly=readonly)
         stack.pop_all()
         return pool
+
+
+def _check_headers(layout: DomainLayout, disk: int, present: int, bitmap_fd: int) -> _Header:
+    """The disk's header, if the others are of the same pool."""
+    header, *others = (
+        _parse_header(os.pread(fd, _HEADER.size, 0), magic, layout.path)
+        for fd, magic in ((disk, _DISK_MAGIC), (present, _BITS_MAGIC), (bitmap_fd, _BITS_MAGIC))
+    )
+    if any(other.pool_id != header.pool_id for other in others):
+        raise CorruptError(f"the bitmap is of another pool: {layout.path}", hint="stop the daemon and start it again")
+    return header
 
 
 def _runs(bits: int, start: int) -> Iterator[tuple[int, int]]:
@@ -245,9 +279,12 @@ def _runs(bits: int, start: int) -> Iterator[tuple[int, int]]:
 class Pool:
     """An open pool. Addresses and sizes are bytes; `close` it when no thread uses it any more."""
 
-    def __init__(self, disk: int, present: int, bitmap_fd: int, *, readonly: bool = False) -> None:
+    def __init__(
+        self, disk: int, present: int, bitmap_fd: int, cipher: DiskCipher | None = None, *, readonly: bool = False
+    ) -> None:
         """Take over `disk` and `present`; `open_pool` is the way to get one."""
         self._disk = disk
+        self._cipher = cipher
         self._present = present
         access = mmap.ACCESS_READ if readonly else mmap.ACCESS_WRITE
         self._bitmap = mmap.mmap(bitmap_fd, BITMAP_SIZE, access=access)
@@ -356,6 +393,14 @@ class Pool:
             self._set(address, size)
 
     def _load(self, address: int, size: int) -> bytes:
+        if self._cipher is None:
+            return self._load_raw(address, size)
+        first, count = _blocks(address, size)
+        data = self._cipher.decrypt(first * BLOCK, self._load_raw(first * BLOCK, count * BLOCK))
+        skip = address - first * BLOCK
+        return data if size == len(data) else data[skip : skip + size]
+
+    def _load_raw(self, address: int, size: int) -> bytes:
         with _mapped_errors("cannot read the pool"):
             data = os.pread(self._disk, size, address)
             while len(data) < size:
@@ -366,6 +411,14 @@ class Pool:
         return data
 
     def _store(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        if self._cipher is None:
+            self._store_raw(address, data)
+            return
+        view = memoryview(data)
+        for start in range(0, len(view), _WRITE):
+            self._store_raw(address + start, self._cipher.encrypt(address + start, view[start : start + _WRITE]))
+
+    def _store_raw(self, address: int, data: bytes | bytearray | memoryview) -> None:
         with _mapped_errors("cannot write to the pool"):
             done = os.pwrite(self._disk, data, address)
             while done < len(data):

@@ -1,0 +1,148 @@
+"""Keys of domains, and what is done with them: keystreams over files, sealed records, secret names.
+
+Owns every use of a cipher for what is at rest. Refuses to be more than that: it hides contents and names from who has
+the disk and not the key, and notices no change of what it hid, sealed records apart.
+
+A domain has one secret of 32 bytes. Whatever is encrypted has a key of its own, derived from it (HKDF, RFC 5869, with
+SHA-256) for a purpose and with a salt. A keystream is AES-256 in counter mode (NIST SP 800-38A, 6.5) with the counter
+offset / 16, so any part can be read alone; it is sound exactly as long as no offset ever has two different plaintexts
+under one key, which is for its users to see to. AES-256 costs no more than AES-128 here: 7.5 GB/s a call of 128 KiB, on
+two cores of an AMD EPYC with VAES (`python -m bench --only reading`).
+
+Concurrency: any thread; ciphers release the interpreter lock. Frozen, but for a cipher's context per thread.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import threading
+from typing import TYPE_CHECKING, Final
+
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from nsfs.errors import CorruptError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, CipherContext
+
+    Context = CipherContext | AEADEncryptionContext
+
+KEY_SIZE: Final = 32
+SALT_SIZE: Final = 16
+CHECK_SIZE: Final = 16
+UNIT: Final = 16
+"""Bytes behind one value of the counter: keystreams begin at multiples of it."""
+
+BLOCK: Final = 4096
+"""Of a disk."""
+
+_ZEROS: Final = bytes(BLOCK)
+
+
+class DomainKey:
+    """The secret of one domain."""
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) != KEY_SIZE:
+            raise CorruptError(f"the key of a domain has {KEY_SIZE} bytes, not {len(secret)}")
+        self.secret = secret
+
+    @classmethod
+    def generate(cls) -> DomainKey:
+        """A new one, of the kernel's random numbers."""
+        return cls(os.urandom(KEY_SIZE))
+
+    def derive(self, purpose: str, salt: bytes = b"", size: int = KEY_SIZE) -> bytes:
+        """Bytes for one purpose, that tell nothing of those for another or with another salt."""
+        return HKDF(SHA256(), size, salt, b"nsfs " + purpose.encode()).derive(self.secret)
+
+    def check_value(self, salt: bytes) -> bytes:
+        """What tells this key from others, to who has it, and nothing to who has not."""
+        return self.derive("check", salt, CHECK_SIZE)
+
+    def is_meant_by(self, check: bytes, salt: bytes) -> bool:
+        """Whether `check` is this key's check value."""
+        return hmac.compare_digest(check, self.check_value(salt))
+
+    def keystream(self, purpose: str, salt: bytes) -> Keystream:
+        """The keystream of one file, or of one space of addresses."""
+        return Keystream(self.derive(purpose, salt))
+
+    def disk(self, salt: bytes) -> DiskCipher:
+        """The cipher of a pool's disk, whose addresses were given out by the index with this salt."""
+        if len(salt) != SALT_SIZE:
+            raise ValueError(f"not the salt of an index: {len(salt)} bytes")
+        return DiskCipher(self.keystream("disk", salt))
+
+
+def load_key(fd: int) -> DomainKey | None:
+    """The key of a domain in a file of its own, None where that is empty: the domain is not encrypted."""
+    secret = os.pread(fd, KEY_SIZE + 1, 0)
+    return DomainKey(secret) if secret else None
+
+
+def make_key_file(key: DomainKey | None) -> int:
+    """A memfd for `load_key` of another process; the caller's to close."""
+    fd = os.memfd_create("nsfs-key", os.MFD_CLOEXEC)
+    os.write(fd, b"" if key is None else key.secret)
+    return fd
+
+
+class _Contexts(threading.local):
+    """One context of the cipher for each thread: it has a state, and making one takes four times as long as a block."""
+
+    def __init__(self, key: bytes) -> None:
+        self.context: Context = Cipher(algorithms.AES(key), modes.CTR(bytes(UNIT))).encryptor()
+
+
+class Keystream:
+    """Turns plaintext into ciphertext and back, from any offset that is a multiple of 16."""
+
+    def __init__(self, key: bytes) -> None:
+        self._contexts = _Contexts(key)
+
+    def apply(self, offset: int, data: bytes | bytearray | memoryview) -> bytes:
+        """`data`, which is at `offset`, encrypted or decrypted."""
+        number, rest = divmod(offset, UNIT)
+        if rest:
+            raise ValueError(f"not at a unit of the keystream: {offset}")
+        context = self._contexts.context
+        context.reset_nonce(number.to_bytes(UNIT, "big"))
+        return context.update(data)
+
+
+class DiskCipher:
+    """The keystream of a pool's disk, block by block: a block without ciphertext is a hole, and reads as zeros.
+
+    That a block of ciphertext is all zeros by itself has a chance of 1 in 2^32768.
+    """
+
+    def __init__(self, keystream: Keystream) -> None:
+        self._keystream = keystream
+
+    def encrypt(self, address: int, blocks: memoryview) -> bytes:
+        """What to write at `address`: whole blocks."""
+        return self._keystream.apply(address, blocks)
+
+    def decrypt(self, address: int, blocks: bytes) -> bytes:
+        """What was written at `address`: whole blocks."""
+        data = self._keystream.apply(address, blocks)
+        holes = _holes(blocks)
+        if not holes:
+            return data
+        filled = bytearray(data)
+        for start in holes:
+            filled[start : start + BLOCK] = _ZEROS
+        return bytes(filled)
+
+
+def _holes(blocks: bytes) -> list[int]:
+    """Where blocks of zeros begin; looks at the first 8 bytes of each before it looks at all."""
+    firsts = memoryview(blocks).cast("Q")[:: BLOCK // 8].tolist()
+    if 0 not in firsts:
+        return []
+    starts = (number * BLOCK for number, first in enumerate(firsts) if not first)
+    return [start for start in starts if blocks[start : start + BLOCK] == _ZEROS]

@@ -1,0 +1,97 @@
+"""Domains as the daemon has them on disk: begun, opened and deleted whole.
+
+Owns the order in which a domain goes: its key first, so that whatever is left when that is interrupted is noise, which
+the next start deletes. Refuses to open a domain whose key is not the one that its pool is encrypted with. Blocks; call
+it in a thread. One daemon owns a root.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
+
+from nsfs.errors import NsfsError
+from nsfs.model.encryption import KeyPlace, plan_key
+from nsfs.store.crypt import DomainKey, make_key_file
+from nsfs.store.pool import create_bitmap
+
+if TYPE_CHECKING:
+    from nsfs.model.encryption import Encrypt
+    from nsfs.store.keys import Keys
+    from nsfs.store.layout import Layout
+
+log = logging.getLogger(__name__)
+
+_POD = "pod/"
+
+
+class Opened(NamedTuple):
+    """Descriptors that outlive the domain's workers; the caller's to close."""
+
+    bitmap: int
+    """The live bitmap."""
+    key: int
+    """`store.crypt.load_key` reads it."""
+
+
+class Domains:
+    """The domains of one daemon."""
+
+    def __init__(self, layout: Layout, keys: Keys, encrypt: Encrypt) -> None:
+        self._layout = layout
+        self._keys = keys
+        self._encrypt = encrypt
+
+    def open(self, name: str) -> Opened:
+        """Begin a domain, or go on with it; raises as `create_bitmap` and `Keys.load` do."""
+        key = self._key(name)
+        bitmap = create_bitmap(self._layout.domain(name, key))
+        try:
+            return Opened(bitmap, make_key_file(key))
+        except BaseException:
+            os.close(bitmap)
+            raise
+
+    def _key(self, name: str) -> DomainKey | None:
+        match plan_key(name, self._encrypt):
+            case KeyPlace.MEMORY:
+                self.delete(name)  # nobody has the key of what an earlier pod of that name left
+                return DomainKey.generate()
+            case place:
+                wanted = place is KeyPlace.DISK
+                key = self._keys.ensure(name, wanted=wanted)
+                if wanted and key is None:
+                    log.warning("domain %s was begun without a key, and stays unencrypted until it is deleted", name)
+                return key
+
+    def destroy_key(self, name: str) -> None:
+        """From now on nobody can read what the domain has on disk, but who has the key in memory."""
+        self._keys.destroy(name)
+
+    def delete(self, name: str) -> None:
+        """Delete all that a domain has on disk, its key first."""
+        self.destroy_key(name)
+        shutil.rmtree(self._layout.domain(name).path, ignore_errors=True)
+
+    def drop_lost(self) -> None:
+        """Delete the domains of pods, none of which outlives its daemon, and those whose deletion was interrupted."""
+        for name in self._names():
+            if name.startswith(_POD) or self._is_lost(name):
+                log.info("domain %s is deleted: its mount, or its key, is gone", name)
+                self.delete(name)
+
+    def _names(self) -> list[str]:
+        try:
+            return [unquote(entry) for entry in os.listdir(self._layout.domains)]
+        except FileNotFoundError:
+            return []
+
+    def _is_lost(self, name: str) -> bool:
+        try:
+            return self._keys.is_lost(name)
+        except NsfsError as error:
+            log.warning("what domain %s has cannot be looked at: %s", name, error)
+            return False
