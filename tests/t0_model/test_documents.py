@@ -14,7 +14,7 @@ from nsfs.cli.app import nsfs
 from nsfs.cli.exits import EXITS
 from nsfs.serve.config import known_keys
 from nsfs.serve.doctor import FEATURES
-from nsfs.store import index, layers, layout, pool
+from nsfs.store import crypt, index, keys, layers, layout, pool
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCE = REPOSITORY / "src/nsfs"
@@ -198,14 +198,14 @@ def test_every_file_on_disk_is_described() -> None:
     for name in (layers.INDEX_FILE, layers.SEGMENTS_FILE, layers.SPANS_FILE, "blob.partial", "map-"):
         assert name in ON_DISK
     whole = layout.Layout("/root", "/run")
-    for path in (whole.meta, whole.socket, whole.lock, whole.lowers, whole.upper("x")):
+    for path in (whole.key("x"), whole.meta, whole.socket, whole.lock, whole.lowers, whole.upper("x")):
         assert f"{path.split('/')[2]}" in ON_DISK
 
 
 def test_the_index_is_described() -> None:
     rows = {row[0].strip("`"): row[1:] for row in _rows(ON_DISK, "database")}
     assert set(rows) == set(index._Databases._fields)
-    assert rows["about"][1].endswith(str(index.VERSION))
+    assert f"{index.PLAIN_VERSION}, or {index.VERSION} where" in rows["about"][1]
 
 
 def test_headers_are_described() -> None:
@@ -213,11 +213,12 @@ def test_headers_are_described() -> None:
         assert f"`{magic.decode()}`" in ON_DISK
     assert f"header of {layers._HEADER.size} bytes" in ON_DISK
     ends = [int(offset) + int(size) for offset, size, *_ in _rows(ON_DISK, "offset")]
-    assert ends[-1] == pool._HEADER.size
+    assert ends[-1] == pool._CHECK_AT + crypt.CHECK_SIZE
     for name in layers._COLUMNS:
         assert f"*{name}*" in ON_DISK
 
 
 def test_versions_are_described() -> None:
-    assert {pool.VERSION, layers.VERSION, index.VERSION} == {1}
-    assert "all of them are 1" in ON_DISK
+    assert {pool.PLAIN_VERSION, layers.VERSION, index.PLAIN_VERSION, keys.VERSION} == {1}
+    assert {pool.VERSION, index.VERSION} == {2}
+    assert "a format version: 1, and 2 of a disk and an index under a key" in ON_DISK

@@ -89,7 +89,7 @@ def test_descriptors_are_not_inherited(pool: Pool, bitmap: int) -> None:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool against a dict of blocks; a power loss may come at any time."""
+    """A pool against a dict of blocks, each of which has one content ever; a power loss may come at any time."""
 
     blocks = st.integers(0, 70)
     counts = st.integers(1, 40)
@@ -104,12 +104,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = open_pool(self.domain, self.bitmap, SALT)
         self.live: dict[int, bytes] = {}
         self.durable: dict[int, bytes] = {}
-        self.number = 0
 
     @rule(block=blocks, count=counts)
     def write(self, block: int, count: int) -> None:
-        self.number += 1
-        data = b"".join(b"%08d" % (self.number * 1000 + n) * 512 for n in range(count))
+        data = b"".join(b"%08d" % (block + n) * 512 for n in range(count))
         self.pool.write(self.first + block * BLOCK, data)
         self.live |= {block + n: data[n * BLOCK : (n + 1) * BLOCK] for n in range(count)}
 

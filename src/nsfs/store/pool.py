@@ -1,15 +1,11 @@
 """The pool of a domain: a sparse file of bytes, and a bitmap that says which of its blocks are there.
 
-Owns `disk`, `present` (the durable bitmap) and the memory behind the live bitmap, which is a memfd that outlives its
-workers and is shared by a worker, its jobs and its fronts. All three begin with a header that names the pool: the
-addresses below 1 GiB are never given out, so neither file needs its first blocks for anything else.
-
-Where the domain has a key, all of the disk but its header is ciphertext (`store.crypt.DiskCipher`): an address never
-holds two different plaintexts, since it is given out once, to one content, and padded with zeros.
+Owns `disk`, `present` (the durable bitmap) and the live bitmap, a memfd that outlives its workers and is shared by a
+worker, its jobs and its fronts. All begin with a header that names the pool. Where the domain has a key, the rest of
+the disk is ciphertext: an address never has two plaintexts, since it is given out once and padded with zeros.
 
 Invariants: a live bit is set only after its block was written, a durable one only after its block was synced; a block
-is punched only after the live bit is cleared, and then the durable one, and that is synced. So neither a crash nor a
-power loss nor a concurrent reader gets a hole for data.
+is punched only after both are cleared, and that is synced. So nothing and nobody gets a hole for data.
 
 Concurrency: any number of threads. At most one process at a time writes to the blocks behind one byte of the bitmap (a
 job to the slabs it reserved, the worker to the rest); `flush` and `evict` exclude each other across processes.
