@@ -7,6 +7,7 @@ import json
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from nsfs.core.blobs import NOBODY
 from nsfs.core.images import Located
 from nsfs.errors import CorruptError, NotFoundError, NsfsError
 from nsfs.model.digest import Digest
@@ -15,7 +16,7 @@ from nsfs.model.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, Descriptor, Docu
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
 
-    from nsfs.model.pool import ImageRecord
+    from nsfs.model.pool import Access, ImageRecord
 
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
@@ -130,14 +131,14 @@ class FakeSources:
         self.sources = {source.name: source for source in sources}
         self.opened: list[str] = []
 
-    async def locate(self, reference: str) -> Located:
+    async def locate(self, reference: str, owner: str = "") -> Located:
         repository, mark, digest = reference.partition("@")
         tag = ""
         if not mark:
             repository, _, tag = reference.partition(":")
-        return Located(reference, repository, tag, digest or tag, await self.open(repository))
+        return Located(reference, repository, tag, digest or tag, await self.open(repository, owner))
 
-    async def open(self, repository: str) -> FakeSource:
+    async def open(self, repository: str, owner: str = "") -> FakeSource:
         self.opened.append(repository)
         return self.sources[repository]
 
@@ -148,7 +149,7 @@ class FakeMemory:
     def __init__(self) -> None:
         self.images: dict[str, ImageRecord] = {}
         self.puts = 0
-        self.known: dict[Digest, list[str]] = {}
+        self.known: dict[tuple[Digest, Access], list[str]] = {}
 
     def image(self, key: str) -> ImageRecord | None:
         return self.images.get(key)
@@ -157,8 +158,14 @@ class FakeMemory:
         self.puts += 1
         self.images[key] = record
 
-    def origins(self, blob: Digest) -> list[str]:
-        return self.known.get(blob, [])
+    def origins(self, blob: Digest, access: Access = NOBODY) -> list[tuple[str, str]]:
+        return [
+            (key.owner, name)
+            for (known, key), names in self.known.items()
+            if known == blob and key.origin == access.origin and access.owner in {"", key.owner}
+            for name in names
+        ]
 
-    def put_origin(self, blob: Digest, repository: str) -> None:
-        self.known[blob] = [repository, *(name for name in self.origins(blob) if name != repository)]
+    def put_origin(self, blob: Digest, repository: str, access: Access = NOBODY) -> None:
+        known = self.known.setdefault((blob, access), [])
+        self.known[blob, access] = [repository, *(name for name in known if name != repository)]

@@ -100,15 +100,16 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
     os.nice(args.nice)
     gc.disable()  # its many values hold no cycles, and the process ends with the layer
     layout = _layout(args.domain, fds)
-    key = LayerKey(Digest(args.blob), "plain")
+    key = LayerKey(Digest(args.blob), "plain", args.origin)
     directory = layout.layer_dir(key)
     job = firstpass.FirstPassJob(
         blob=key.blob,
+        origin=key.origin,
         blob_size=args.blob_size,
         media_type=args.media_type,
         compression=Compression(args.compression),
         diff_id=Digest(args.diff_id),
-        spool=layout.spool(key.blob),
+        spool=layout.spool(key),
         max_stream=firstpass.plan_max_stream(args.blob_size),
     )
     with (
@@ -128,7 +129,7 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
 def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
     layout = _layout(args.domain, fds)
     toc = Digest(args.toc_digest)
-    key = LayerKey(Digest(args.blob), f"estargz-{toc.hex}")
+    key = LayerKey(Digest(args.blob), f"estargz-{toc.hex}", args.origin)
     with open(fds[2], "rb", closefd=False) as file:
         index, spans = estargz.parse_toc(file.read(), estargz.TocLocation(args.toc_offset, args.toc_size), toc)
     regular = [entry for entry in index.entries if entry.kind is Kind.REGULAR]
@@ -145,6 +146,7 @@ def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade
         record = LayerRecord(
             blob=key.blob,
             index=key.index,
+            origin=key.origin,
             blob_size=args.blob_size,
             media_type=args.media_type,
             diff_id=None,
@@ -172,7 +174,7 @@ def _give_out(entries: Sequence[Entry], address: int) -> list[int]:
 def _make_checkpoints(args: SpanArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
     os.nice(_NICE)
     layout = _layout(args.domain, fds)
-    key = LayerKey(Digest(args.blob), args.index)
+    key = LayerKey(Digest(args.blob), args.index, args.origin)
     with working(layout), open_index(layout.index, layout.key) as index:
         record = index.layer(key)
         assert record is not None, "only layers that were committed get checkpoints"
@@ -181,7 +183,7 @@ def _make_checkpoints(args: SpanArgs, fds: Sequence[int], _channel: Channel) -> 
             blob_size=record.blob_size,
             stream_size=record.stream_size,
             compression=Compression(args.compression),
-            spool=layout.spool(key.blob),
+            spool=layout.spool(key),
         )
         firstpass.make_checkpoints(job, catalog=index, files=_Files(layout.layer_dir(key)))
     return LayerMade()
@@ -189,7 +191,7 @@ def _make_checkpoints(args: SpanArgs, fds: Sequence[int], _channel: Channel) -> 
 
 def _build_map(args: MapArgs, fds: Sequence[int], _channel: Channel) -> MapMade:
     layout = _layout(args.domain, fds)
-    key = LayerKey(Digest(args.blob), args.index)
+    key = LayerKey(Digest(args.blob), args.index, args.origin)
     index, addresses = files.load_index(layout.layer_dir(key))
     return _write_map(layout, key, args.map_id, index.entries, addresses, args.lowers)
 

@@ -235,17 +235,18 @@ class RemoteSources:
         self._remote = remote
         self._sources: dict[str, Source] = {}
 
-    async def locate(self, reference: str) -> Located:
+    async def locate(self, reference: str, owner: str) -> Located:
         """See Sources."""
         parsed = parse_reference(reference)
         if isinstance(parsed, LayoutReference):
             repository, version = f"oci:{parsed.directory}", parsed.identifier or ""
         else:
             repository, version = f"{parsed.registry}/{parsed.repository}", parsed.identifier
-        return Located(str(parsed), repository, parsed.tag or "", version, await self.open(repository))
+        return Located(str(parsed), repository, parsed.tag or "", version, await self.open(repository, owner))
 
-    async def open(self, repository: str) -> Source:
-        """See Sources."""
+    async def open(self, repository: str, owner: str) -> Source:
+        """See Sources; whoever asks, it is with the one owner's credentials."""
+        del owner
         if repository not in self._sources:
             self._sources.setdefault(repository, await self._remote.source(parse_reference(repository)))
         return self._sources[repository]

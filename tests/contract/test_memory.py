@@ -8,9 +8,9 @@ from typing import Protocol
 import pytest
 
 from core_sources import FakeMemory, digest_of
-from nsfs.core.blobs import Origins
+from nsfs.core.blobs import NOBODY, Origins
 from nsfs.core.images import ImageMemory
-from nsfs.model.pool import ImageRecord
+from nsfs.model.pool import Access, ImageRecord
 from nsfs.store.index import open_index
 
 
@@ -51,8 +51,21 @@ def test_an_image_is_as_it_was_put_last(memory: Memory) -> None:
 
 def test_the_repository_named_last_is_the_first_and_each_is_there_once(memory: Memory) -> None:
     blob = digest_of(b"blob", "sha512")
-    assert memory.origins(blob) == []
+    assert memory.origins(blob, NOBODY) == []
     for name in ("a", "b", "a", "c", "c"):
-        memory.put_origin(blob, name)
-    assert memory.origins(blob) == ["c", "a", "b"]
-    assert memory.origins(digest_of(b"blob")) == []
+        memory.put_origin(blob, name, NOBODY)
+    assert memory.origins(blob, NOBODY) == [("", "c"), ("", "a"), ("", "b")]
+    assert memory.origins(digest_of(b"blob"), NOBODY) == []
+
+
+def test_what_one_owner_knows_is_no_other_s(memory: Memory) -> None:
+    blob = digest_of(b"blob")
+    ours, theirs = Access("team-a", "0" * 16), Access("team-a/x", "0" * 16)
+    elsewhere = Access("team-a", "1" * 16)
+    for access, name in ((ours, "a"), (theirs, "b"), (ours, "c")):
+        memory.put_origin(blob, name, access)
+    assert memory.origins(blob, ours) == [("team-a", "c"), ("team-a", "a")]
+    assert memory.origins(blob, theirs) == [("team-a/x", "b")]
+    assert memory.origins(blob, elsewhere) == memory.origins(blob, NOBODY) == []
+    anybody = memory.origins(blob, Access("", "0" * 16))
+    assert sorted(anybody) == [("team-a", "a"), ("team-a", "c"), ("team-a/x", "b")]

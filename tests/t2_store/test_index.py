@@ -9,6 +9,7 @@ import lmdb
 import msgspec
 import pytest
 
+from nsfs.core.blobs import NOBODY
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.pool import Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
@@ -118,9 +119,9 @@ def test_layers_maps_origins_and_images_are_found_again(index: DomainIndex) -> N
     index.put_map(made)
     assert (index.map("m"), index.map("n")) == (made, None)
     for name in ("a", "b", "a"):
-        index.put_origin(BLOB, name)
-    assert index.origins(BLOB) == ["a", "b"]
-    assert index.origins(Digest.of(b"")) == []
+        index.put_origin(BLOB, name, NOBODY)
+    assert index.origins(BLOB, NOBODY) == [("", "a"), ("", "b")]
+    assert index.origins(Digest.of(b""), NOBODY) == []
     image = ImageRecord(repository="r", manifest=b"{}", media_type="t", config=b"{}")
     index.put_image("name" * 500, image)
     assert (index.image("name" * 500), index.image("other")) == (image, None)

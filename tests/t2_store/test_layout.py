@@ -38,7 +38,10 @@ def test_paths_are_where_the_documents_say() -> None:
     blob = Digest("sha256:" + "a" * 64)
     assert domain.disk == "/var/lib/nsfs/domains/ns%2Fteam-a/disk"
     assert domain.layer_dir(LayerKey(blob, "plain")) == f"{domain.path}/layers/{'a' * 64}/plain"
-    assert domain.spool(blob) == f"{domain.path}/layers/{'a' * 64}/blob.partial"
+    assert domain.spool(LayerKey(blob, "plain")) == f"{domain.path}/layers/{'a' * 64}/blob.partial"
+    other = LayerKey(blob, "plain", "0123456789abcdef")
+    assert domain.layer_dir(other) == f"{domain.path}/layers/{'a' * 64}@0123456789abcdef/plain"
+    assert os.path.dirname(domain.spool(other)) == domain.blob_dir(other)
     assert os.path.basename(domain.map(LayerKey(blob, "plain"), "0123")) == "map-0123.erofs"
     assert layout.domain_run("ns/team-a").fuse_disk("m") == "/run/nsfs/domains/ns%2Fteam-a/fuse/disks/m"
     assert len(layout.lowers) <= len("/run/nsfs/l"), "128 of them fit into a page of options"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nsfs.model.digest import Digest
-from nsfs.model.pool import LayerRecord, Slab
+from nsfs.model.pool import LayerKey, LayerRecord, Slab
 from nsfs.store.index import DomainIndex, open_index
 from nsfs.store.layout import DomainLayout
 from nsfs.store.pool import Pool, create_bitmap, open_pool
@@ -56,9 +56,9 @@ class Domain:
         return blob
 
     def spool(self, blob: Digest, size: int) -> None:
-        os.makedirs(self.layout.blob_dir(blob), exist_ok=True)
+        os.makedirs(self.layout.blob_dir(LayerKey(blob, "plain")), exist_ok=True)
         if size:
-            with open(self.layout.spool(blob), "wb") as file:
+            with open(self.layout.spool(LayerKey(blob, "plain")), "wb") as file:
                 file.write(bytes(size))
 
 
@@ -94,14 +94,16 @@ def test_only_spools_that_have_done_their_work_go(domain: Domain) -> None:
     domain.spool(unknown, 500)
     assert domain.recover() == [str(waiting)]
     left = {
-        blob for blob in (spanned, waiting, partial, unspooled, unknown) if os.path.exists(domain.layout.spool(blob))
+        blob
+        for blob in (spanned, waiting, partial, unspooled, unknown)
+        if os.path.exists(domain.layout.spool(LayerKey(blob, "plain")))
     }
     assert left == {waiting, partial, unknown}
 
 
 def test_half_written_files_go(domain: Domain) -> None:
     blob = domain.commit("layer")
-    directory = domain.layout.blob_dir(blob)
+    directory = domain.layout.blob_dir(LayerKey(blob, "plain"))
     for name in ("index.77.tmp", "index"):
         with open(f"{directory}/{name}", "w") as file:
             file.write("x")

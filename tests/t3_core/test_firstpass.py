@@ -110,7 +110,7 @@ class Domain:
             media_type=layer.media_type,
             compression=layer_format(layer.media_type).compression,
             diff_id=layer.diff_id,
-            spool=self.layout.spool(layer.digest),
+            spool=self.layout.spool(key_of(layer)),
         )
         return replace(job, **more)
 
@@ -134,7 +134,7 @@ class Domain:
             blob_size=len(layer.blob),
             stream_size=len(layer.tar),
             compression=layer_format(layer.media_type).compression,
-            spool=self.layout.spool(layer.digest),
+            spool=self.layout.spool(key_of(layer)),
         )
         return make_checkpoints(job, catalog=self.index, files=self.files(layer))
 
@@ -233,7 +233,7 @@ def test_a_layer_is_read_once_and_is_there(domain: Domain, make: Callable[[list[
     assert result.record.content_bytes == sum(entry.size for entry in result.index.entries)
     assert result.joined == len(b"hello\n")
     assert domain.progress[-1] == len(layer.blob)
-    with open(domain.layout.spool(layer.digest), "rb") as spool:
+    with open(domain.layout.spool(key_of(layer)), "rb") as spool:
         assert spool.read() == layer.blob
 
 
@@ -303,7 +303,7 @@ def test_a_wrong_diff_id_leaves_nothing(domain: Domain) -> None:
     with pytest.raises(CorruptError, match=f"diff ID .*{layer.diff_id} instead of {claimed}"):
         domain.first_pass(layer, diff_id=claimed)
     domain.check_is_empty()
-    assert not os.path.exists(domain.layout.spool(layer.digest))
+    assert not os.path.exists(domain.layout.spool(key_of(layer)))
 
 
 def test_a_wrong_blob_leaves_nothing(domain: Domain) -> None:
@@ -372,7 +372,7 @@ def test_a_pass_goes_on_where_it_was_interrupted(domain: Domain, cut: int) -> No
     with pytest.raises(UnreachableError, match="ended early"):
         domain.first_pass(layer, sent=layer.blob[:cut])
     domain.check_is_empty()
-    have = os.stat(domain.layout.spool(layer.digest)).st_size
+    have = os.stat(domain.layout.spool(key_of(layer))).st_size
     assert have == len(layer.blob[:cut])
     check_layer(domain, layer, ITEMS, domain.first_pass(layer, sent=layer.blob[have:]))
 
@@ -413,7 +413,7 @@ def test_a_commit_that_fails_leaves_the_spool_and_nothing_else(domain: Domain) -
 
 
 def write_spool(domain: Domain, layer: Layer, data: bytes) -> None:
-    path = domain.layout.spool(layer.digest)
+    path = domain.layout.spool(key_of(layer))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as spool:
         spool.write(data)
@@ -448,7 +448,7 @@ def test_after_checkpoints_every_part_of_the_stream_can_be_had_from_the_blob(dom
     assert record.has_spans
     table = layers.open_table(domain.files(layer).path)
     assert [table.span(number) for number in table.spans(0, len(layer.tar))] == spans.spans
-    assert not os.path.exists(domain.layout.spool(layer.digest))
+    assert not os.path.exists(domain.layout.spool(key_of(layer)))
 
 
 def test_checkpoints_of_a_spool_that_changed_are_refused(domain: Domain) -> None:

@@ -49,8 +49,8 @@ class FakePaths:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def spool(self, blob: Digest) -> str:
-        return str(self.path / blob.hex[:8])
+    def spool(self, key: LayerKey) -> str:
+        return str(self.path / key.blob.hex[:8])
 
     def map(self, key: LayerKey, map_id: str = "") -> str:
         return str(self.path / f"map-{map_id}")
@@ -77,7 +77,7 @@ class FakeJobs:
         return await getattr(self, name)(args, fds, report)
 
     async def first_pass(self, args: PlainArgs, fds: Sequence[int], report: Any) -> LayerMade:
-        spool = Path(self.site.paths.spool(Digest(args.blob)))
+        spool = Path(self.site.paths.spool(LayerKey(Digest(args.blob), "plain")))
         await report(1)
         fed = await _read_all(fds[2])
         self.fed.append(fed)
@@ -95,7 +95,7 @@ class FakeJobs:
         return LayerMade(ranges=[(1 << 30, 4096)])
 
     async def make_checkpoints(self, args: SpanArgs, _fds: Sequence[int], _report: Any) -> LayerMade:
-        spool = Path(self.site.paths.spool(Digest(args.blob)))
+        spool = Path(self.site.paths.spool(LayerKey(Digest(args.blob), "plain")))
         assert digest_of(spool.read_bytes()) == args.blob
         spool.unlink()
         key = LayerKey(Digest(args.blob), args.index)
@@ -219,7 +219,7 @@ def test_who_leaves_takes_nothing_with_him(tmp_path: Path) -> None:
 
 def test_what_is_spooled_is_not_fetched_again(tmp_path: Path) -> None:
     async def test(site: Site) -> None:
-        Path(site.paths.spool(digest_of(DATA[0]))).write_bytes(DATA[0][:100_000])
+        Path(site.paths.spool(LayerKey(digest_of(DATA[0]), "plain"))).write_bytes(DATA[0][:100_000])
         assert await site.layers.left_to_download(site.image, layer(0)) == 200_000
         await site.index(0)
         assert site.jobs.fed == [DATA[0][100_000:]]
@@ -230,7 +230,7 @@ def test_what_is_spooled_is_not_fetched_again(tmp_path: Path) -> None:
 
 def test_a_damaged_spool_costs_one_more_read(tmp_path: Path) -> None:
     async def test(site: Site) -> None:
-        Path(site.paths.spool(digest_of(DATA[0]))).write_bytes(b"x" * 100_000)
+        Path(site.paths.spool(LayerKey(digest_of(DATA[0]), "plain"))).write_bytes(b"x" * 100_000)
         await site.index(0)
         assert [len(fed) for fed in site.jobs.fed] == [200_000, 300_000]
 
@@ -267,7 +267,7 @@ def test_a_layouts_blob_is_nothing_to_download(tmp_path: Path) -> None:
         directory = "/layout"
 
     async def test(site: Site) -> None:
-        Path(site.paths.spool(digest_of(DATA[0]))).write_bytes(DATA[0][:100_000])
+        Path(site.paths.spool(LayerKey(digest_of(DATA[0]), "plain"))).write_bytes(DATA[0][:100_000])
         assert await site.layers.left_to_download(site.image, layer(0)) == 0
         await site.index(0)
         assert site.jobs.fed == [DATA[0][100_000:]]
@@ -338,7 +338,7 @@ def test_checkpoints_wait_for_first_passes_and_come_one_at_a_time(tmp_path: Path
         assert at_work == [0, 1]
         assert site.jobs.ran == ["first_pass"] * 4 + ["make_checkpoints"] * 4
         assert all(record.has_spans for record in site.catalog.layers.values())
-        assert not any(os.path.exists(site.paths.spool(digest_of(data))) for data in DATA)
+        assert not any(os.path.exists(site.paths.spool(LayerKey(digest_of(data), "plain"))) for data in DATA)
 
     with_site(tmp_path, test)
 
@@ -354,7 +354,7 @@ def test_checkpoints_that_fail_are_a_warning_and_are_made_when_they_are_wanted(
         key = await site.index(0)
         await trio.sleep(1)
         assert "disk full" in caplog.text
-        os.unlink(site.paths.spool(key.blob))
+        os.unlink(site.paths.spool(key))
         site.jobs.hooks.clear()
         assert (await site.layers.ensure_spans(key)).has_spans
         await site.layers.ensure_spans(key)

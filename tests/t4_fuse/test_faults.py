@@ -16,6 +16,7 @@ import pytest
 from fakes import FakeRegistry
 from images import Image, Layer, file, gzip_layer
 from mounting import swept
+from nsfs.model.pool import LayerKey
 from nsfs.store.index import open_index
 from nsfs_daemon import Daemon, run_daemon
 from published import estargz_layer, publish
@@ -192,7 +193,7 @@ def test_a_damaged_blob_is_named_and_leaves_nothing(daemon: Daemon, tmp_path: Pa
         assert domain["local"] == 0
         layout = daemon.layout("ns/damaged")
         assert os.stat(layout.disk).st_blocks * 512 < 100_000
-        assert not os.path.exists(layout.spool(layer.digest))
+        assert not os.path.exists(layout.spool(LayerKey(layer.digest, "plain")))
         with open_index(layout.index, layout.key, readonly=True) as index:
             assert index.orphan_slabs() == []
         with daemon.mounted(reference, str(tmp_path / "mnt"), *namespace):

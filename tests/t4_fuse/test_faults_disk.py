@@ -98,7 +98,7 @@ def test_a_first_pass_into_a_full_disk_is_no_space_and_goes_on_by_range(
             assert os.stat(layout.disk).st_blocks * 512 < 1 << 20
             with open_index(layout.index, layout.key, readonly=True) as index:
                 assert index.orphan_slabs() == []
-            spooled = os.stat(layout.spool(layer.digest)).st_size
+            spooled = os.stat(layout.spool(LayerKey(layer.digest, "plain"))).st_size
             assert spooled > 4 << 20
         with daemon.mounted(reference, str(target)):
             assert {name: read(f"{target}/{name}") for name in files} == files

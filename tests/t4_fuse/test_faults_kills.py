@@ -17,6 +17,7 @@ import pytest
 from fakes import FakeRegistry
 from images import Image, Layer, file, gzip_layer
 from mounting import swept
+from nsfs.model.pool import LayerKey
 from nsfs.serve import mounts
 from nsfs.store.index import open_index
 from nsfs_daemon import NSFS, Daemon, run_daemon
@@ -79,7 +80,7 @@ def start_mount(daemon: Daemon, passing: Passing) -> subprocess.Popen[str]:
 
 
 def wait_for_spool(daemon: Daemon, passing: Passing) -> None:
-    spool = daemon.layout().spool(passing.layer.digest)
+    spool = daemon.layout().spool(LayerKey(passing.layer.digest, "plain"))
     deadline = time.monotonic() + 20
     while not os.path.exists(spool) or os.stat(spool).st_size < len(passing.layer.blob) // 2 - (1 << 20):
         assert time.monotonic() < deadline, daemon.tail()

@@ -1,5 +1,8 @@
 """Blobs by digest, from whichever repository gives them, with what they cost.
 
+A blob is asked for as somebody (`model.pool.Access`): only repositories that this owner named are asked, only those of
+one registry, and with this owner's credentials. A domain that is one owner's leaves that open.
+
 Owns which repository is asked and the count of bytes fetched per blob, which is what a mount's status shows. The
 repository that named a blob last is asked first; where that one fails, the others that ever named it: a manifest may
 claim a layer that its repository does not have, and a registry may be down while another is not. A source is opened
@@ -10,13 +13,14 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import trio
 
 from nsfs.core.ports import Blob, LocalBlob
 from nsfs.errors import NotFoundError, NsfsError
 from nsfs.model.oci import Descriptor
+from nsfs.model.pool import Access
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -25,18 +29,27 @@ if TYPE_CHECKING:
     from nsfs.core.ports import Source
     from nsfs.model.digest import Digest
 
+NOBODY = Access()
+"""Of a domain that is one owner's: whoever it is, of whichever registry."""
 _ANY = "application/octet-stream"
 _KEPT = 1024
 """Blobs that stay open; another one costs an object, no request."""
 
 
+class Holder(NamedTuple):
+    """Who may have a blob: a repository, and as whom to ask it."""
+
+    owner: str
+    repository: str
+
+
 class Origins(Protocol):
     """The domain's memory of who has what. Writing may block."""
 
-    def origins(self, blob: Digest) -> list[str]:
-        """Repositories that have a blob, the latest first."""
+    def origins(self, blob: Digest, access: Access) -> list[tuple[str, str]]:
+        """Repositories that have a blob, the latest first; behind the owner who knows that."""
 
-    def put_origin(self, blob: Digest, repository: str) -> None:
+    def put_origin(self, blob: Digest, repository: str, access: Access) -> None:
         """Remember one."""
 
 
@@ -48,74 +61,78 @@ class Blobs:
         self._origins = origins
         self.fetched: Counter[Digest] = Counter()
         """Bytes that came over the network, by blob."""
-        self._found: dict[tuple[Digest, str], Blob] = {}
-        self._working: dict[Digest, str] = {}
+        self._found: dict[tuple[Digest, Holder], Blob] = {}
+        self._working: dict[tuple[Digest, Access], Holder] = {}
         """Of blobs whose latest repository failed, the one that did not."""
 
-    async def add(self, digest: Digest, repository: str) -> None:
+    async def add(self, digest: Digest, repository: str, access: Access = NOBODY) -> None:
         """Remember that `repository` has the blob."""
-        self._working.pop(digest, None)
-        await trio.to_thread.run_sync(self._origins.put_origin, digest, repository)
+        self._working.pop((digest, access), None)
+        await trio.to_thread.run_sync(self._origins.put_origin, digest, repository, access)
 
-    def blob(self, digest: Digest, size: int) -> OriginBlob:
+    def blob(self, digest: Digest, size: int, access: Access = NOBODY) -> OriginBlob:
         """The blob; nothing is asked yet."""
-        return OriginBlob(self, digest, size)
+        return OriginBlob(self, digest, size, access)
 
     def count(self, blob: Blob, size: int) -> None:
         """Add what came over the network; a layout's files did not."""
         if not isinstance(blob, LocalBlob):
             self.fetched[blob.digest] += size
 
-    async def source(self, repository: str) -> Source:
-        """The repository itself."""
-        return await self._sources.open(repository)
+    async def source(self, repository: str, owner: str = "") -> Source:
+        """The repository itself, as `owner` sees it."""
+        return await self._sources.open(repository, owner)
 
-    async def is_local(self, digest: Digest, size: int) -> bool:
+    async def is_local(self, digest: Digest, size: int, access: Access = NOBODY) -> bool:
         """Whether the blob is a file of this machine."""
-        first = self.repositories(digest)[:1]
+        first = self.holders(digest, access)[:1]
         return bool(first) and isinstance(await self.open(digest, size, first[0]), LocalBlob)
 
-    def repositories(self, digest: Digest) -> list[str]:
+    def holders(self, digest: Digest, access: Access) -> list[Holder]:
         """Who may have the blob, in the order in which they are asked."""
-        known = self._origins.origins(digest)
-        working = self._working.get(digest)
-        return known if working is None else sorted(known, key=lambda repository: repository != working)
+        known = [Holder(*each) for each in self._origins.origins(digest, access)]
+        working = self._working.get((digest, access))
+        return known if working is None else sorted(known, key=lambda holder: holder != working)
 
-    def prefer(self, digest: Digest, repository: str) -> None:
-        """Ask `repository` first from now on: it has given the blob, and others have not."""
-        self._working[digest] = repository
+    def prefer(self, digest: Digest, access: Access, holder: Holder) -> None:
+        """Ask `holder` first from now on: it has given the blob, and others have not."""
+        self._working[digest, access] = holder
 
-    async def open(self, digest: Digest, size: int, repository: str) -> Blob:
-        """The blob as `repository` has it; raises NsfsError."""
-        found = self._found.pop((digest, repository), None)
-        if found is None:
-            source = await self.source(repository)
+    async def open(self, digest: Digest, size: int, holder: Holder) -> Blob:
+        """The blob as `holder` has it; raises NsfsError."""
+        found = self._found.pop((digest, holder), None)
+        if found is None or found.size != size:
+            source = await self.source(holder.repository, holder.owner)
             found = source.blob(Descriptor(media_type=_ANY, digest=digest, size=size))
         while len(self._found) >= _KEPT:
             del self._found[next(iter(self._found))]
-        self._found[digest, repository] = found
+        self._found[digest, holder] = found
         return found
 
 
 class OriginBlob:
     """A blob as `core.ports.Blob`. What it raises is what its first repository raised, or the first transient error."""
 
-    def __init__(self, blobs: Blobs, digest: Digest, size: int) -> None:
+    def __init__(self, blobs: Blobs, digest: Digest, size: int, access: Access) -> None:
         self._blobs = blobs
+        self._access = access
         self.digest = digest
         self.size = size
+
+    def _holders(self) -> list[Holder]:
+        return self._blobs.holders(self.digest, self._access)
 
     async def fetch(self, offset: int, length: int) -> bytes:
         """See Blob."""
         failures: list[NsfsError] = []
-        for repository in self._blobs.repositories(self.digest):
+        for holder in self._holders():
             try:
-                blob = await self._open(repository)
+                blob = await self._open(holder)
                 data = await blob.fetch(offset, length)
             except NsfsError as error:
                 failures.append(error)
                 continue
-            self._note(blob, repository, len(data), failures)
+            self._note(blob, holder, len(data), failures)
             return data
         raise self._summary(failures)
 
@@ -127,12 +144,12 @@ class OriginBlob:
 
     async def _pieces(self, offset: int) -> AsyncGenerator[bytes, None]:
         failures: list[NsfsError] = []
-        for repository in self._blobs.repositories(self.digest):
+        for holder in self._holders():
             try:
-                blob = await self._open(repository)
+                blob = await self._open(holder)
                 async with blob.stream(offset) as pieces:
                     async for piece in pieces:
-                        self._note(blob, repository, len(piece), failures)
+                        self._note(blob, holder, len(piece), failures)
                         offset += len(piece)
                         yield piece
             except NsfsError as error:
@@ -141,13 +158,13 @@ class OriginBlob:
                 return
         raise self._summary(failures)
 
-    async def _open(self, repository: str) -> Blob:
-        return await self._blobs.open(self.digest, self.size, repository)
+    async def _open(self, holder: Holder) -> Blob:
+        return await self._blobs.open(self.digest, self.size, holder)
 
-    def _note(self, blob: Blob, repository: str, size: int, failures: Sequence[NsfsError]) -> None:
+    def _note(self, blob: Blob, holder: Holder, size: int, failures: Sequence[NsfsError]) -> None:
         self._blobs.count(blob, size)
         if failures:
-            self._blobs.prefer(self.digest, repository)
+            self._blobs.prefer(self.digest, self._access, holder)
 
     def _summary(self, failures: Sequence[NsfsError]) -> NsfsError:
         """What to tell: the first error that another attempt may mend, or else the first."""

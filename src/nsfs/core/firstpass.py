@@ -88,6 +88,8 @@ class FirstPassJob:
     max_stream: int = 1 << 40
     max_addresses: int = MAX_ADDRESSES
     """Of all contents together, sparse files with their holes."""
+    origin: str = ""
+    """Of the layer's key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ def _plan_record(job: FirstPassJob, entries: Sequence[Entry], stream_size: int, 
     return LayerRecord(
         blob=job.blob,
         index="plain",
+        origin=job.origin,
         blob_size=job.blob_size,
         media_type=job.media_type,
         diff_id=job.diff_id,

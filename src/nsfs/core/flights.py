@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 class _Flight(Generic[T]):
     """One run under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, by: str) -> None:
         self.landed = trio.Event()
+        self.by = by
         self.waiting = 0
         self.result: list[T] = []
         self.error: Exception | None = None
@@ -37,15 +38,24 @@ class Flights(Generic[T]):
         self._nursery = nursery
         self._flights: dict[str, _Flight[T]] = {}
 
-    async def join(self, key: str, work: Callable[[], Awaitable[T]]) -> T:
+    async def join(self, key: str, work: Callable[[], Awaitable[T]], by: str = "") -> T:
         """The outcome of the run under way for `key`, begun with `work` if there is none.
 
-        Raises what the run raised, and UnreachableError where the nursery ended before it did.
+        Raises what the run raised, and UnreachableError where the nursery ended before it did. A run that somebody else
+        began (`by`) may fail for reasons that are only theirs: then it is begun anew.
         """
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = self._flights[key] = _Flight()
-            self._nursery.start_soon(self._fly, key, flight, work)
+        while True:
+            flight = self._flights.get(key)
+            if flight is None:
+                flight = self._flights[key] = _Flight(by)
+                self._nursery.start_soon(self._fly, key, flight, work)
+            try:
+                return await self._outcome(key, flight)
+            except NsfsError:
+                if flight.by == by:
+                    raise
+
+    async def _outcome(self, key: str, flight: _Flight[T]) -> T:
         flight.waiting += 1
         try:
             await flight.landed.wait()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import trio
 
+from nsfs.core.blobs import NOBODY
 from nsfs.errors import CorruptError, UnreachableError
 from nsfs.model import oci
 from nsfs.model.digest import DiffId, Digest
@@ -21,6 +22,7 @@ from nsfs.model.pool import ImageRecord
 
 if TYPE_CHECKING:
     from nsfs.core.ports import Source
+    from nsfs.model.pool import Access
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class Layer:
     descriptor: oci.Descriptor
     diff_id: DiffId
     format: oci.LayerFormat
+    access: Access = NOBODY
+    """As whom its bytes are asked for."""
 
     @property
     def digest(self) -> Digest:
@@ -57,6 +61,8 @@ class Image:
     config: oci.ImageConfig
     layers: tuple[Layer, ...]
     """Lowest first."""
+    access: Access = NOBODY
+    """As whom it was resolved."""
     stale: str = ""
     """Why this comes from memory, where it does."""
 
@@ -77,16 +83,22 @@ class Located:
     version: str
     """Tag or digest."""
     source: Source
+    access: Access = NOBODY
+    """As whom that is; NOBODY in a domain that is one owner's."""
+
+    def key(self, platform: oci.Platform) -> str:
+        """Under which a domain remembers the image."""
+        return " ".join(filter(None, (self.access.owner, self.reference, str(platform))))
 
 
 class Sources(Protocol):
     """Registries and layouts, opened once each."""
 
-    async def locate(self, reference: str) -> Located:
-        """Parse `reference` as a user types it; raises UsageError."""
+    async def locate(self, reference: str, owner: str) -> Located:
+        """Parse `reference` as a user types it, on behalf of `owner`; raises UsageError."""
 
-    async def open(self, repository: str) -> Source:
-        """Where the blobs of a repository are."""
+    async def open(self, repository: str, owner: str) -> Source:
+        """Where the blobs of a repository are, as `owner` sees it."""
 
 
 class ImageMemory(Protocol):
@@ -99,29 +111,42 @@ class ImageMemory(Protocol):
         """Remember one."""
 
 
+class Gate(Protocol):
+    """Who may have which image, where several share a domain."""
+
+    async def admit(self, image: Image) -> None:
+        """Return if whoever asked for `image` may have all of it; raises NsfsError."""
+
+
 class Images:
     """The service."""
 
-    def __init__(self, sources: Sources, memory: ImageMemory, platform: oci.Platform) -> None:
+    def __init__(self, sources: Sources, memory: ImageMemory, platform: oci.Platform, gate: Gate | None = None) -> None:
         self._sources = sources
         self._memory = memory
         self._platform = platform
+        self._gate = gate
 
-    async def resolve(self, reference: str, platform: str | None) -> Image:
+    async def resolve(self, reference: str, platform: str | None, owner: str = "") -> Image:
         """The image that `reference` names now; from memory where its registry cannot be reached.
 
         Raises NotFoundError where there is none for `platform`. Without one the host's is chosen from an index, and a
         single image is taken as it is.
         """
         wanted = oci.Platform.parse(platform) if platform else self._platform
-        located = await self._sources.locate(reference)
+        located = await self._sources.locate(reference, owner)
         image = await self._recall(located, wanted)
         if platform:
             oci.check_platform(image.config.platform, wanted)
+        return await self._admitted(image)
+
+    async def _admitted(self, image: Image) -> Image:
+        if self._gate is not None:
+            await self._gate.admit(image)
         return image
 
     async def _recall(self, located: Located, wanted: oci.Platform) -> Image:
-        key = f"{located.reference} {wanted}"
+        key = located.key(wanted)
         remembered = self._memory.image(key)
         try:
             record = await _fetch(located, wanted, remembered)
@@ -134,20 +159,20 @@ class Images:
             await trio.to_thread.run_sync(self._memory.put_image, key, record)
         return _read(located, record)
 
-    async def pinned(self, reference: str) -> Image:
+    async def pinned(self, reference: str, owner: str = "") -> Image:
         """The image that `reference` names by its manifest's digest: what such a name means never changes.
 
         So it needs no network where it is remembered. Raises CorruptError for what has another digest.
         """
-        located = await self._sources.locate(reference)
-        key = f"{located.reference} {self._platform}"
+        located = await self._sources.locate(reference, owner)
+        key = located.key(self._platform)
         record = self._memory.image(key)
         if record is None or _digest_of(record) != located.version:
             record = await _fetch(located, self._platform, None)
             if _digest_of(record) != located.version:
                 raise CorruptError(f"not a manifest's digest: {located.version}")
             await trio.to_thread.run_sync(self._memory.put_image, key, record)
-        return _read(located, record)
+        return await self._admitted(_read(located, record))
 
 
 async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord | None) -> ImageRecord:
@@ -179,7 +204,16 @@ def _read(located: Located, record: ImageRecord, stale: str = "") -> Image:
     manifest = oci.parse_manifest(document)
     config = oci.parse_config(record.config, manifest)
     layers = tuple(
-        Layer(descriptor, diff_id, oci.layer_format(descriptor.media_type, descriptor.annotations))
+        Layer(descriptor, diff_id, oci.layer_format(descriptor.media_type, descriptor.annotations), located.access)
         for descriptor, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
     )
-    return Image(located.reference, record.repository, located.tag, document.digest, config, layers, stale)
+    return Image(
+        located.reference,
+        record.repository,
+        located.tag,
+        document.digest,
+        config,
+        layers,
+        located.access,
+        stale,
+    )

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
@@ -29,7 +30,7 @@ from nsfs.core.toc_image import fetch_toc
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.format import estargz
 from nsfs.model import oci
-from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+from nsfs.model.pool import Access, LayerKey, LayerRecord, MapRecord
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -69,7 +70,7 @@ class Catalog(Protocol):
 class Paths(Protocol):
     """Where a layer's files are."""
 
-    def spool(self, blob: Digest) -> str:
+    def spool(self, key: LayerKey) -> str:
         """The blob's compressed bytes while they are still needed."""
 
     def map(self, key: LayerKey, map_id: str = "") -> str:
@@ -81,6 +82,7 @@ class PlainArgs(Struct, kw_only=True):
 
     domain: str
     blob: str
+    origin: str
     blob_size: int
     media_type: str
     compression: str
@@ -94,6 +96,7 @@ class TocArgs(Struct, kw_only=True):
 
     domain: str
     blob: str
+    origin: str
     blob_size: int
     media_type: str
     toc_digest: str
@@ -106,6 +109,7 @@ class SpanArgs(Struct, kw_only=True):
 
     domain: str
     blob: str
+    origin: str
     index: str
     compression: str
 
@@ -115,6 +119,7 @@ class MapArgs(Struct, kw_only=True):
 
     domain: str
     blob: str
+    origin: str
     index: str
     map_id: str
     lowers: list[str] | None
@@ -176,8 +181,8 @@ class Layers:
         self._claims: dict[LayerKey, DiffId] = {}
         """What the image for which a plain layer is read says that its diff ID is."""
         self._background = trio.CapacityLimiter(1)
-        self._begun: set[Digest] = set()
-        """Images, by their manifests."""
+        self._begun: set[tuple[Digest, Access]] = set()
+        """Images, by their manifests, and for whom."""
         self._idle = trio.Event()
         self.running: dict[LayerKey, LayerProgress] = {}
         """Layers that are being indexed now."""
@@ -192,8 +197,8 @@ class Layers:
         That is its table of contents where its manifest promises one, unless that was looked for in vain.
         """
         if layer.format.toc is None:
-            return LayerKey(layer.digest, PLAIN)
-        promised, plain = LayerKey(layer.digest, f"estargz-{layer.format.toc.hex}"), LayerKey(layer.digest, PLAIN)
+            return _plain(layer)
+        promised, plain = replace(_plain(layer), index=f"estargz-{layer.format.toc.hex}"), _plain(layer)
         if self._catalog.layer(promised) is None:
             record = self._catalog.layer(plain)
             if record is not None and record.no_toc:
@@ -208,10 +213,10 @@ class Layers:
         """Bytes that `index` will read of a registry's plain layer; 0 where it needs no pass over all of it."""
         if layer.format.toc or self.is_indexed(layer):
             return 0
-        await self._blobs.add(layer.digest, image.repository)
-        if await self._blobs.is_local(layer.digest, layer.descriptor.size):
+        await self._blobs.add(layer.digest, image.repository, layer.access)
+        if await self._blobs.is_local(layer.digest, layer.descriptor.size, layer.access):
             return 0
-        return max(0, layer.descriptor.size - _size_of(self._paths.spool(layer.digest)))
+        return max(0, layer.descriptor.size - _size_of(self._paths.spool(_plain(layer))))
 
     def check(self, layer: Layer) -> None:
         """Raise UnsupportedError for a layer that cannot be shown."""
@@ -220,8 +225,8 @@ class Layers:
 
     def begin(self, image: Image) -> None:
         """Index and map an image's layers in the background; whoever needs one asks for it, and hears how it went."""
-        if image.digest not in self._begun:
-            self._begun.add(image.digest)
+        if (image.digest, image.access) not in self._begun:
+            self._begun.add((image.digest, image.access))
             self._nursery.start_soon(self._prepare_quietly, image)
 
     async def _prepare_quietly(self, image: Image) -> None:
@@ -231,7 +236,7 @@ class Layers:
             if all(layer.digest in layers for layer in image.layers):
                 await self.maps(image.layers)
         except NsfsError as error:
-            self._begun.discard(image.digest)
+            self._begun.discard((image.digest, image.access))
             log.info("%s is not indexed ahead of its use: %s", image.reference, error)
         except Exception:
             log.exception("a bug: %s is not indexed ahead of its use", image.reference)
@@ -239,7 +244,7 @@ class Layers:
     async def index(self, image: Image, layer: Layer) -> LayerKey:
         """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
         self.check(layer)
-        await self._blobs.add(layer.digest, image.repository)
+        await self._blobs.add(layer.digest, image.repository, layer.access)
         record = self.record(layer)
         if record is not None:
             _check_claim(record, layer)
@@ -247,14 +252,15 @@ class Layers:
         key = self.key_of(layer)
         if key.index == PLAIN:
             return await self._index_plain(layer)
-        return await self._indexing.join(str(key), lambda: self._index_toc(image, layer, key))
+        work = partial(self._index_toc, image, layer, key)
+        return await self._indexing.join(str(key), work, layer.access.owner)
 
     async def _index_plain(self, layer: Layer) -> LayerKey:
-        key = LayerKey(layer.digest, PLAIN)
+        key = _plain(layer)
         while (found := self._catalog.layer(key)) is None:
             claim = self._claims.setdefault(key, layer.diff_id)
             try:
-                await self._indexing.join(str(key), lambda: self._read_plain(layer, key))
+                await self._indexing.join(str(key), partial(self._read_plain, layer, key), layer.access.owner)
             except CorruptError:
                 if claim == layer.diff_id:
                     raise
@@ -263,12 +269,12 @@ class Layers:
         return key
 
     async def _read_plain(self, layer: Layer, key: LayerKey) -> LayerKey:
-        blob = self._blobs.blob(layer.digest, layer.descriptor.size)
+        blob = self._blobs.blob(layer.digest, layer.descriptor.size, layer.access)
         with self._shown(layer, key) as progress:
             self._claims[key] = layer.diff_id
-            made = await self._resumed(blob, lambda: self._read_all(layer, blob, progress))
+            made = await self._resumed(blob, key, lambda: self._read_all(layer, blob, progress))
         await self._note(key, made)
-        self._nursery.start_soon(self._make_spans_quietly, key)
+        self._nursery.start_soon(self._make_spans_quietly, key, layer.access.owner)
         return key
 
     @contextmanager
@@ -287,7 +293,7 @@ class Layers:
 
     async def _index_toc(self, image: Image, layer: Layer, key: LayerKey) -> LayerKey:
         """By its table of contents; where that should be elsewhere and is not, as the plain layer that it also is."""
-        blob = self._blobs.blob(layer.digest, layer.descriptor.size)
+        blob = self._blobs.blob(layer.digest, layer.descriptor.size, layer.access)
         offset, length = estargz.plan_footer(blob.size)
         tail = await blob.fetch(offset, length)
         found = estargz.parse_footer(tail, blob.size)
@@ -302,7 +308,7 @@ class Layers:
         return key
 
     async def _fetch_external(self, image: Image, layer: Layer) -> bytes:
-        source = await self._blobs.source(image.repository)
+        source = await self._blobs.source(image.repository, layer.access.owner)
         return await fetch_toc(source, image.tag, layer.digest, image.config.platform)
 
     async def _index_without_toc(self, layer: Layer, error: NotFoundError) -> LayerKey:
@@ -320,9 +326,9 @@ class Layers:
         if made.map is not None:
             await self._remember_map(key, map_id_of(key), made.map, None)
 
-    async def _resumed(self, blob: OriginBlob, work: Callable[[], Awaitable[T]]) -> T:
+    async def _resumed(self, blob: OriginBlob, key: LayerKey, work: Callable[[], Awaitable[T]]) -> T:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
-        return await (_twice(blob, work) if _size_of(self._paths.spool(blob.digest)) else work())
+        return await (_twice(blob, work) if _size_of(self._paths.spool(key)) else work())
 
     def _is_largest(self, layer: Layer) -> bool:
         """No layer that is being read now is larger."""
@@ -332,6 +338,7 @@ class Layers:
         args = PlainArgs(
             domain=self._domain,
             blob=str(layer.digest),
+            origin=layer.access.origin,
             blob_size=layer.descriptor.size,
             media_type=layer.descriptor.media_type,
             compression=layer.format.compression.value,
@@ -342,7 +349,7 @@ class Layers:
         async def report(done: int) -> None:
             progress.done = done
 
-        have = _size_of(self._paths.spool(layer.digest))
+        have = _size_of(self._paths.spool(_plain(layer)))
         result: list[LayerMade] = []
 
         async def work(fd: int) -> None:
@@ -359,6 +366,7 @@ class Layers:
         args = TocArgs(
             domain=self._domain,
             blob=str(layer.digest),
+            origin=layer.access.origin,
             blob_size=layer.descriptor.size,
             media_type=layer.descriptor.media_type,
             toc_digest=str(layer.format.toc),
@@ -400,6 +408,7 @@ class Layers:
         args = MapArgs(
             domain=self._domain,
             blob=str(key.blob),
+            origin=key.origin,
             index=key.index,
             map_id=map_id,
             lowers=None if lowers is None else [record.path for record in lowers],
@@ -414,6 +423,7 @@ class Layers:
             id=map_id,
             blob=key.blob,
             index=key.index,
+            origin=key.origin,
             path=self._paths.map(key, map_id),
             needs_lower=made.needs_lower,
             marks=made.marks,
@@ -423,7 +433,7 @@ class Layers:
         await trio.to_thread.run_sync(self._catalog.put_map, record)
         return record
 
-    async def ensure_spans(self, key: LayerKey) -> LayerRecord:
+    async def ensure_spans(self, key: LayerKey, owner: str = "") -> LayerRecord:
         """Make the layer's content fetchable by ranges; reads the whole blob again where it is no longer spooled.
 
         The record says then whether it is, or can only be had `whole`.
@@ -431,20 +441,24 @@ class Layers:
         record = self._known(key)
         if record.has_spans or record.whole:
             return record
-        blob = self._blobs.blob(record.blob, record.blob_size)
-        await self._spanning.join(str(key), lambda: _twice(blob, lambda: self._make_spans(record, blob)))
+        blob = self._blob(record, owner)
+        work = partial(_twice, blob, partial(self._make_spans, record, blob))
+        await self._spanning.join(str(key), work, owner)
         return self._known(key)
 
-    async def refill(self, key: LayerKey, work: Callable[[CheckpointJob], None]) -> None:
+    def _blob(self, record: LayerRecord, owner: str) -> OriginBlob:
+        return self._blobs.blob(record.blob, record.blob_size, Access(owner, record.origin))
+
+    async def refill(self, key: LayerKey, work: Callable[[CheckpointJob], None], owner: str = "") -> None:
         """Read the whole blob of a layer again, and have `work` done with it in a thread."""
         record = self._known(key)
-        blob = self._blobs.blob(record.blob, record.blob_size)
+        blob = self._blob(record, owner)
         job = CheckpointJob(
             key=key,
             blob_size=record.blob_size,
             stream_size=record.stream_size,
             compression=oci.layer_format(record.media_type).compression,
-            spool=self._paths.spool(record.blob),
+            spool=self._paths.spool(record.key),
         )
 
         async def run() -> LayerKey:
@@ -453,7 +467,7 @@ class Layers:
             os.unlink(job.spool)
             return key
 
-        await self._spanning.join(str(key), lambda: _twice(blob, run))
+        await self._spanning.join(str(key), partial(_twice, blob, run), owner)
 
     def _known(self, key: LayerKey) -> LayerRecord:
         record = self._catalog.layer(key)
@@ -464,26 +478,27 @@ class Layers:
     def finish(self, keys: Iterable[LayerKey]) -> None:
         """Make the spans of layers whose making was interrupted, in the background."""
         for key in keys:
-            self._nursery.start_soon(self._make_spans_quietly, key)
+            self._nursery.start_soon(self._make_spans_quietly, key, "")
 
     async def _make_spans(self, record: LayerRecord, blob: OriginBlob) -> LayerKey:
-        await _spool(blob, self._paths.spool(record.blob))
+        await _spool(blob, self._paths.spool(record.key))
         args = SpanArgs(
             domain=self._domain,
             blob=str(record.blob),
+            origin=record.origin,
             index=record.index,
             compression=oci.layer_format(record.media_type).compression.value,
         )
         await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, self._shared, LayerMade)
         return record.key
 
-    async def _make_spans_quietly(self, key: LayerKey) -> None:
+    async def _make_spans_quietly(self, key: LayerKey, owner: str) -> None:
         """Make checkpoints when nobody waits for a layer's first pass any more, one layer at a time."""
         try:
             async with self._background:
                 while self.running:
                     await self._idle.wait()
-                await self.ensure_spans(key)
+                await self.ensure_spans(key, owner)
         except NsfsError as error:
             log.warning("no checkpoints for layer %s, which cannot be evicted without: %s", short(key.blob), error)
         except Exception:
@@ -492,13 +507,20 @@ class Layers:
 
 def map_id_of(key: LayerKey, lowers: Sequence[MapRecord] | None = None) -> str:
     """A map's name: a function of the blob and its index and, where it depends on them, of the maps below."""
-    names = [f"{key.blob}/{key.index}", *([] if lowers is None else ["over", *(lower.id for lower in lowers)])]
+    names = [
+        f"{key.blob}/{key.index}{key.origin}",
+        *([] if lowers is None else ["over", *(lower.id for lower in lowers)]),
+    ]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
 
 
 def _sources_of(maps: Sequence[MapRecord]) -> Iterable[LayerKey]:
     """The layers whose tables know the addresses in `maps`, each once."""
     return dict.fromkeys(key for record in maps for key in (record.key, *record.lowers))
+
+
+def _plain(layer: Layer) -> LayerKey:
+    return LayerKey(layer.digest, PLAIN, layer.access.origin)
 
 
 def short(digest: Digest) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,15 +25,35 @@ class Slab(NamedTuple):
     size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """As whom a layer's bytes are asked for, and of which registry; both empty in a domain that is one owner's."""
+
+    owner: str = ""
+    """`policy.owner_name`; empty for anybody who was let in."""
+    origin: str = ""
+    """`origin_of` the registry."""
+
+
+def origin_of(registry: str, network: str = "") -> str:
+    """How a domain of several owners tells registries apart: 16 hexadecimal digits.
+
+    `network` is where the name means that registry, for one that does not prove by TLS who it is.
+    """
+    return hashlib.sha256(f"{registry} {network}".encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class LayerKey:
     """A layer of a domain: a blob, and the index that its content is read by.
 
-    `index` is "plain", or "estargz-" and the hex digits of the TOC's digest.
+    `index` is "plain", or "estargz-" and the hex digits of the TOC's digest. In a domain of several owners a layer is
+    also one registry's, its `origin`: what another says that it has, it must give itself.
     """
 
     blob: Digest
     index: str
+    origin: str = ""
 
 
 class LayerRecord(Struct, frozen=True, kw_only=True):
@@ -40,6 +61,7 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
 
     blob: Digest
     index: str
+    origin: str = ""
     blob_size: int
     media_type: str
     diff_id: Digest | None
@@ -66,7 +88,7 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> LayerKey:
         """What it is stored under."""
-        return LayerKey(self.blob, self.index)
+        return LayerKey(self.blob, self.index, self.origin)
 
 
 class MapRecord(Struct, frozen=True, kw_only=True):
@@ -75,6 +97,7 @@ class MapRecord(Struct, frozen=True, kw_only=True):
     id: str
     blob: Digest
     index: str
+    origin: str = ""
     path: str
     needs_lower: bool
     """There is no file: the map depends on the layers below, and is made under another ID for each stack of them."""
@@ -88,7 +111,7 @@ class MapRecord(Struct, frozen=True, kw_only=True):
     @property
     def key(self) -> LayerKey:
         """The layer whose tree it is."""
-        return LayerKey(self.blob, self.index)
+        return LayerKey(self.blob, self.index, self.origin)
 
 
 class ImageRecord(Struct, frozen=True, kw_only=True):

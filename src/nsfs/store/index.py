@@ -17,6 +17,7 @@ import os
 import re
 import struct
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias, TypeVar
 
 import lmdb
@@ -24,7 +25,7 @@ import msgspec
 
 from nsfs.errors import CorruptError, DeniedError, NoSpaceError, NotFoundError, NsfsError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
-from nsfs.model.pool import Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
+from nsfs.model.pool import Access, Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
 from nsfs.store.crypt import SALT_SIZE
 from nsfs.store.databases import mapped_errors
 
@@ -69,12 +70,13 @@ T = TypeVar("T")
 _EXTENT = struct.Struct("<QQ")
 _SLAB = struct.Struct("<QB")
 _ADDRESS = struct.Struct(">Q")
+_ORIGIN = re.compile(r"(?:[0-9a-f]{16})?")
 _INDEX_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,199}")
 
 
 def check_key(key: LayerKey) -> LayerKey:
     """`key` itself, if its index's name may become part of a path; raises UsageError."""
-    if _INDEX_NAME.fullmatch(key.index) is None:
+    if _INDEX_NAME.fullmatch(key.index) is None or _ORIGIN.fullmatch(key.origin) is None:
         raise UsageError(f"not the name of a layer's index: {key.index[:200]!r}")
     return key
 
@@ -89,11 +91,12 @@ class _Databases(NamedTuple):
     slabs: _Database
     """u64 address -> u64 size, u8 (1 once a layer with it is committed)."""
     layers: _Database
-    """blob digest, b"/", name of the index -> LayerRecord as a msgpack map."""
+    """blob digest, b"/", name of the index, b"@" and origin where it has one -> LayerRecord as a msgpack map."""
     maps: _Database
     """map ID -> MapRecord as a msgpack map."""
     origins: _Database
-    """blob digest -> names of repositories as a msgpack array, the latest first."""
+    """blob digest, and b" ", origin, b" ", owner where several share the domain -> names of repositories as a msgpack
+    array, the latest first."""
     images: _Database
     """raw sha256 of (complete reference, b" ", platform) -> ImageRecord as a msgpack map."""
 
@@ -299,19 +302,30 @@ class DomainIndex:
         with self._transaction(self._db.maps, write=True) as txn:
             txn.put(record.id.encode(), _encode(record))
 
-    def origins(self, blob: Digest) -> list[str]:
-        """The repositories that are known to have a blob, the latest first."""
-        with self._transaction(self._db.origins) as txn:
-            value = txn.get(blob.encode())
-        return [] if value is None else self._decoded(value, _decode_names)
+    def origins(self, blob: Digest, access: Access) -> list[tuple[str, str]]:
+        """The repositories that are known to have a blob, the latest first, each with whose knowledge that is.
 
-    def put_origin(self, blob: Digest, repository: str) -> None:
+        Where several share the domain, and no owner is named, those that any of them knows.
+        """
+        exact = not access.origin or access.owner
+        prefix = _origin_key(blob, access)
+        with self._transaction(self._db.origins) as txn:
+            if exact:
+                found = [(prefix, txn.get(prefix))]
+            else:
+                cursor = txn.cursor()
+                cursor.set_range(prefix)
+                found = list(takewhile(lambda pair: pair[0].startswith(prefix), cursor))
+        lists = [(key[len(prefix) :].decode(), self._decoded(value, _decode_names)) for key, value in found if value]
+        return [(access.owner or owner, name) for owner, names in lists for name in names]
+
+    def put_origin(self, blob: Digest, repository: str, access: Access) -> None:
         """Remember that a repository has a blob; the latest few are kept. Writes only what is new."""
-        known = self.origins(blob)
+        known = [name for _, name in self.origins(blob, access)]
         if known[:1] != [repository]:
             names = [repository, *(name for name in known if name != repository)][:_ORIGINS]
             with self._transaction(self._db.origins, write=True) as txn:
-                txn.put(blob.encode(), _encode(names))
+                txn.put(_origin_key(blob, access), _encode(names))
 
     def image(self, key: str) -> ImageRecord | None:
         """What an image was when it was last resolved; `key` is its complete reference, a space and its platform."""
@@ -344,8 +358,12 @@ def _image_key(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
+def _origin_key(blob: Digest, access: Access) -> bytes:
+    return (f"{blob} {access.origin} {access.owner}" if access.origin else blob).encode()
+
+
 def _layer_key(key: LayerKey) -> bytes:
-    return f"{key.blob}/{key.index}".encode()
+    return f"{key.blob}/{key.index}{'@' + key.origin if key.origin else ''}".encode()
 
 
 def _get_extents(txn: _Transaction, digests: list[bytes]) -> dict[bytes, Extent]:

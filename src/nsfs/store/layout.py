@@ -15,7 +15,6 @@ from nsfs.errors import UsageError
 from nsfs.store.index import check_key
 
 if TYPE_CHECKING:
-    from nsfs.model.digest import Digest
     from nsfs.model.pool import LayerKey
     from nsfs.store.crypt import DomainKey
 
@@ -74,17 +73,17 @@ class DomainLayout:
         """Holds a directory for every blob."""
         return os.path.join(self.path, "layers")
 
-    def blob_dir(self, blob: Digest) -> str:
-        """What belongs to a blob, whatever index it is read by."""
-        return os.path.join(self.layers, blob.hex)
+    def blob_dir(self, key: LayerKey) -> str:
+        """What belongs to a layer's blob, whatever index it is read by."""
+        return os.path.join(self.layers, f"{key.blob.hex}@{key.origin}" if check_key(key).origin else key.blob.hex)
 
     def layer_dir(self, key: LayerKey) -> str:
         """A layer's index, tables and maps."""
-        return os.path.join(self.blob_dir(key.blob), check_key(key).index)
+        return os.path.join(self.blob_dir(key), key.index)
 
-    def spool(self, blob: Digest) -> str:
-        """A blob's compressed bytes while they are still needed."""
-        return os.path.join(self.blob_dir(blob), "blob.partial")
+    def spool(self, key: LayerKey) -> str:
+        """The compressed bytes of a layer's blob while they are still needed."""
+        return os.path.join(self.blob_dir(key), "blob.partial")
 
     def map(self, key: LayerKey, map_id: str = "") -> str:
         """A layer's EROFS image; `map_id` where it depends on the layers below."""

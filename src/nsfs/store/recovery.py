@@ -68,9 +68,9 @@ def _judge_spools(layout: DomainLayout, records: list[LayerRecord]) -> list[Laye
         if record.verified != "diff-id":
             continue
         with suppress(FileNotFoundError):
-            size = os.stat(layout.spool(record.blob)).st_size
+            size = os.stat(layout.spool(record.key)).st_size
             if record.has_spans:
-                os.unlink(layout.spool(record.blob))
+                os.unlink(layout.spool(record.key))
             elif size == record.blob_size:
                 waiting.append(record.key)
     return waiting
