@@ -32,6 +32,24 @@ _SANDBOXES = {
 }
 """What pods need here: an image for sandboxes, and no less a score for the OOM killer than we may set."""
 
+_PROXY = """
+[proxy_plugins.{name}]
+  type = "snapshot"
+  address = "/run/nsfs/nsfs.sock"
+"""
+_PLUGIN = {
+    INSTALLED: _PROXY,
+    NEWER: _PROXY
+    + """
+[proxy_plugins.{name}.exports]
+  enable_remote_snapshot_annotations = "true"
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "{name}"
+""",
+}
+"""One more name of the snapshotter, as the snippets make the first."""
+
 SNIPPETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "contrib", "containerd")
 
 
@@ -137,13 +155,16 @@ def run_node(
     *,
     cri: bool = False,
     pause: str = "",
+    plugins: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Node]:
     """Start both below `directory`, which becomes a shared mount meanwhile.
 
-    `pause` is the image that pods' sandboxes are made of, where `cri` is to run any.
+    `pause` is the image that pods' sandboxes are made of, where `cri` is to run any; `plugins` are further names of the
+    snapshotter.
     """
-    more = {"config": "", "cri": _SANDBOXES[release].format(pause=pause) if pause else ""}
+    named = "".join(_PLUGIN[release].format(name=name) for name in plugins)
+    more = {"config": named, "cri": _SANDBOXES[release].format(pause=pause) if pause else ""}
     names = ("config", "cri") if cri else ("config",)
     version = 2 if release == INSTALLED else 3
     with shared_directory(directory), run_daemon(f"{directory}/nsfs", settings) as daemon:
@@ -158,5 +179,5 @@ def _write_snippet(directory: str, name: str, socket: str, more: str) -> str:
         text = file.read()
     path = f"{directory}/{name}"
     with open(path, "w") as file:
-        file.write(text.replace("/run/nsfs/nsfs.sock", socket) + more)
+        file.write((text + more).replace("/run/nsfs/nsfs.sock", socket))
     return path
