@@ -14,7 +14,7 @@ import lmdb
 
 from bench import stacks
 from bench.harness import Bench, Figure, seconds
-from images import file, gzip_layer, sample_content
+from images import directory, file, gzip_layer, sample_content
 from nsfs.model.report import ImageReport
 from nsfs.serve import api
 from nsfs.serve.client import Control, open_control
@@ -71,7 +71,7 @@ def _measure_new_layer(bench: Bench, scratch: str, reference: str) -> None:
     with run_daemon(f"{scratch}/nsfs") as daemon, open_control(daemon.socket) as control:
         _mount(control, reference, base, _SOME_FILE)
         for number in range(bench.samples):
-            fresh = gzip_layer([file("srv/new", sample_content(1 << 20, seed=number))])
+            fresh = gzip_layer([directory("srv"), file("srv/new", sample_content(1 << 20, seed=number))])
             push_layout(
                 stacks.many_files(f"{scratch}/new{number}", _FILES, _LAYERS, fresh), bench.registry, f"maps/{number}"
             )

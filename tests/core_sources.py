@@ -14,7 +14,7 @@ from nsfs.model.digest import Digest
 from nsfs.model.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, Descriptor, Document, Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Collection
 
     from nsfs.model.pool import Access, ImageRecord
 
@@ -166,6 +166,7 @@ class FakeMemory:
             for name in names
         ]
 
-    def put_origin(self, blob: Digest, repository: str, access: Access = NOBODY) -> None:
-        known = self.known.setdefault((blob, access), [])
-        self.known[blob, access] = [repository, *(name for name in known if name != repository)]
+    def put_origin(self, blobs: Collection[Digest], repository: str, access: Access = NOBODY) -> None:
+        for blob in blobs:
+            known = self.known.setdefault((blob, access), [])
+            self.known[blob, access] = [repository, *(name for name in known if name != repository)]

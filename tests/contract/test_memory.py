@@ -53,7 +53,7 @@ def test_the_repository_named_last_is_the_first_and_each_is_there_once(memory: M
     blob = digest_of(b"blob", "sha512")
     assert memory.origins(blob, NOBODY) == []
     for name in ("a", "b", "a", "c", "c"):
-        memory.put_origin(blob, name, NOBODY)
+        memory.put_origin([blob], name, NOBODY)
     assert memory.origins(blob, NOBODY) == [("", "c"), ("", "a"), ("", "b")]
     assert memory.origins(digest_of(b"blob"), NOBODY) == []
 
@@ -63,7 +63,7 @@ def test_what_one_owner_knows_is_no_other_s(memory: Memory) -> None:
     ours, theirs = Access("team-a", "0" * 16), Access("team-a/x", "0" * 16)
     elsewhere = Access("team-a", "1" * 16)
     for access, name in ((ours, "a"), (theirs, "b"), (ours, "c")):
-        memory.put_origin(blob, name, access)
+        memory.put_origin([blob], name, access)
     assert memory.origins(blob, ours) == [("team-a", "c"), ("team-a", "a")]
     assert memory.origins(blob, theirs) == [("team-a/x", "b")]
     assert memory.origins(blob, elsewhere) == memory.origins(blob, NOBODY) == []

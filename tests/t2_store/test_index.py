@@ -119,7 +119,7 @@ def test_layers_maps_origins_and_images_are_found_again(index: DomainIndex) -> N
     index.put_map(made)
     assert (index.map("m"), index.map("n")) == (made, None)
     for name in ("a", "b", "a"):
-        index.put_origin(BLOB, name, NOBODY)
+        index.put_origin([BLOB], name, NOBODY)
     assert index.origins(BLOB, NOBODY) == [("", "a"), ("", "b")]
     assert index.origins(Digest.of(b""), NOBODY) == []
     image = ImageRecord(repository="r", manifest=b"{}", media_type="t", config=b"{}")

@@ -160,7 +160,7 @@ class Places:
         self.sources = FakeSources(*self.places)
         self.memory = FakeMemory()
         for place in self.places:
-            self.memory.put_origin(BLOB, place.name)
+            self.memory.put_origin([BLOB], place.name)
         self.blobs = Blobs(self.sources, self.memory)
         self.blob = self.blobs.blob(BLOB, len(DATA))
 
@@ -193,7 +193,7 @@ def test_a_repository_that_is_named_anew_is_asked_first_again() -> None:
         site = Places()
         await site.blob.fetch(0, 1)
         site.places[2].add_blob(DATA)
-        await site.blobs.add(BLOB, "third")
+        await site.blobs.add([BLOB], "third")
         await site.blob.fetch(0, 1)
         assert [len(place.asked) for place in site.places] == [1, 1, 2]
 
@@ -255,7 +255,7 @@ def test_open_blobs_are_bounded() -> None:
         site = Places()
         for number in range(2000):
             digest = digest_of(b"%d" % number)
-            await site.blobs.add(digest, "first")
+            await site.blobs.add([digest], "first")
             site.places[0].blobs[digest] = b"x"
             await site.blobs.blob(digest, 1).fetch(0, 1)
         assert len(site.blobs._found) <= 1024

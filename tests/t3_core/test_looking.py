@@ -14,7 +14,7 @@ from nsfs.core.maps import open_map
 from nsfs.core.union import LowerTree
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError, UsageError
 from nsfs.format.erofs import render_erofs
-from nsfs.model.digest import DiffId
+from nsfs.model.digest import DiffId, Digest
 from nsfs.model.layer import Entry
 from nsfs.model.oci import Descriptor, ImageConfig, Platform, Runtime, layer_format
 from nsfs.model.pool import MapRecord
@@ -40,8 +40,8 @@ class FakeLayers:
         if self.number(layer) in self.refused:
             raise UnsupportedError("encrypted")
 
-    async def left_to_download(self, _image: Image, layer: Layer) -> int:
-        return 0 if self.number(layer) in self.indexed else layer.descriptor.size
+    async def left_to_download(self, _image: Image, layers: Sequence[Layer]) -> dict[Digest, int]:
+        return {each.digest: 0 if self.number(each) in self.indexed else each.descriptor.size for each in layers}
 
     async def index(self, _image: Image, layer: Layer) -> None:
         self.check(layer)

@@ -23,7 +23,7 @@ from nsfs.model.oci import Descriptor
 from nsfs.model.pool import Access
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 
     from nsfs.core.images import Sources
     from nsfs.core.ports import Source
@@ -49,8 +49,8 @@ class Origins(Protocol):
     def origins(self, blob: Digest, access: Access) -> list[tuple[str, str]]:
         """Repositories that have a blob, the latest first; behind the owner who knows that."""
 
-    def put_origin(self, blob: Digest, repository: str, access: Access) -> None:
-        """Remember one."""
+    def put_origin(self, blobs: Collection[Digest], repository: str, access: Access) -> None:
+        """Remember one, of several blobs."""
 
 
 class Blobs:
@@ -65,10 +65,11 @@ class Blobs:
         self._working: dict[tuple[Digest, Access], Holder] = {}
         """Of blobs whose latest repository failed, the one that did not."""
 
-    async def add(self, digest: Digest, repository: str, access: Access = NOBODY) -> None:
-        """Remember that `repository` has the blob."""
-        self._working.pop((digest, access), None)
-        await trio.to_thread.run_sync(self._origins.put_origin, digest, repository, access)
+    async def add(self, digests: Collection[Digest], repository: str, access: Access = NOBODY) -> None:
+        """Remember that `repository` has the blobs."""
+        for digest in digests:
+            self._working.pop((digest, access), None)
+        await trio.to_thread.run_sync(self._origins.put_origin, digests, repository, access)
 
     def blob(self, digest: Digest, size: int, access: Access = NOBODY) -> OriginBlob:
         """The blob; nothing is asked yet."""

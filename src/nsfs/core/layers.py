@@ -17,6 +17,7 @@ import os
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import msgspec
@@ -209,11 +210,15 @@ class Layers:
         """What is known of the layer, if its index is complete."""
         return self._catalog.layer(self.key_of(layer))
 
-    async def left_to_download(self, image: Image, layer: Layer) -> int:
-        """Bytes that `index` will read of a registry's plain layer; 0 where it needs no pass over all of it."""
+    async def left_to_download(self, image: Image, layers: Sequence[Layer]) -> dict[Digest, int]:
+        """Bytes that `index` will read of each plain layer in a registry; 0 where it needs no pass over all of it."""
+        for access, some in groupby(layers, key=lambda layer: layer.access):
+            await self._blobs.add([layer.digest for layer in some], image.repository, access)
+        return {layer.digest: await self._left_to_download(layer) for layer in layers}
+
+    async def _left_to_download(self, layer: Layer) -> int:
         if layer.format.toc or self.is_indexed(layer):
             return 0
-        await self._blobs.add(layer.digest, image.repository, layer.access)
         if await self._blobs.is_local(layer.digest, layer.descriptor.size, layer.access):
             return 0
         return max(0, layer.descriptor.size - _size_of(self._paths.spool(_plain(layer))))
@@ -244,7 +249,7 @@ class Layers:
     async def index(self, image: Image, layer: Layer) -> LayerKey:
         """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
         self.check(layer)
-        await self._blobs.add(layer.digest, image.repository, layer.access)
+        await self._blobs.add([layer.digest], image.repository, layer.access)
         record = self.record(layer)
         if record is not None:
             _check_claim(record, layer)

@@ -146,7 +146,7 @@ class Looking:
 
     async def announce(self, image: Image, layers: Sequence[Layer], report: Report) -> None:
         """Say what indexing `layers` will download."""
-        costs = {layer.digest: await self._layers.left_to_download(image, layer) for layer in layers}
+        costs = await self._layers.left_to_download(image, layers)
         plain = [digest for digest, cost in costs.items() if cost]
         if plain:
             what = f"plain layer {short(plain[0])}" if len(plain) == 1 else f"{len(plain)} plain layers"

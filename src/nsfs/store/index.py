@@ -30,7 +30,7 @@ from nsfs.store.crypt import SALT_SIZE
 from nsfs.store.databases import mapped_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from lmdb import _Database
 
@@ -319,13 +319,15 @@ class DomainIndex:
         lists = [(key[len(prefix) :].decode(), self._decoded(value, _decode_names)) for key, value in found if value]
         return [(access.owner or owner, name) for owner, names in lists for name in names]
 
-    def put_origin(self, blob: Digest, repository: str, access: Access) -> None:
-        """Remember that a repository has a blob; the latest few are kept. Writes only what is new."""
-        known = [name for _, name in self.origins(blob, access)]
-        if known[:1] != [repository]:
-            names = [repository, *(name for name in known if name != repository)][:_ORIGINS]
+    def put_origin(self, blobs: Collection[Digest], repository: str, access: Access) -> None:
+        """Remember that a repository has these blobs; the latest few of each are kept. Writes only what is new."""
+        known = {blob: [name for _, name in self.origins(blob, access)] for blob in blobs}
+        fresh = {blob: names for blob, names in known.items() if names[:1] != [repository]}
+        if fresh:
             with self._transaction(self._db.origins, write=True) as txn:
-                txn.put(_origin_key(blob, access), _encode(names))
+                for blob, names in fresh.items():
+                    latest = [repository, *(name for name in names if name != repository)]
+                    txn.put(_origin_key(blob, access), _encode(latest[:_ORIGINS]))
 
     def image(self, key: str) -> ImageRecord | None:
         """What an image was when it was last resolved; `key` is its complete reference, a space and its platform."""
