@@ -22,6 +22,7 @@ from nsfs import __version__
 from nsfs.core.clones import Clones
 from nsfs.core.lazy import LazyConfig, LazyLayers
 from nsfs.core.manual import Lowers, ManualMounts
+from nsfs.core.namespaces import Namespaces, NoSnapshots
 from nsfs.core.scopes import Scopes
 from nsfs.core.snapshots import open_snapshots
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnsupportedError
@@ -40,6 +41,7 @@ from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.session import read_init
 from nsfs.serve.snapshots_rpc import snapshots_service
 from nsfs.serve.supervisor import Connection, NoTerms, open_supervisor
+from nsfs.serve.tenancy import Tenancy
 from nsfs.store.domains import Domains
 from nsfs.store.keys import Keys, load_host_key
 from nsfs.store.layout import Layout
@@ -49,6 +51,7 @@ from nsfs.store.snapshots import SnapshotDirs
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
+    from nsfs.core.snapshots import Snapshots
     from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ServerProcess
     from nsfs.serve.wire import Methods
@@ -135,7 +138,8 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         stack.push_async_callback(manual.end_all)
         await trio.to_thread.run_sync(store.drop_lost)
         control = Control(config, manual, supervisor, scopes, keychain, private=private)
-        services = [control_service(control.handlers())]
+        snapshots: Snapshots | NoSnapshots = NoSnapshots()
+        services = []
         if host.root and not private:
             choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict")
             clones = Clones(kernel, possible=host.idmap)
@@ -145,6 +149,9 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
                 open_snapshots(meta, directories, lazy, clones, empty=kernel.empty)
             )
             services.append(snapshots_service(snapshots))
+        namespaces = Namespaces(manual, snapshots, lowers, store, meta, keychain.forget)
+        tenancy = Tenancy(scopes, config.policy, namespaces, supervisor, control)
+        services.append(control_service(control.handlers() | tenancy.handlers()))
         await stack.enter_async_context(serve_rpc(config.socket, services))
         log.info("nsfs %s serves at %s", __version__, config.socket)
         beside = [] if private else [partial(_obey_hangups, config, scopes)]

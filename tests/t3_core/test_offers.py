@@ -19,7 +19,7 @@ from nsfs.model.snapshot import Change, Kind, Record
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from nsfs.model.policy import ScopeRequest
+    from nsfs.model.policy import Domain, ScopeRequest
 
 A, B, C = (f"sha256:{digit * 64}" for digit in "abc")
 CRI = "containerd.io/snapshot/cri."
@@ -84,8 +84,8 @@ class Layers:
     async def release(self, snapshot: int) -> None:
         raise AssertionError
 
-    def stacked(self) -> set[int]:
-        return set()
+    def shown(self) -> dict[int, Domain]:
+        return {}
 
 
 def offering(layers: Layers, body: Callable[[Offers, Ledger], Awaitable[None]], *known: Record) -> list[Record]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nsfs.model.lazy import LazyLayer
-    from nsfs.model.policy import ScopeRequest
+    from nsfs.model.policy import Domain, ScopeRequest
 
 PLUGINS = ("nsfs", "nsfs-shared")
 NAMESPACES = ("a", "b")
@@ -51,8 +51,8 @@ class NothingLazy:
     async def release(self, snapshot: int) -> None:
         raise AssertionError
 
-    def stacked(self) -> set[int]:
-        return set()
+    def shown(self) -> dict[int, Domain]:
+        return {}
 
 
 class NoKernel:

@@ -34,6 +34,7 @@ _COMMANDS = {
     "pull": "nsfs.cli.pulling",
     "evict": "nsfs.cli.images",
     "status": "nsfs.cli.images",
+    "ns": "nsfs.cli.namespaces",
     "policy": "nsfs.cli.policy",
     "login": "nsfs.cli.accounts",
     "logout": "nsfs.cli.accounts",

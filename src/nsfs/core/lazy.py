@@ -27,7 +27,7 @@ from nsfs.model.mounts import Host, choose_driver
 from nsfs.model.snapshot import Stacked
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from nsfs.core.clones import Clones
     from nsfs.core.manual import Lowers, Workers
@@ -189,9 +189,9 @@ class LazyLayers:
                 with trio.CancelScope(shield=True):
                     await self._lowers.end(domain)
 
-    def stacked(self) -> set[int]:
-        """The snapshots that have views mounted, or a domain."""
-        return set(self._domains)
+    def shown(self) -> Mapping[int, Domain]:
+        """The domains of snapshots that have views mounted, or a domain of their own, by ID."""
+        return self._domains
 
     def _domain(self, request: ScopeRequest) -> Domain:
         if not request.namespace:

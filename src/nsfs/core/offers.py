@@ -22,12 +22,12 @@ from nsfs.model.lazy import Exchange, State, lazy_name, parse_exchange, parse_of
 from nsfs.model.snapshot import Change, Kind, chain, plan_create, request_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from nsfs.core.ledger import Ledger
     from nsfs.model.filters import Filters
     from nsfs.model.lazy import LazyLayer
-    from nsfs.model.policy import ScopeRequest
+    from nsfs.model.policy import Domain, ScopeRequest
     from nsfs.model.shift import Shift
     from nsfs.model.snapshot import Record, Stacked
 
@@ -65,8 +65,8 @@ class Lazy(Protocol):
     async def release(self, snapshot: int) -> None:
         """Unmount what only that snapshot stacks; a domain that was its alone ends."""
 
-    def stacked(self) -> set[int]:
-        """The snapshots that have views mounted."""
+    def shown(self) -> Mapping[int, Domain]:
+        """The domains of snapshots that have views mounted, or a domain of their own, by ID."""
 
 
 class Offers:

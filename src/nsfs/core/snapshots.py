@@ -26,6 +26,7 @@ from nsfs.errors import CorruptError, DeniedError, ExistsError, NsfsError, Unrea
 from nsfs.model.filters import parse_filters
 from nsfs.model.guest import plan_guest_mounts
 from nsfs.model.lazy import State, is_offered, is_unpack
+from nsfs.model.namespaces import plan_drop
 from nsfs.model.shift import between
 from nsfs.model.snapshot import (
     Change,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from nsfs.core.clones import Clones
     from nsfs.core.ledger import Records, Table
     from nsfs.core.offers import Lazy
+    from nsfs.model.policy import Domain
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +220,23 @@ class Snapshots:
             await self._release(keep)
             return await trio.to_thread.run_sync(self._directories.sweep, keep, below)
 
+    def all(self) -> list[Record]:
+        """The records of every plugin name."""
+        return list(self._ledger.records())
+
+    def shown(self) -> Mapping[int, Domain]:
+        """Where the views of those that are mounted are, by ID."""
+        return self._lazy.shown()
+
+    async def drop(self, namespace: str) -> int:
+        """Forget all of a namespace's snapshots, take away and delete what they had; how many that were."""
+        async with self._ledger.lock:
+            gone = plan_drop(record for record in self._ledger.records() if record.namespace == namespace)
+            for record in gone:
+                await self._ledger.carry_out(Change(gone=record))
+        await self.cleanup()
+        return len(gone)
+
     def resume(self) -> None:
         """Go on with what an earlier daemon began."""
         self._offers.resume()
@@ -227,7 +246,7 @@ class Snapshots:
         await self._release(())
 
     async def _release(self, keep: Collection[int]) -> None:
-        for number in (self._lazy.stacked() | self._clones.stacked()).difference(keep):
+        for number in (self._lazy.shown().keys() | self._clones.stacked()).difference(keep):
             try:
                 await self._lazy.release(number)
                 await self._clones.release(number)

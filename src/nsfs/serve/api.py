@@ -169,6 +169,65 @@ class ExplainReport(Struct, kw_only=True):
     """Who else the policy puts into this domain."""
 
 
+class NamespaceRequest(Struct, kw_only=True):
+    """Names a namespace. `force`: end it though somebody uses it."""
+
+    namespace: str
+    force: bool = False
+
+
+class NamespaceDomain(Struct, kw_only=True):
+    """One domain, as a namespace has it."""
+
+    name: str
+    own: bool
+    """Nobody else's, and ends with the namespace."""
+    pid: int
+    """Of its worker; 0 if none runs."""
+    disk: int
+    """Bytes that it takes on disk, its indexes included."""
+    fetched: int
+    """Bytes fetched over the network since its worker started."""
+    state: str
+
+
+class NamespaceReport(Struct, kw_only=True):
+    """What is here on behalf of one namespace."""
+
+    namespace: str
+    containerd: bool
+    """containerd asked on its behalf."""
+    domains: list[NamespaceDomain]
+    mounts: list[str]
+    """Where it is mounted by hand."""
+    snapshots: int
+    containers: list[str]
+    """containerd's keys of those snapshots that somebody uses."""
+    own: int
+    """Bytes on disk of its own domains."""
+    shared: int
+    """Bytes on disk of the domains that it shares, whoever had them fetched."""
+    fetched: int
+    """Bytes fetched for its own domains since their workers started."""
+
+
+class NamespacesReport(Struct, kw_only=True):
+    """`nsfs ns ls`."""
+
+    namespaces: list[NamespaceReport]
+
+
+class NamespaceEnded(Struct, kw_only=True):
+    """What went with a namespace."""
+
+    namespace: str
+    mounts: int
+    snapshots: int
+    domains: list[str]
+    freed: int
+    """Bytes of disk."""
+
+
 class EvictReport(Struct, kw_only=True):
     """What `nsfs evict` did."""
 
@@ -218,6 +277,9 @@ METHODS: dict[str, tuple[type, type]] = {
     "Read": (PathRequest, Empty),
     "Evict": (ImageRequest, EvictReport),
     "Explain": (ExplainRequest, ExplainReport),
+    "Namespaces": (Empty, NamespacesReport),
+    "Namespace": (NamespaceRequest, NamespaceReport),
+    "EndNamespace": (NamespaceRequest, NamespaceEnded),
     "Login": (LoginRequest, LoginReport),
     "Logout": (LogoutRequest, Empty),
 }

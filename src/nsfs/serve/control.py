@@ -15,7 +15,6 @@ from nsfs.core import worker_api
 from nsfs.core.manual import ManualMounts, Wish
 from nsfs.core.tasks import run_all
 from nsfs.errors import DeniedError, NsfsError, UnsupportedError
-from nsfs.model.explain import follows_of, sharers_of
 from nsfs.model.policy import ScopeRequest
 from nsfs.model.report import EntryReport, ImageReport
 from nsfs.remote.credentials import Credential
@@ -38,7 +37,7 @@ T = TypeVar("T")
 
 
 class Control:
-    """The handlers of `api.METHODS`."""
+    """The handlers of `api.METHODS`, but for those of `serve.tenancy`."""
 
     def __init__(
         self,
@@ -75,7 +74,6 @@ class Control:
             "Read": self._counted(self._path("Read", worker_api.Empty, api.Empty)),
             "Stat": self._counted(self._path("Stat", EntryReport, None)),
             "Evict": self._counted(self._evict),
-            "Explain": self._explain,
             "Login": self._counted(self._login),
             "Logout": self._counted(self._logout),
         }
@@ -168,29 +166,6 @@ class Control:
         evicted = await self._ask(self._domain(request), "Evict", name, worker_api.Evicted, report)
         return api.EvictReport(layers=evicted.layers, freed=evicted.freed)
 
-    async def _explain(self, request: api.ExplainRequest, _report: Report) -> api.ExplainReport:
-        asked = ScopeRequest(
-            namespace=request.namespace,
-            references=(request.reference,),
-            plugin=request.plugin,
-            wish=request.isolation,
-            label=request.label,
-            mount_id="<mount>",
-        )
-        decision = self._scopes.decide(asked)
-        return api.ExplainReport(
-            reference=self._scopes.complete(request.reference),
-            namespace=request.namespace,
-            plugin=request.plugin,
-            scope=decision.scope,
-            domain=decision.domain.name if decision.domain else "",
-            rule=decision.rule,
-            reasons=list(decision.reasons),
-            policy=self._config.policy,
-            follows=follows_of(decision),
-            sharers=sharers_of(self._scopes.policy, decision),
-        )
-
     async def _login(self, request: api.LoginRequest, _report: Report) -> api.LoginReport:
         credential = Credential(request.username, request.password)
         registry = await self._keychain.login(request.namespace, request.registry, credential)
@@ -209,7 +184,7 @@ class Control:
             mounts[record.id] = await self._mount_report(record)
 
         async def ask_domain(name: str, pid: int) -> None:
-            domains[name] = await self._domain_report(name, pid)
+            domains[name] = await self.domain_report(name, pid)
 
         records, pids = self._mounts.records(), self._supervisor.pids()
         await run_all(
@@ -249,7 +224,8 @@ class Control:
             state=usage.state,
         )
 
-    async def _domain_report(self, name: str, pid: int) -> api.DomainReport:
+    async def domain_report(self, name: str, pid: int) -> api.DomainReport:
+        """How a domain stands, as far as its worker answers at once."""
         try:
             status = await self._supervisor.ask_now(name, "Status", worker_api.Empty(), worker_api.WorkerStatus)
         except NsfsError as error:

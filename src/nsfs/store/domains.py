@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POD = "pod/"
+_BLOCK = 512
+"""Unit of st_blocks (stat(2))."""
 
 
 class Opened(NamedTuple):
@@ -67,6 +70,22 @@ class Domains:
                     log.warning("domain %s was begun without a key, and stays unencrypted until it is deleted", name)
                 return key
 
+    def names(self) -> list[str]:
+        """The domains that have anything on disk."""
+        try:
+            return sorted(map(unquote, os.listdir(self._layout.domains)))
+        except FileNotFoundError:
+            return []
+
+    def measure(self, name: str) -> int:
+        """Bytes of disk that a domain takes, its indexes included; what goes away meanwhile does not count."""
+        size = 0
+        for directory, _, files in os.walk(self._layout.domain(name).path):
+            for file in files:
+                with suppress(FileNotFoundError):
+                    size += os.lstat(os.path.join(directory, file)).st_blocks * _BLOCK
+        return size
+
     def destroy_key(self, name: str) -> None:
         """From now on nobody can read what the domain has on disk, but who has the key in memory."""
         self._keys.destroy(name)
@@ -78,16 +97,10 @@ class Domains:
 
     def drop_lost(self) -> None:
         """Delete the domains of pods, none of which outlives its daemon, and those whose deletion was interrupted."""
-        for name in self._names():
+        for name in self.names():
             if name.startswith(_POD) or self._is_lost(name):
                 log.info("domain %s is deleted: its mount, or its key, is gone", name)
                 self.delete(name)
-
-    def _names(self) -> list[str]:
-        try:
-            return [unquote(entry) for entry in os.listdir(self._layout.domains)]
-        except FileNotFoundError:
-            return []
 
     def _is_lost(self, name: str) -> bool:
         try:

@@ -7,9 +7,9 @@ Keys and values, described here and nowhere else:
     db `mounts`     mount ID (ASCII) -> msgpack of MountRecord
     db `snapshots`  snapshot ID (8 bytes, big-endian) -> msgpack of snapshot.Record; names are in the records, because
                     they may be longer than LMDB's keys
+    db `namespaces` name of a namespace that ever had a snapshot, and was not ended since -> nothing
 
-No transaction stays open across an await: every method opens, reads or writes, and closes. Writes are durable when a
-method returns.
+No transaction stays open across an await. Writes are durable when a method returns.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Meta:
         self._about = env.open_db(b"about")
         self._mounts = env.open_db(b"mounts")
         self._snapshots = env.open_db(b"snapshots")
+        self._namespaces = env.open_db(b"namespaces")
 
     @contextmanager
     def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[bytes]]:
@@ -95,6 +96,18 @@ class Meta:
                 txn.put(_number(change.put.id), msgspec.msgpack.encode(change.put), db=self._snapshots)
                 last = max(change.put.id, int(txn.get(_LAST, b"0", db=self._about)))
                 txn.put(_LAST, str(last).encode(), db=self._about)
+                if change.put.namespace:
+                    txn.put(change.put.namespace.encode(), b"", db=self._namespaces)
+
+    def namespaces(self) -> list[str]:
+        """Those that ever had a snapshot, and were not ended since."""
+        with self._transaction() as txn:
+            return [key.decode() for key, _ in txn.cursor(self._namespaces)]
+
+    def forget_namespace(self, namespace: str) -> None:
+        """Forget one, if it is known."""
+        with self._transaction(write=True) as txn:
+            txn.delete(namespace.encode(), db=self._namespaces)
 
 
 def _number(snapshot: int) -> bytes:
@@ -116,7 +129,7 @@ def open_meta(path: str) -> Iterator[Meta]:
     """
     with mapped_errors(_NAME, path):
         os.makedirs(path, mode=0o700, exist_ok=True)
-        env = lmdb.open(path, map_size=_MAP_SIZE, max_dbs=4, mode=0o600)
+        env = lmdb.open(path, map_size=_MAP_SIZE, max_dbs=8, mode=0o600)
     try:
         with mapped_errors(_NAME, path):
             _check_format(env, path)

@@ -1,0 +1,94 @@
+"""Namespaces: what is here on behalf of each, as values. Pure.
+
+A namespace is not made: it is there as soon as something is. Its *own* domains are its alone and end with it; those
+that it shares stay for the others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nsfs.model.snapshot import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from nsfs.model.mounts import MountRecord
+    from nsfs.model.policy import Domain
+    from nsfs.model.snapshot import Record
+
+
+@dataclass(slots=True, kw_only=True)
+class Holding:
+    """What one namespace has."""
+
+    namespace: str
+    own: set[str] = field(default_factory=set)
+    """Domains that are its alone, its tenants' and pods' included."""
+    shared: set[str] = field(default_factory=set)
+    """Those that it mounts from, and others may, too."""
+    mounts: list[MountRecord] = field(default_factory=list)
+    """Made by hand."""
+    snapshots: list[Record] = field(default_factory=list)
+    """containerd's."""
+
+    @property
+    def containers(self) -> list[str]:
+        """Containerd's keys of snapshots that somebody writes to or looks at."""
+        return [record.name for record in self.snapshots if record.kind is not Kind.COMMITTED]
+
+    @property
+    def targets(self) -> list[str]:
+        """Where it is mounted by hand."""
+        return [mount.target for mount in self.mounts]
+
+
+def plan_holdings(
+    domains: Iterable[str], mounts: Iterable[MountRecord], snapshots: Iterable[Record], shown: Mapping[int, Domain]
+) -> dict[str, Holding]:
+    """By namespace, in alphabetical order. `domains` are those on disk, `shown` those of mounted snapshots, by ID."""
+    found: defaultdict[str, Holding] = _Holdings()
+    for domain in domains:
+        if owner := _namespace_of(domain):
+            found[owner].own.add(domain)
+    for mount in mounts:
+        found[mount.namespace].mounts.append(mount)
+        _note(found[mount.namespace], mount.domain)
+    for record in snapshots:
+        found[record.namespace].snapshots.append(record)
+        if record.id in shown:
+            _note(found[record.namespace], shown[record.id].name)
+    return dict(sorted(found.items()))
+
+
+class _Holdings(defaultdict[str, Holding]):
+    def __missing__(self, namespace: str) -> Holding:
+        self[namespace] = Holding(namespace=namespace)
+        return self[namespace]
+
+
+def _note(holding: Holding, domain: str) -> None:
+    (holding.own if domain.startswith(("ns/", "pod/")) else holding.shared).add(domain)
+
+
+def _namespace_of(domain: str) -> str:
+    """Whose alone a domain is, "" where it is nobody's or a pod's."""
+    kind, _, rest = domain.partition("/")
+    return rest.partition("/")[0] if kind == "ns" else ""
+
+
+def plan_drop(snapshots: Iterable[Record]) -> list[Record]:
+    """The order in which all of a namespace's snapshots may go: none before what stands on it."""
+    by_name = {(record.snapshotter, record.name): record for record in snapshots}
+
+    def depth(record: Record) -> int:
+        count = 0
+        parent: Record | None = record
+        while parent is not None:
+            parent = by_name.get((parent.snapshotter, parent.parent))
+            count += 1
+        return count
+
+    return sorted(by_name.values(), key=depth, reverse=True)

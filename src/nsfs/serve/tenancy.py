@@ -1,0 +1,102 @@
+"""What the control API says of tenants: what the policy decides for them, what each has here, how it ends.
+
+Translates requests and reports; decides nothing and owns nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nsfs.model.explain import follows_of, sharers_of
+from nsfs.model.policy import ScopeRequest
+from nsfs.serve import api
+
+if TYPE_CHECKING:
+    from nsfs.core.namespaces import Namespaces
+    from nsfs.core.scopes import Scopes
+    from nsfs.model.namespaces import Holding
+    from nsfs.serve.control import Control
+    from nsfs.serve.control_rpc import Handler, Report
+    from nsfs.serve.supervisor import Supervisor
+
+
+class Tenancy:
+    """Its handlers; `policy` is the path of the file of rules, "" for none."""
+
+    def __init__(
+        self, scopes: Scopes, policy: str, namespaces: Namespaces, supervisor: Supervisor, control: Control
+    ) -> None:
+        self._scopes = scopes
+        self._policy = policy
+        self._namespaces = namespaces
+        self._supervisor = supervisor
+        self._control = control
+
+    def handlers(self) -> dict[str, Handler]:
+        """By method name."""
+        return {
+            "Explain": self._explain,
+            "Namespaces": self._all,
+            "Namespace": self._one,
+            "EndNamespace": self._end,
+        }
+
+    async def _explain(self, request: api.ExplainRequest, _report: Report) -> api.ExplainReport:
+        asked = ScopeRequest(
+            namespace=request.namespace,
+            references=(request.reference,),
+            plugin=request.plugin,
+            wish=request.isolation,
+            label=request.label,
+            mount_id="<mount>",
+        )
+        decision = self._scopes.decide(asked)
+        return api.ExplainReport(
+            reference=self._scopes.complete(request.reference),
+            namespace=request.namespace,
+            plugin=request.plugin,
+            scope=decision.scope,
+            domain=decision.domain.name if decision.domain else "",
+            rule=decision.rule,
+            reasons=list(decision.reasons),
+            policy=self._policy,
+            follows=follows_of(decision),
+            sharers=sharers_of(self._scopes.policy, decision),
+        )
+
+    async def _all(self, _request: api.Empty, _report: Report) -> api.NamespacesReport:
+        holdings = await self._namespaces.holdings()
+        return api.NamespacesReport(namespaces=[await self._report(found) for found in holdings.values()])
+
+    async def _one(self, request: api.NamespaceRequest, _report: Report) -> api.NamespaceReport:
+        return await self._report(await self._namespaces.holding(request.namespace))
+
+    async def _end(self, request: api.NamespaceRequest, _report: Report) -> api.NamespaceEnded:
+        ended = await self._namespaces.end(request.namespace, force=request.force)
+        return api.NamespaceEnded(
+            namespace=request.namespace,
+            mounts=ended.mounts,
+            snapshots=ended.snapshots,
+            domains=ended.domains,
+            freed=ended.freed,
+        )
+
+    async def _report(self, found: Holding) -> api.NamespaceReport:
+        domains = [await self._domain(name, own=name in found.own) for name in sorted(found.own | found.shared)]
+        return api.NamespaceReport(
+            namespace=found.namespace,
+            containerd=found.namespace in await self._namespaces.came_by_containerd(),
+            domains=domains,
+            mounts=found.targets,
+            snapshots=len(found.snapshots),
+            containers=found.containers,
+            own=sum(domain.disk for domain in domains if domain.own),
+            shared=sum(domain.disk for domain in domains if not domain.own),
+            fetched=sum(domain.fetched for domain in domains if domain.own),
+        )
+
+    async def _domain(self, name: str, *, own: bool) -> api.NamespaceDomain:
+        pid = self._supervisor.pids().get(name, 0)
+        report = await self._control.domain_report(name, pid)
+        disk = await self._namespaces.measure(name)
+        return api.NamespaceDomain(name=name, own=own, pid=pid, disk=disk, fetched=report.fetched, state=report.state)

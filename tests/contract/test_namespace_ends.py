@@ -1,0 +1,134 @@
+"""`nsfs ns`: what each namespace has, and that nothing of it is left when it has ended."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+
+import published
+from fakes import FakeRegistry
+from images import Image, directory, file, gzip_layer, sample_content
+from nsfs_daemon import run_daemon
+from snapshots_api import Backend, mounted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from nsfs_daemon import Daemon
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with run_daemon(str(tmp_path_factory.mktemp("daemon"))) as running:
+        yield running
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as running:
+        yield running
+
+
+def image(seed: int) -> Image:
+    return Image((gzip_layer([directory("d"), file("d/f", sample_content(100_000, seed))]),))
+
+
+def namespaces(daemon: Daemon) -> dict[str, Any]:
+    return {report["namespace"]: report for report in daemon.json("ns", "ls")["namespaces"]}
+
+
+def domains(daemon: Daemon) -> set[str]:
+    return set(os.listdir(f"{daemon.root}/domains"))
+
+
+def keys(daemon: Daemon) -> set[str]:
+    return set(os.listdir(f"{daemon.root}/keys"))
+
+
+def test_a_namespace_ends_whole_and_alone(daemon: Daemon, registry: FakeRegistry, tmp_path: Path) -> None:
+    ours, theirs = image(1), image(2)
+    with Backend(daemon.socket, "nsfs") as backend:
+        names = backend.pull("red", ours, published.publish(registry, ours, "ours"))
+        kept = backend.pull("blue", theirs, published.publish(registry, theirs, "theirs"))
+        with Backend(daemon.socket, "nsfs-tenant") as other:
+            other.pull("red", ours, f"{registry.host}/ours:latest")
+        report = daemon.json("ns", "show", "red")
+        assert report["containerd"]
+        assert (report["snapshots"], report["containers"], report["mounts"]) == (2, [], [])
+        assert [domain["name"] for domain in report["domains"]] == ["ns/red", "ns/red/tenant"]
+        assert report["own"] == sum(domain["disk"] for domain in report["domains"]) > 100_000
+        assert report["shared"] == 0
+        assert keys(daemon) >= {"ns%2Fred", "ns%2Fred%2Ftenant", "ns%2Fblue"}
+
+        ended = daemon.json("ns", "rm", "red")
+        assert (ended["snapshots"], ended["domains"]) == (2, ["ns/red", "ns/red/tenant"])
+        assert ended["freed"] == report["own"]
+        assert "red" not in namespaces(daemon)
+        assert daemon.nsfs("ns", "show", "red", check=False).returncode == 3
+        assert not {name for name in domains(daemon) | keys(daemon) if "red" in name}
+        assert not {name for name in daemon.workers() if "red" in name}
+        with pytest.raises(grpc.RpcError, match="no such snapshot"):
+            backend.stat(names[-1])
+        with mounted(backend.prepare(backend.name("blue", "c"), kept[-1]), tmp_path / "mnt") as root:
+            assert (root / "d/f").read_bytes() == sample_content(100_000, 2)
+
+        names = backend.pull("red", ours, f"{registry.host}/ours:latest")
+        with mounted(backend.prepare(backend.name("red", "c"), names[-1]), tmp_path / "mnt") as root:
+            assert (root / "d/f").read_bytes() == sample_content(100_000, 1)
+
+
+def test_what_is_used_is_not_ended_unless_forced(daemon: Daemon, registry: FakeRegistry, tmp_path: Path) -> None:
+    made = image(3)
+    reference = published.publish(registry, made, "used")
+    target = tmp_path / "mnt"
+    target.mkdir()
+    with Backend(daemon.socket, "nsfs") as backend:
+        names = backend.pull("used", made, reference)
+        key = backend.name("used", "container")
+        backend.prepare(key, names[-1])
+        daemon.nsfs("mount", "--namespace", "used", reference, str(target))
+        refused = daemon.nsfs("ns", "rm", "used", check=False)
+        assert refused.returncode == 8
+        assert str(target) in refused.stderr
+        assert key in refused.stderr
+        assert (target / "d/f").read_bytes() == sample_content(100_000, 3)
+        assert namespaces(daemon)["used"]["containers"] == [key]
+
+        daemon.nsfs("ns", "rm", "--force", "used")
+        assert "used" not in namespaces(daemon)
+        assert not os.path.ismount(target)
+        assert not {name for name in domains(daemon) | keys(daemon) if "used" in name}
+        with pytest.raises(grpc.RpcError, match="no such snapshot"):
+            backend.stat(key)
+
+
+def test_what_others_share_stays(daemon: Daemon, registry: FakeRegistry, tmp_path: Path) -> None:
+    reference = published.publish(registry, image(4), "shared")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        daemon.nsfs("mount", "--isolation", "shared", "--namespace", name, reference, str(tmp_path / name))
+    report = namespaces(daemon)["one"]
+    assert [(domain["name"], domain["own"]) for domain in report["domains"]] == [("shared", False)]
+    assert (report["own"], report["shared"] > 100_000) == (0, True)
+    daemon.nsfs("ns", "rm", "--force", "one")
+    assert (tmp_path / "two/d/f").read_bytes() == sample_content(100_000, 4)
+    assert set(namespaces(daemon)) & {"one", "two"} == {"two"}
+    daemon.nsfs("umount", str(tmp_path / "two"))
+
+
+def test_what_a_person_reads(daemon: Daemon, registry: FakeRegistry) -> None:
+    with Backend(daemon.socket, "nsfs") as backend:
+        backend.pull("seen", image(5), published.publish(registry, image(5), "seen"))
+    listed = daemon.nsfs("ns", "ls").stdout.splitlines()
+    assert listed[0].split()[0] == "NAMESPACE"
+    assert any(line.split()[:4] == ["seen", "1", "0", "1"] for line in listed)
+    shown = daemon.nsfs("ns", "show", "seen").stdout
+    assert "ns/seen" in shown
+    assert "its own" in shown
+    said = daemon.nsfs("ns", "rm", "seen").stderr
+    assert "namespace seen has ended: 1 domain" in said
+    assert "containerd still lists" in said
