@@ -1,4 +1,4 @@
-"""The daemon's gRPC server: one unix socket, several services, and the way from gRPC's threads into trio.
+"""The daemon's gRPC server: several services behind one door, and the way from gRPC's threads into trio.
 
 Each call occupies one thread for as long as it runs. Threads are made when they are needed, and calls that may wait
 long (`Bridge.wait`) are refused before they could take the last ones, so that a quick call finds one at all times. A
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import grpc
@@ -19,6 +20,7 @@ import trio
 import trio.from_thread
 
 from nsfs.errors import UnreachableError
+from nsfs.serve.door import Door
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -98,31 +100,44 @@ class Bridge:
 
 @asynccontextmanager
 async def serve_rpc(path: str, services: Sequence[Callable[[Bridge], grpc.GenericRpcHandler]]) -> AsyncIterator[None]:
-    """Answer on the unix socket `path` (0600) until the block ends; calls still running are cancelled."""
+    """Answer on the unix socket `path` (0600) until the block ends; calls still running are cancelled.
+
+    Only root and the user that we run as are let in.
+    """
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="rpc")
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as outside, trio.open_nursery() as nursery:
         bridge = Bridge(nursery)
         handlers = [service(bridge) for service in services]
         server = grpc.server(threads, handlers=handlers, options=[("grpc.so_reuseport", 0)])
-        _listen(server, path)
-        try:
-            yield
-        finally:
-            nursery.cancel_scope.cancel()
-            stopped = server.stop(grace=0.2)
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(stopped.wait)
-            threads.shutdown(wait=False)
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+        with _started(server, os.path.dirname(path)) as inside:
+            outside.start_soon(Door(path, inside, {0, os.geteuid()}).serve)
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel()
+                stopped = server.stop(grace=0.2)
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(stopped.wait)
+                threads.shutdown(wait=False)
+                outside.cancel_scope.cancel()
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
 
 
-def _listen(server: grpc.Server, path: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-    mask = os.umask(0o177)
-    try:
-        server.add_insecure_port(f"unix:{path}")
+@contextmanager
+def _started(server: grpc.Server, directory: str) -> Iterator[str]:
+    """Start it; gives the path of its socket for this process: nobody else can name it, and no file is left."""
+    with tempfile.TemporaryDirectory(dir=directory) as private, ExitStack() as stack:
+        folder = _open_path(stack, private)
+        server.add_insecure_port(f"unix:/proc/self/fd/{folder}/rpc")
         server.start()
-    finally:
-        os.umask(mask)
+        inside = _open_path(stack, f"{private}/rpc")
+        kept = stack.pop_all()
+    with kept:
+        yield f"/proc/self/fd/{inside}"
+
+
+def _open_path(stack: ExitStack, path: str) -> int:
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    stack.callback(os.close, descriptor)
+    return descriptor

@@ -1,0 +1,147 @@
+"""Who is let in at the daemon's socket, and that what they say arrives."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+import trio.socket
+
+from nsfs.errors import UsageError
+from nsfs.serve.door import Door, peer_of
+from nsfs_daemon import run_daemon
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+
+NOBODY = 65534
+KNOCK = """
+import os, socket, sys
+os.setgroups([])
+os.setresgid(*3 * [int(sys.argv[2])])
+os.setresuid(*3 * [int(sys.argv[2])])
+with socket.socket(socket.AF_UNIX) as knocking:
+    knocking.settimeout(10)
+    knocking.connect(sys.argv[1])
+    try:
+        knocking.sendall(b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n" + bytes(3) + b"\\x04" + bytes(5))
+        print(len(knocking.recv(100)))
+    except OSError as error:
+        print(type(error).__name__)
+"""
+"""What gRPC begins a connection with, and how long the answer is."""
+
+
+def knock(path: str, uid: int) -> str:
+    command = [sys.executable, "-IS", "-c", KNOCK, path, str(uid)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def test_another_user_is_refused_whatever_the_modes_say() -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="nsfs-door-") as directory, run_daemon(directory) as daemon:
+        assert os.stat(daemon.socket).st_mode & 0o777 == 0o600
+        assert os.stat(daemon.run).st_mode & 0o777 == 0o700
+        assert sorted(os.listdir(daemon.run)) == ["l", "nsfs.sock"]
+        for path, mode in ((directory, 0o711), (daemon.run, 0o711), (daemon.socket, 0o666)):
+            os.chmod(path, mode)
+        assert {knock(daemon.socket, NOBODY) for _ in range(3)} <= {"0", "BrokenPipeError", "ConnectionResetError"}
+        assert int(knock(daemon.socket, 0)) > 0
+        assert daemon.json("status")["domains"] == []
+        assert daemon.tail().count(f"refused a connection: uid={NOBODY}") == 1
+
+
+def with_door(path: Path, body: Callable[[trio.SocketListener], Awaitable[None]], *admitted: int) -> None:
+    """`body` plays what is behind the door at `path`/door."""
+
+    async def main() -> None:
+        inside = trio.socket.socket(socket.AF_UNIX)
+        await inside.bind(str(path / "inside"))
+        inside.listen()
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Door(str(path / "door"), str(path / "inside"), admitted).serve)
+                async with trio.SocketListener(inside) as listener:
+                    await body(listener)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_bytes_arrive_in_both_directions_and_wait_for_who_reads_slowly(tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+
+    async def body(listener: trio.SocketListener) -> None:
+        outer = await trio.open_unix_socket(tmp_path / "door")
+        inner = await listener.accept()
+        assert peer_of(outer.socket) == (os.getpid(), os.getuid(), os.getgid())
+        for source, sink in ((outer, inner), (inner, outer)):
+            sent = trio.Event()
+
+            async def send(into: trio.SocketStream, done: trio.Event) -> None:
+                await into.send_all(data)
+                done.set()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send, source, sent)
+                await trio.sleep(0.1)
+                assert not sent.is_set(), "nobody has read yet"
+                assert await read_exactly(sink, len(data)) == data
+        await outer.aclose()
+        assert await inner.receive_some() == b""
+        await inner.aclose()
+
+    with_door(tmp_path, body, os.getuid())
+
+
+async def read_exactly(stream: trio.SocketStream, size: int) -> bytes:
+    read = bytearray()
+    while len(read) < size:
+        read += await stream.receive_some()
+    return bytes(read)
+
+
+def test_either_end_ends_both(tmp_path: Path) -> None:
+    async def body(listener: trio.SocketListener) -> None:
+        for _ in range(3):
+            outer = await trio.open_unix_socket(tmp_path / "door")
+            inner = await listener.accept()
+            await inner.send_all(b"last words")
+            await inner.aclose()
+            assert await outer.receive_some() == b"last words"
+            assert await outer.receive_some() == b""
+            await outer.aclose()
+        await listener.aclose()
+        os.unlink(tmp_path / "inside")
+        async with await trio.open_unix_socket(tmp_path / "door") as outer:
+            assert await outer.receive_some() == b""
+
+    with_door(tmp_path, body, os.getuid())
+
+
+def test_who_is_not_admitted_is_led_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def body(listener: trio.SocketListener) -> None:
+        for _ in range(2):
+            async with await trio.open_unix_socket(tmp_path / "door") as outer:
+                assert await outer.receive_some() == b""
+        with trio.move_on_after(0.1) as scope:
+            await listener.accept()
+        assert scope.cancelled_caught
+
+    with_door(tmp_path, body, os.getuid() + 1)
+    assert caplog.messages == [f"refused a connection: uid={os.getuid()} gid={os.getgid()} pid={os.getpid()}"]
+
+
+def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
+    async def main() -> None:
+        with pytest.raises(UsageError, match=r"socket: cannot listen there: .*/none/door: No such file"):
+            Door(str(tmp_path / "none" / "door"), "", ())
+
+    trio.run(main)
