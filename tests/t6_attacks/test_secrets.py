@@ -1,0 +1,167 @@
+"""Whoever a registry, a manifest or a tenant sends us to: no credential goes to a host that it is not for.
+
+The canary is a host of the attacker's, which remembers what it was told and asks for more. Each attack is carried out
+first by a client that takes its credential along wherever it is sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+from fakes import PASSWORD, USER, FakeRegistry, basic
+from images import Image, file, gzip_layer
+from nsfs_daemon import Daemon, run_daemon
+from published import publish, publish_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+LAYER = gzip_layer([file("f", b"content")])
+_NO_PROXY = urllib.request.ProxyHandler({})
+
+
+class Client(Protocol):
+    """Gets an image from a registry that it has a credential for."""
+
+    def get(self, registry: FakeRegistry, name: str, mirror: str = "") -> None:
+        """All of it; `mirror` is asked first. Nothing is raised where that fails."""
+
+
+@dataclass
+class Obliging:
+    """Takes its credential wherever it is sent: to redirects, to `urls`, to mirrors, to whoever says 401."""
+
+    credential: str = basic()
+
+    def get(self, registry: FakeRegistry, name: str, mirror: str = "") -> None:
+        host = mirror or registry.host
+        with contextlib.suppress(OSError):
+            manifest = self._fetch(f"http://{host}/v2/{name}/manifests/latest")
+            for layer in manifest.get("layers", []):
+                self._fetch(layer.get("urls", [f"http://{host}/v2/{name}/blobs/{layer['digest']}"])[0])
+
+    def _fetch(self, url: str) -> dict[str, Any]:
+        request = urllib.request.Request(url, headers={"Authorization": self.credential})
+        try:
+            with urllib.request.build_opener(_NO_PROXY).open(request) as answer:
+                body = answer.read()
+        except urllib.error.HTTPError as error:
+            realm = re.search(r'realm="(http[^"]+)"', error.headers["WWW-Authenticate"] or "")
+            if realm is None:
+                raise
+            return self._fetch(f"{realm[1]}?scope=repository:team/app:pull")
+        found: dict[str, Any] = json.loads(body) if body.startswith(b"{") else {}
+        return found
+
+
+@dataclass
+class Nsfs:
+    """The daemon, with the credential in its docker configuration and mirrors in hosts.toml."""
+
+    directory: Path
+
+    def get(self, registry: FakeRegistry, name: str, mirror: str = "") -> None:
+        auth = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        (self.directory / "config.json").write_text(json.dumps({"auths": {registry.host: {"auth": auth}}}))
+        if mirror:
+            hosts = self.directory / registry.host
+            hosts.mkdir()
+            (hosts / "hosts.toml").write_text(f'server = "http://{registry.host}"\n[host."http://{mirror}"]\n')
+        with self._running() as daemon:
+            daemon.nsfs("cat", f"{registry.host}/{name}:/f", check=False)
+
+    def _running(self) -> contextlib.AbstractContextManager[Daemon]:
+        keys = {"docker_config": str(self.directory / "config.json"), "config_path": str(self.directory)}
+        return run_daemon(str(self.directory / "d"), {"registry": keys})
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    """The one that the credential is for."""
+    with FakeRegistry(auth="basic") as running:
+        yield running
+
+
+@pytest.fixture
+def canary() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as running:
+        yield running
+
+
+def redirect(client: Client, registry: FakeRegistry, canary: FakeRegistry) -> None:
+    """Blobs are said to be at the canary, which asks who is there."""
+    canary.add_blob(LAYER.blob)
+    canary.auth = "basic"
+    publish(registry, Image((LAYER,)), "team/app")
+    registry.redirect_to = f"http://{canary.host}/v2/team/app/blobs/{LAYER.digest}"
+    client.get(registry, "team/app")
+
+
+def urls(client: Client, registry: FakeRegistry, canary: FakeRegistry) -> None:
+    """A descriptor says where else its blob is (OCI image-spec 1.1, descriptor.md, `urls`)."""
+    canary.add_blob(LAYER.blob)
+    elsewhere = {"urls": [f"http://{canary.host}/v2/team/app/blobs/{LAYER.digest}"]}
+    publish_manifest(registry, "team/app", [LAYER.descriptor() | elsewhere], [str(LAYER.diff_id)])
+    client.get(registry, "team/app")
+
+
+def mirror(client: Client, registry: FakeRegistry, canary: FakeRegistry) -> None:
+    """A mirror has the image, and wants a password."""
+    publish(registry, Image((LAYER,)), "team/app")
+    publish(canary, Image((LAYER,)), "team/app")
+    canary.auth = "basic"
+    client.get(registry, "team/app", canary.host)
+
+
+def other_mirror(client: Client, registry: FakeRegistry, canary: FakeRegistry) -> None:
+    """A mirror wants a token, from a server of its own."""
+    publish(registry, Image((LAYER,)), "team/app")
+    publish(canary, Image((LAYER,)), "team/app")
+    canary.auth = "token"
+    client.get(registry, "team/app", canary.host)
+
+
+def realm(client: Client, registry: FakeRegistry, canary: FakeRegistry) -> None:
+    """The host that blobs are redirected to says that tokens for the registry are to be had from it."""
+    canary.add_blob(LAYER.blob)
+    service = f'service="{registry.host}",scope="repository:team/app:pull"'
+    canary.challenge = f'Bearer realm="http://{canary.host_of("token")}/token",{service}'
+    publish(registry, Image((LAYER,)), "team/app")
+    registry.redirect_to = f"http://{canary.host}/v2/team/app/blobs/{LAYER.digest}"
+    client.get(registry, "team/app")
+
+
+ATTACKS = [redirect, urls, mirror, other_mirror, realm]
+
+
+def told(canary: FakeRegistry) -> list[Mapping[str, str]]:
+    """Requests at the canary with a credential in them, whatever the header."""
+    secrets = (PASSWORD, basic(), basic().removeprefix("Basic "))
+    return [one.headers for one in canary.log if any(secret in f"{one.headers} {one.path}" for secret in secrets)]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: str(attack.__name__))
+def test_a_credential_stays_with_its_host(
+    attack: Callable[[Client, FakeRegistry, FakeRegistry], None],
+    registry: FakeRegistry,
+    canary: FakeRegistry,
+    tmp_path: Path,
+) -> None:
+    with FakeRegistry(auth="basic") as naive, FakeRegistry() as hearing:
+        attack(Obliging(), naive, hearing)
+        assert told(hearing)
+    attack(Nsfs(tmp_path), registry, canary)
+    used = any(entry.headers.get("authorization") == basic() for entry in registry.log)
+    assert used is (attack is not other_mirror), "that one lets in whoever asks for a token as nobody"
+    assert told(canary) == []
+    assert bool(canary.log) is (attack is not urls), "nobody asks there because of what a descriptor says"
