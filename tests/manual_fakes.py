@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import trio
 
 from nsfs.core import worker_api
-from nsfs.core.manual import Kernel, Lower, ManualMounts, Wish
+from nsfs.core.manual import Kernel, Lowers, ManualMounts, Wish
 from nsfs.core.scopes import Scopes
 from nsfs.errors import BusyError, NotFoundError, UnreachableError
-from nsfs.model.mounts import Bind, Host, MountRecord, Overlay
+from nsfs.model.mounts import Bind, Host, Lower, MountRecord, Overlay
 from nsfs.model.policy import Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from nsfs.model.policy import Domain
 
@@ -54,6 +54,16 @@ class FakeRecords:
     def __init__(self, script: Script) -> None:
         self.script = script
         self.known: dict[str, MountRecord] = {}
+        self.stacked: dict[str, list[Lower]] = {}
+
+    def stacks(self) -> dict[str, list[Lower]]:
+        return dict(self.stacked)
+
+    def put_stack(self, user: str, lowers: Sequence[Lower]) -> None:
+        self.stacked[user] = list(lowers)
+
+    def delete_stack(self, user: str) -> None:
+        self.stacked.pop(user, None)
 
     def mounts(self) -> list[MountRecord]:
         return list(self.known.values())
@@ -174,10 +184,14 @@ class FakeKernel(Kernel):
         await self.script.play("drop_upper")
         self.uppers.discard(mount_id)
 
-    async def sweep(self) -> None:
+    def mounted_lowers(self) -> dict[str, Lower]:
+        tops = {path.removeprefix("/l/"): stack[-1] for path, stack in self.stacks.items() if stack}
+        return {name: lower for name, lower in tops.items() if isinstance(lower, Lower)}
+
+    async def sweep(self, domains: Collection[str], names: Collection[str]) -> None:
         await self.script.play("sweep")
         for path in self.mounted():
-            if path.startswith("/l/"):
+            if path.startswith("/l/") and path.removeprefix("/l/") not in names:
                 self.stacks[path].clear()
 
     @property
@@ -198,10 +212,15 @@ class Site:
 
     def restart(self) -> None:
         """As after the death of the daemon and of its workers: what is mounted and on disk stays."""
-        scopes = Scopes(Policy(), str, root=self.host.root)
-        self.manual = ManualMounts(self.records, self.workers, self.kernel, self.host, scopes)
+        self.follow()
         self.workers.shown.clear()
         self.workers.trees.clear()
+
+    def follow(self) -> None:
+        """As after the death of the daemon alone."""
+        lowers = Lowers(self.kernel, self.workers, self.records)
+        scopes = Scopes(Policy(), str, root=self.host.root)
+        self.manual = ManualMounts(self.records, self.workers, self.kernel, self.host, scopes, lowers)
 
     async def mount(self, target: str = "/t", image: int = 1, **choices: Any) -> MountRecord:
         chosen = {"isolation": "shared", "driver": "auto", "writable": False, "on_error": "wait", **choices}
@@ -224,6 +243,8 @@ class Site:
         assert {stack[0] for stack in lowers} == needed
         assert self.workers.shown == {(lower.domain, lower.view) for lower in needed}
         assert self.workers.trees == trees
+        stacked = {record.id for record in records if record.driver != "fuse" and record.maps}
+        assert {user for user, lowers in self.records.stacked.items() if lowers} == stacked
         assert self.kernel.uppers == {record.id for record in records if record.writable}
         assert self.workers.pods == {record.domain for record in records if record.transient}
         targets = {path for path in self.kernel.mounted() if not path.startswith("/l/")}

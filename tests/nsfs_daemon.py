@@ -13,6 +13,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -136,7 +137,7 @@ def start_daemon(directory: str, settings: Mapping[str, Any] | None) -> tuple[su
     log = f"{directory}/log"
     with open(log, "ab") as output:
         # Ctrl-C is for us, who unmount first; should we die, the kernel ends the daemon.
-        command = ["setpriv", "--pdeathsig", "TERM", *NSFS, "serve", "--config", f"{directory}/config.toml"]
+        command = ["setpriv", "--pdeathsig", "INT", *NSFS, "serve", "--config", f"{directory}/config.toml"]
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
@@ -158,7 +159,7 @@ def _wait_until_serving(process: subprocess.Popen[bytes], daemon: Daemon) -> Non
 
 
 def _end(process: subprocess.Popen[bytes], directory: str, daemon: Daemon) -> None:
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     try:
         status = process.wait(_DEADLINE)
     except subprocess.TimeoutExpired:
@@ -179,7 +180,16 @@ def sweep(directory: str) -> list[str]:
                 file.write("1")
     for _, target in reversed(mounts):
         subprocess.run(["umount", "--lazy", target], check=False, capture_output=True)
+    _end_holder(f"{directory}/run/holder.sock")
     return [target for _, target in mounts]
+
+
+def _end_holder(path: str) -> None:
+    """End the process that keeps descriptors for a next daemon, if there is one."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line, contextlib.suppress(OSError):
+        line.connect(path)
+        line.send(b"end")
+        line.recv(16)
 
 
 def _mounts_below(directory: str) -> Iterator[tuple[int, str]]:

@@ -2,7 +2,8 @@
 
 One daemon owns one `root` and one `run` directory, by a lock on the first. It starts its fork server before anything
 here starts a thread. A private daemon belongs to one user and ends with its last mount, once nobody has called for a
-moment.
+moment; with it ends whatever it had made. The system's daemon may end, or be killed, at any time: workers serve on, and
+the next one goes on with them. SIGTERM ends it so; SIGINT, a terminal's Ctrl-C, takes all its mounts away before.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import resource
 import signal
-from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -25,16 +26,20 @@ from nsfs.core.manual import Lowers, ManualMounts
 from nsfs.core.namespaces import Namespaces, NoSnapshots
 from nsfs.core.scopes import Scopes
 from nsfs.core.snapshots import open_snapshots
+from nsfs.core.tasks import open_tasks
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model.encryption import Encrypt
 from nsfs.model.mounts import Host
 from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
+from nsfs.serve.build import identify
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
 from nsfs.serve.credentials import Keychain, forbid_core_dumps
+from nsfs.serve.fdstore import HolderStore, Notifier, SystemdStore
 from nsfs.serve.forkserver import launch_server, open_fork_server
 from nsfs.serve.fronts import open_fronts
+from nsfs.serve.keeping import Keeper
 from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
 from nsfs.serve.policy_file import load_policy
 from nsfs.serve.rpc import serve_rpc
@@ -49,11 +54,12 @@ from nsfs.store.meta import open_meta
 from nsfs.store.snapshots import SnapshotDirs
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from nsfs.core.snapshots import Snapshots
     from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ServerProcess
+    from nsfs.serve.keeping import Left
     from nsfs.serve.wire import Methods
 
 log = logging.getLogger(__name__)
@@ -68,7 +74,7 @@ _LINGER: Final = 5
 
 
 def run(config: Config, *, private: bool) -> None:
-    """Serve until SIGTERM or SIGINT, or, a private daemon, until nobody needs it; raises BusyError, DeniedError."""
+    """Serve until a signal or `Drain`, or, a private daemon, until nobody needs it; raises BusyError, DeniedError."""
     layout = Layout(config.root, config.run)
     _allow_descriptors()
     forbid_core_dumps()
@@ -114,6 +120,11 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         server = await stack.enter_async_context(open_fork_server(zygote, partial(launch_server, _WARM)))
         meta = stack.enter_context(open_meta(layout.meta))
         host = await trio.to_thread.run_sync(host_of, config, os.environ, os.geteuid())
+        notifier = Notifier(os.environ)
+        keeper: Keeper | None = None
+        left: list[Left] = []
+        if host.root and not private:
+            keeper, left = await stack.enter_async_context(_open_keeper(layout, notifier))
         domains = _Domains(layout)
         store = _open_store(config, layout, host)
         keychain = Keychain(config, layout, os.environ, private=private)
@@ -124,22 +135,23 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
                 connect=domains.connect if host.root else None,
                 disconnect=domains.disconnect,
                 store=store,
-                terms=_Terms(keychain),
+                terms=_Terms(keychain, keeper),
             )
         )
         kernel = HostKernel(layout, config, server)
         if not host.root:
             fronts = await stack.enter_async_context(open_fronts(server))
             kernel = UserKernel(layout, config, server, supervisor.bitmap, fronts)
-        lowers = Lowers(kernel, supervisor)
+        lowers = Lowers(kernel, supervisor, meta)
         scopes = Scopes(load_policy(config), _complete, root=host.root)
         manual = ManualMounts(meta, supervisor, kernel, host, scopes, lowers)
-        await manual.sweep()
-        stack.push_async_callback(manual.end_all)
-        await trio.to_thread.run_sync(store.drop_lost)
+        adopted = supervisor.adopt(left)
+        await manual.resume(adopted)
+        await trio.to_thread.run_sync(store.drop_lost, adopted)
         control = Control(config, manual, supervisor, scopes, keychain, private=private)
         snapshots: Snapshots | NoSnapshots = NoSnapshots()
         services = []
+        ends = [manual.end_all]
         if host.root and not private:
             choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict")
             clones = Clones(kernel, possible=host.idmap)
@@ -149,18 +161,52 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
                 open_snapshots(meta, directories, lazy, clones, empty=kernel.empty)
             )
             services.append(snapshots_service(snapshots))
+            ends.append(snapshots.end)
         namespaces = Namespaces(manual, snapshots, lowers, store, meta, keychain.forget)
         tenancy = Tenancy(scopes, config.policy, namespaces, supervisor, control)
         services.append(control_service(control.handlers() | tenancy.handlers()))
-        await stack.enter_async_context(serve_rpc(config.socket, services))
-        log.info("nsfs %s serves at %s", __version__, config.socket)
-        beside = [] if private else [partial(_obey_hangups, config, scopes)]
-        await _wait_end(manual, control, beside, private=private)
+        async with serve_rpc(config.socket, services):
+            log.info("nsfs %s serves at %s", __version__, config.socket)
+            notifier.tell("READY=1")
+            beside = [] if private else [partial(_obey_hangups, config, scopes)]
+            by = await _wait_end(manual, control, beside, private=private)
+            notifier.tell("STOPPING=1")
+        if by == signal.SIGTERM and keeper is not None:
+            return
+        supervisor.end_all()
+        for end in ends:
+            await end()
 
 
 def _complete(reference: str) -> str:
     """As registries know it: what users leave out is there."""
     return str(parse_reference(reference))
+
+
+@asynccontextmanager
+async def _open_keeper(layout: Layout, notifier: Notifier) -> AsyncIterator[tuple[Keeper, list[Left]]]:
+    """What outlives us, in systemd's store where it has one, else in a process that is there for that."""
+    build = await trio.to_thread.run_sync(identify)
+    holder = None if "FDSTORE" in os.environ else HolderStore(layout.holder)
+    keeper = Keeper(holder or SystemdStore(notifier, os.environ), layout, build)
+    left = await trio.to_thread.run_sync(keeper.take)
+    async with open_tasks() as tasks:
+        if holder is not None:
+            tasks.start_soon(_watch_holder, holder)
+        yield keeper, left
+    keeper.close()
+
+
+async def _watch_holder(store: HolderStore) -> None:
+    """Have another where the holder of now is killed."""
+    while True:
+        await trio.lowlevel.wait_readable(store.fileno())
+        log.warning("the process that held descriptors is gone: another one follows")
+        try:
+            await trio.to_thread.run_sync(store.restore)
+        except NsfsError as error:
+            log.warning("this daemon's domains would end with it: %s", error)
+        await trio.sleep(_TIDY_EVERY)
 
 
 def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
@@ -180,10 +226,11 @@ def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
 
 
 class _Terms(NoTerms):
-    """What the daemon's workers may ask of it."""
+    """What the daemon's workers may ask of it, and whether they outlive it."""
 
-    def __init__(self, keychain: Keychain) -> None:
+    def __init__(self, keychain: Keychain, keeper: Keeper | None) -> None:
         self._keychain = keychain
+        self.keeper = keeper
 
     def lent(self, domain: str, owner: str) -> Methods:
         """See Terms."""
@@ -249,8 +296,8 @@ async def _obey_hangups(config: Config, scopes: Scopes) -> None:
 
 async def _wait_end(
     manual: ManualMounts, control: Control, beside: Sequence[Callable[[], Awaitable[None]]], *, private: bool
-) -> None:
-    """Until a signal, or until a private daemon is not needed; tidies up, and does what is `beside`, meanwhile."""
+) -> signal.Signals | None:
+    """Until a signal, which is given, or until a private daemon is not needed; does what is `beside` meanwhile."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_tidy, manual, control, private, nursery.cancel_scope)
@@ -258,8 +305,9 @@ async def _wait_end(
                 nursery.start_soon(each)
             async for number in signals:
                 log.info("ends by %s", signal.Signals(number).name)
-                break
-            nursery.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
+                return signal.Signals(number)
+    return None
 
 
 async def _tidy(manual: ManualMounts, control: Control, private: bool, scope: trio.CancelScope) -> None:  # noqa: FBT001

@@ -1,9 +1,9 @@
 """The worker of one domain: composition root of everything that serves a tenant's reads.
 
 Started by the daemon's fork server with the socket to the daemon, the live bitmap, the domain's key and, for root, the
-FUSE connection.
-It forks its own fork server, for jobs, before anything here starts a thread. It ends when the daemon is gone or its
-FUSE filesystem is unmounted; dying at any other time loses nothing but time.
+FUSE connection. It forks its own fork server, for jobs, before anything here starts a thread. It ends when its FUSE
+filesystem is unmounted, and, where it has no line to a next daemon, with its daemon; dying at any other time loses
+nothing but time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from nsfs.remote.source import open_remote
 from nsfs.remote.transport import Timeouts
 from nsfs.serve.config import unpack_config
 from nsfs.serve.credentials import AskedCredentials, forbid_core_dumps
-from nsfs.serve.forkserver import fork_server, open_fork_server
+from nsfs.serve.forkserver import fork_server, open_fork_server, received_fds
 from nsfs.serve.fuse import FuseOperations
 from nsfs.serve.logs import start_logging
 from nsfs.serve.session import Session
@@ -57,14 +57,14 @@ from nsfs.store.pool import open_pool
 from nsfs.store.recovery import recover
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from nsfs.core.ports import Source
     from nsfs.model.pool import LayerKey
     from nsfs.remote.source import Remote
     from nsfs.serve.config import Config, Fetch
     from nsfs.serve.forkserver import ServerProcess
-    from nsfs.serve.wire import Peer
+    from nsfs.serve.wire import Methods
     from nsfs.store.index import DomainIndex
     from nsfs.store.layout import DomainLayout
     from nsfs.store.pool import Pool
@@ -106,10 +106,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         worker = await _compose(stack, layout, config, pool, index, fds[1:3], forks, remote)
         worker.layers.finish(unfinished)
         worker.shown.show_again(params.views, params.trees)
-        methods = worker.domain.methods() | worker.pinned.methods()
-        peer = await stack.enter_async_context(open_peer(control, methods, name=params.domain))
-        credentials.connect(peer)
-        await _serve(params, config, fds, peer, pool, worker)
+        await _serve(params, config, fds, control, pool, worker, credentials)
 
 
 class _Worker:
@@ -168,7 +165,15 @@ def _recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[Layer
         return []
 
 
-async def _serve(params: WorkerArgs, config: Config, fds: list[int], peer: Peer, pool: Pool, worker: _Worker) -> None:
+async def _serve(
+    params: WorkerArgs,
+    config: Config,
+    fds: list[int],
+    control: trio.SocketStream,
+    pool: Pool,
+    worker: _Worker,
+    credentials: AskedCredentials,
+) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_flush_often, pool)
         nursery.start_soon(drop_often, pool)
@@ -180,11 +185,45 @@ async def _serve(params: WorkerArgs, config: Config, fds: list[int], peer: Peer,
         else:
             run = Layout(config.root, config.run).domain_run(params.domain)
             await nursery.start(_serve_fronts, run.socket, worker.domain)
-        await peer.call("Ready", Ready(), worker_api.Empty)
-        await peer.wait_closed()
-        log.info("the daemon is gone")
+        methods = worker.domain.methods() | worker.pinned.methods()
+        sockets = _sockets(control, fds[-1] if params.line else None)
+        await _serve_daemons(params, sockets, methods, credentials)
         nursery.cancel_scope.cancel()
     _flush(pool)
+
+
+async def _serve_daemons(
+    params: WorkerArgs, sockets: AsyncIterator[trio.SocketStream], methods: Methods, credentials: AskedCredentials
+) -> None:
+    """Answer our daemon, and then those that follow it; return when no other can come."""
+    async for stream in sockets:
+        try:
+            async with open_peer(stream, methods, name=params.domain) as peer:
+                credentials.connect(peer)
+                await peer.call("Ready", Ready(build=params.build), worker_api.Empty)
+                await peer.wait_closed()
+        except NsfsError as error:
+            log.info("a daemon did not stay: %s", error)
+        credentials.disconnect()
+        log.info("the daemon is gone")
+
+
+async def _sockets(control: trio.SocketStream, line: int | None) -> AsyncIterator[trio.SocketStream]:
+    """The one that we were started with; and where there is a line, all that come over it."""
+    yield control
+    while line is not None:
+        yield await _next_socket(line)
+
+
+async def _next_socket(line: int) -> trio.SocketStream:
+    """What a new daemon sends; where nobody can send any more, reads go on without one."""
+    with trio.socket.fromfd(line, socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        data, ancillary, _, _ = await sock.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        log.warning("no daemon will come any more")
+        await trio.sleep_forever()
+    (fd,) = received_fds(ancillary)
+    return trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
 
 
 async def _serve_fuse(session: Session, init: bytes, ready: trio.Event, scope: trio.CancelScope) -> None:

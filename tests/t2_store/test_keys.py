@@ -121,7 +121,7 @@ def test_without_the_hosts_key_nothing_is_opened_or_dropped(layout: Layout, othe
     with opened(domains(layout, host_key=HOST_KEY), layout) as pool:
         pool.write(BASE, SECRET)
     store = domains(layout, host_key=other)
-    store.drop_lost()
+    store.drop_lost(())
     with pytest.raises(DeniedError, match=NAME):
         store.open(NAME)
     with opened(domains(layout, host_key=HOST_KEY), layout) as pool:
@@ -184,7 +184,7 @@ def test_an_interrupted_deletion_is_finished_and_nothing_else_goes(layout: Layou
     with opened(domains(layout, Encrypt.OFF), layout, "ns/plain"):
         pass
     store.destroy_key(NAME)
-    domains(layout).drop_lost()
+    domains(layout).drop_lost(())
     assert sorted(os.listdir(layout.domains)) == ["ns%2Fother", "ns%2Fplain"]
 
 

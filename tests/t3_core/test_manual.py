@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manual_fakes import FAIL, HANG, USER, Site
-from nsfs.core.manual import Lower, Lowers
+from nsfs.core.manual import Lowers
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnreachableError
-from nsfs.model.mounts import Driver
+from nsfs.model.mounts import Driver, Lower
 from trio_tests import run
 
 
@@ -236,7 +236,7 @@ def test_an_umount_once_begun_is_finished_without_its_caller() -> None:
 def test_a_release_once_begun_is_finished_without_its_caller() -> None:
     async def body() -> None:
         site = Site()
-        lowers = Lowers(site.kernel, site.workers)
+        lowers = Lowers(site.kernel, site.workers, site.records)
         await lowers.acquire([Lower("ns/a", "view", Driver.EROFS)], "snapshot 1")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(lowers.release, "snapshot 1")
@@ -289,7 +289,7 @@ def test_a_new_daemon_takes_away_what_the_dead_one_mounted(caplog: pytest.LogCap
         await site.mount("/c", 1, driver="fuse")
         site.kernel.stacks["/c"].clear()
         site.restart()
-        await site.manual.sweep()
+        await site.manual.resume(())
         site.check()
         assert site.manual.records() == []
         assert caplog.text.count("took away") == 3
@@ -304,7 +304,7 @@ def test_a_dead_mount_that_stays_can_be_unmounted_later() -> None:
         await site.mount("/b", 1)
         site.restart()
         site.script.faults["unmount"] = [FAIL]
-        await site.manual.sweep()
+        await site.manual.resume(())
         assert [record.target for record in site.manual.records()] == ["/a"]
         await site.mount("/b", 1)
         await site.manual.umount("/a", force=True)

@@ -45,6 +45,9 @@ class Worker:
         await self.ended.wait()
         return -9
 
+    async def wait_gone(self) -> None:
+        await self.ended.wait()
+
     def kill(self) -> None:
         self.scope.cancel()
 
@@ -65,7 +68,9 @@ class Zygote:
         self.asked: list[tuple[int, str]] = []
         self.handlers: dict[str, Callable[[Worker], Any]] = {}
 
-    async def spawn(self, entry: str, args: WorkerArgs, fds: Sequence[int], *, confinement: object) -> Worker:
+    async def spawn(
+        self, entry: str, args: WorkerArgs, fds: Sequence[int], *, session: bool, tied: bool, confinement: object
+    ) -> Worker:
         await trio.lowlevel.checkpoint()
         if self.broken:
             self.broken -= 1

@@ -18,7 +18,6 @@ from fakes import FakeRegistry
 from images import Image, Layer, file, gzip_layer
 from mounting import swept
 from nsfs.model.pool import LayerKey
-from nsfs.serve import mounts
 from nsfs.store.index import open_index
 from nsfs_daemon import NSFS, Daemon, run_daemon
 from published import publish
@@ -177,19 +176,3 @@ def test_a_killed_daemon_goes_on_when_it_is_started_again(tmp_path: Path, passin
     assert status == 5, said
     with run_daemon(directory, SETTINGS) as second:
         check_goes_on(second, passing)
-
-
-def test_a_daemon_takes_away_all_mounts_of_one_that_was_killed(tmp_path: Path, passing: Passing) -> None:
-    passing.registry.script = ""
-    directory = str(tmp_path / "daemon")
-    with contextlib.suppress(RuntimeError), run_daemon(directory, SETTINGS) as first:
-        for driver in ("erofs", "erofs-loop", "fuse"):
-            target = tmp_path / driver
-            target.mkdir()
-            first.nsfs("mount", passing.reference, str(target), "--driver", driver)
-        os.kill(first.pid, signal.SIGKILL)
-        with run_daemon(directory, SETTINGS) as second:
-            assert second.json("status")["mounts"] == []
-            assert [each.target for each in mounts.load_mounts() if each.target.startswith(str(tmp_path))] == []
-            with second.mounted(passing.reference, passing.target):
-                passing.check()

@@ -19,11 +19,11 @@ import msgspec
 import trio
 
 from nsfs.core import worker_api
-from nsfs.core.manual import Lower
 from nsfs.core.pods import PodImages
 from nsfs.errors import CorruptError, UnreachableError, UnsupportedError
 from nsfs.model.lazy import State
-from nsfs.model.mounts import Host, choose_driver
+from nsfs.model.mounts import Host, Lower, choose_driver
+from nsfs.model.policy import domain_named
 from nsfs.model.snapshot import Stacked
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _PULL: Final = 60.0
 """Seconds after its deadline when the pull of an image is taken for a new one."""
+_USER: Final = "snapshot "
 _DOCUMENTS: Final = 5.0
 """Seconds for an image's manifest and configuration, where `wait` is less: without them nothing can be promised."""
 _LEAST: Final = 0.5
@@ -57,7 +58,7 @@ class LazyConfig:
 
 
 class LazyLayers:
-    """The service."""
+    """The service. What an earlier daemon mounted has been adopted before."""
 
     def __init__(
         self, workers: Workers, lowers: Lowers, clones: Clones, host: Host, scopes: Scopes, config: LazyConfig
@@ -69,7 +70,7 @@ class LazyLayers:
         self._scopes = scopes
         self._config = config
         self._pods = PodImages(workers, scopes)
-        self._domains: dict[int, Domain] = {}
+        self._domains = _snapshots(lowers.users())
         """Where a snapshot's lowers are, by its ID."""
         self._deadlines: dict[tuple[str, str], float] = {}
         """Of pulls, by namespace and image."""
@@ -208,4 +209,10 @@ def _name(layer: LazyLayer) -> worker_api.LayerName:
 
 
 def _user(snapshot: int) -> str:
-    return f"snapshot {snapshot}"
+    return f"{_USER}{snapshot}"
+
+
+def _snapshots(users: Mapping[str, str]) -> dict[int, Domain]:
+    """Those of `users` that are snapshots."""
+    snapshots = {user.removeprefix(_USER): domain for user, domain in users.items() if user.startswith(_USER)}
+    return {int(snapshot): domain_named(domain) for snapshot, domain in snapshots.items()}

@@ -25,11 +25,11 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError
-from nsfs.model.mounts import Bind, Driver, Host, MountRecord, Overlay, choose_driver, plan_rootfs, unique_maps
+from nsfs.model.mounts import Bind, Driver, Host, Lower, MountRecord, Overlay, choose_driver, plan_rootfs, unique_maps
 from nsfs.model.policy import Domain, Isolation, ScopeRequest, parse_patience
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 
     from msgspec import Struct
 
@@ -59,6 +59,19 @@ class Records(Protocol):
         """Forget one, if it is known."""
 
 
+class Stacks(Protocol):
+    """Which lowers each user stacks, remembered durably."""
+
+    def stacks(self) -> dict[str, list[Lower]]:
+        """By user."""
+
+    def put_stack(self, user: str, lowers: Sequence[Lower]) -> None:
+        """Remember what one stacks, instead of what was known."""
+
+    def delete_stack(self, user: str) -> None:
+        """Forget one, if it is known."""
+
+
 class Workers(Protocol):
     """The domains' workers, started when they are first needed."""
 
@@ -74,15 +87,6 @@ class Workers(Protocol):
 
     async def end(self, domain: Domain) -> None:
         """End the worker of `domain` and delete the domain's pool."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lower:
-    """One view to be mounted once for all who stack it."""
-
-    domain: str
-    view: str
-    driver: Driver
 
 
 class Kernel(Protocol):
@@ -109,6 +113,9 @@ class Kernel(Protocol):
     def mounted(self) -> set[str]:
         """Every path at which something of our kind is mounted on top now."""
 
+    def mounted_lowers(self) -> dict[str, Lower]:
+        """What is mounted at paths of lowers, by short name."""
+
     def tree_path(self, domain: str, tree: str) -> str:
         """Where the FUSE tree of a mount shows."""
 
@@ -121,8 +128,8 @@ class Kernel(Protocol):
     async def drop_upper(self, mount_id: str) -> None:
         """Delete them, as far as they are there."""
 
-    async def sweep(self) -> None:
-        """Take away the lowers and connections of a daemon that died."""
+    async def sweep(self, domains: Collection[str], names: Collection[str]) -> None:
+        """Take away all connections but those of `domains`, and all lowers but `names`."""
 
     @property
     def empty(self) -> str:
@@ -155,14 +162,34 @@ class Lowers:
     Calls for one domain may not overlap, those for several may.
     """
 
-    def __init__(self, kernel: Kernel, workers: Workers) -> None:
+    def __init__(self, kernel: Kernel, workers: Workers, records: Stacks) -> None:
         self._kernel = kernel
         self._workers = workers
+        self._records = records
         self._names: dict[Lower, str] = {}
         self._users: defaultdict[Lower, set[str]] = defaultdict(set)
-        """Mounts by ID. None of a daemon that died is among them, whatever the records say."""
+        """Mounts by ID, and snapshots."""
         self.locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
         """One per domain; who calls for it holds it."""
+
+    def adopt(self, domains: Collection[str]) -> set[str]:
+        """At start: go on with what an earlier daemon mounted in `domains` and somebody stacks; gives the short names.
+
+        A user of whose lowers one is gone has to acquire them again.
+        """
+        mounted = {lower: name for name, lower in self._kernel.mounted_lowers().items() if lower.domain in domains}
+        for user, lowers in self._records.stacks().items():
+            if not mounted.keys() >= set(lowers):
+                self._records.delete_stack(user)
+                continue
+            for lower in lowers:
+                self._names[lower] = mounted[lower]
+                self._users[lower].add(user)
+        return set(self._names.values())
+
+    def users(self) -> dict[str, str]:
+        """The domain in which each user stacks something."""
+        return {user: lower.domain for lower, users in self._users.items() for user in users}
 
     async def acquire(self, lowers: Sequence[Lower], user: str) -> list[str]:
         """Mount what is not mounted yet; gives the paths in the order of `lowers`, distinct ones of one domain."""
@@ -177,13 +204,24 @@ class Lowers:
             with trio.move_on_after(_UNDO_DEADLINE, shield=True):
                 await self._hide(fresh)
             raise
+        known = [lower for lower, users in self._users.items() if user in users]
         for lower in lowers:
             self._users[lower].add(user)
+        if not set(lowers) <= set(known):
+            self._remember(user, list(dict.fromkeys([*known, *lowers])))
         return [self._path(lower) for lower in lowers]
+
+    def _remember(self, user: str, lowers: Sequence[Lower]) -> None:
+        """For the next daemon; where that cannot be written, it is of use until then."""
+        try:
+            self._records.put_stack(user, lowers)
+        except NsfsError as error:
+            log.warning("views will end with this daemon: %s: %s", user, error)
 
     async def release(self, user: str) -> None:
         """Unmount what nobody but `user` stacks; once begun this is finished, since nobody would know of it again."""
         idle = [lower for lower, users in self._users.items() if users == {user}]
+        self._records.delete_stack(user)
         for users in self._users.values():
             users.discard(user)
         if idle:
@@ -236,14 +274,14 @@ class ManualMounts:
         kernel: Kernel,
         host: Host,
         scopes: Scopes,
-        lowers: Lowers | None = None,
+        lowers: Lowers,
     ) -> None:
         self._records = records
         self._workers = workers
         self._kernel = kernel
         self._host = host
         self._scopes = scopes
-        self._lowers = lowers or Lowers(kernel, workers)
+        self._lowers = lowers
         self._locks = self._lowers.locks
         self._claimed: set[str] = set()
 
@@ -371,12 +409,15 @@ class ManualMounts:
         if record.transient:
             yield partial(self._lowers.end, self.domain_of(record))
 
-    async def sweep(self) -> None:
-        """At start: the connections of a daemon that died are gone; take its mounts and records away.
+    async def resume(self, domains: Collection[str]) -> None:
+        """At start: go on with an earlier daemon's mounts in `domains`; take all others and their records away.
 
         A mount that cannot be taken away keeps its record, so that it can be tried again by `umount`.
         """
+        names = self._lowers.adopt(domains)
         for record in self._records.mounts():
+            if record.domain in domains:
+                continue
             try:
                 if record.target in self._kernel.mounted():
                     await self._kernel.unmount([record.target], force=True)
@@ -385,7 +426,7 @@ class ManualMounts:
                 continue
             await self._forget_dead(record)
             log.warning("took away a mount of a daemon that died: %s", record.target)
-        await _do_quietly(self._kernel.sweep)
+        await _do_quietly(partial(self._kernel.sweep, domains, names))
 
     async def _forget_dead(self, record: MountRecord) -> None:
         """As `_forget`, of a mount whose worker died with its daemon."""

@@ -242,8 +242,9 @@ class Snapshots:
         self._offers.resume()
 
     async def end(self) -> None:
-        """Unmount every view."""
-        await self._release(())
+        """Unmount every view, in use or not."""
+        with trio.move_on_after(_END, shield=True):
+            await self._release(())
 
     async def _release(self, keep: Collection[int]) -> None:
         for number in (self._lazy.shown().keys() | self._clones.stacked()).difference(keep):
@@ -357,7 +358,10 @@ def _refuse_fenced(record: Record) -> None:
 async def open_snapshots(
     records: Records, directories: Directories, lazy: Lazy, clones: Clones, *, empty: str
 ) -> AsyncIterator[Snapshots]:
-    """A service that has read its records, and goes on in the background with what an earlier daemon left."""
+    """A service that has read its records, and goes on in the background with what an earlier daemon left.
+
+    Its views stay mounted at the end: `Snapshots.end` takes them away.
+    """
     ledger = await trio.to_thread.run_sync(Ledger, records)
     async with trio.open_nursery() as nursery:
         snapshots = Snapshots(ledger, directories, lazy, clones, nursery, empty=empty)
@@ -366,6 +370,4 @@ async def open_snapshots(
         try:
             yield snapshots
         finally:
-            with trio.move_on_after(_END, shield=True):
-                await snapshots.end()
             nursery.cancel_scope.cancel()

@@ -62,6 +62,14 @@ def choose_driver(wish: str, host: Host) -> Driver:
     return driver
 
 
+class Lower(Struct, frozen=True, array_like=True):
+    """One view to be mounted once for all who stack it."""
+
+    domain: str
+    view: str
+    driver: Driver
+
+
 def unique_maps(maps: Sequence[str]) -> list[str]:
     """`maps`, top first, each once at its topmost place.
 

@@ -63,6 +63,11 @@ class Domain:
         return self.isolation is Isolation.POD
 
 
+def domain_named(name: str) -> Domain:
+    """A domain that exists already, and so has its owner on record."""
+    return Domain(name, Isolation.POD if name.startswith("pod/") else Isolation.SHARED)
+
+
 def check_namespace(namespace: str) -> str:
     """`namespace` itself where it is a containerd identifier; raises UsageError."""
     return _check_identifier("namespace", namespace)

@@ -121,6 +121,10 @@ class AskedCredentials:
         self._daemon = daemon
         self._connected.set()
 
+    def disconnect(self) -> None:
+        """Wait for the next daemon."""
+        self._connected = trio.Event()
+
     async def lookup(self, host: str, repository: str, *, again: bool = False) -> Credential | None:
         """As `Credentials.lookup`."""
         await self._connected.wait()

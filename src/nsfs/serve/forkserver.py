@@ -321,6 +321,11 @@ class Child:
             raise UnreachableError(f"exit status is lost, because the fork server died: {self.pid}")
         return self._status
 
+    async def wait_gone(self) -> None:
+        """Until it has ended, also where nobody can tell how."""
+        if self.pidfd >= 0:
+            await trio.lowlevel.wait_readable(self.pidfd)
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal; nothing happens if it has ended, or was given up."""
         if self.pidfd >= 0:
@@ -337,6 +342,28 @@ class Child:
         """Wake who waits; for `ForkServer`."""
         self._status = status
         self._ended.set()
+
+
+def find_process(pid: int, started: int) -> Child | None:
+    """A process that somebody else had made for us, if it still is the one that began at `started`."""
+    try:
+        child = Child(pid, os.pidfd_open(pid))
+    except ProcessLookupError:
+        return None
+    child.end(None)
+    if started_at(pid) == started:
+        return child
+    child.close()
+    return None
+
+
+def started_at(pid: int) -> int:
+    """When a process began, in clock ticks since the boot (proc_pid_stat(5)); 0 if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 class _Pending:
@@ -426,7 +453,7 @@ class ForkServer:
                 data, ancillary, _, _ = await sock.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
                 if not data:
                     return
-                self._take(_reply_decoder.decode(data), _received_fds(ancillary))
+                self._take(_reply_decoder.decode(data), received_fds(ancillary))
         except (ConnectionResetError, trio.ClosedResourceError):
             pass
         finally:
@@ -481,7 +508,8 @@ class ForkServer:
         self._children.clear()
 
 
-def _received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+def received_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a message."""
     fds = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -18,16 +18,15 @@ import trio
 
 from nsfs.core.manual import Kernel
 from nsfs.errors import DeniedError, NoSpaceError, NotFoundError, NsfsError, UnreachableError, UsageError
-from nsfs.model.mounts import Bind, Driver
+from nsfs.model.mounts import Bind, Driver, Lower
 from nsfs.model.shift import render_map
 from nsfs.serve import mounts
 from nsfs.serve.fronts import FrontArgs, Fronts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from nsfs.core import worker_api
-    from nsfs.core.manual import Lower
     from nsfs.model.mounts import MountRecord, Overlay
     from nsfs.model.shift import Shift
     from nsfs.serve.config import Config
@@ -91,10 +90,32 @@ class HostKernel(Kernel):
             return
         raise UnreachableError(f"the directory does not answer: {target}", hint="is it below a mount that hangs?")
 
-    async def sweep(self) -> None:
+    def mounted_lowers(self) -> dict[str, Lower]:
         """See Kernel."""
-        ours = (self._layout.lowers + "/", os.path.join(self._layout.run, "domains") + "/")
-        stale = [mount.target for mount in mounts.load_mounts() if mount.target.startswith(ours)]
+        mounted = mounts.load_mounts()
+        found = {os.path.basename(mount.target): self._lower(mount, mounted) for mount in mounted}
+        return {name: lower for name, lower in found.items() if lower is not None}
+
+    def _lower(self, mount: mounts.MountInfo, mounted: Sequence[mounts.MountInfo]) -> Lower | None:
+        """What is mounted there, if it is a lower, by the file of its domain's FUSE filesystem that it shows."""
+        if os.path.dirname(mount.target) != self._layout.lowers:
+            return None
+        driver = Driver.EROFS if mount.fstype == "erofs" else Driver.FUSE
+        path = mount.source
+        if driver is Driver.FUSE:
+            tops = [each.target for each in mounted if each.device == mount.device and each.root == "/"]
+            path = (tops[0] if tops else "") + mount.root
+        elif path.startswith("/dev/loop"):
+            driver, path = Driver.EROFS_LOOP, mounts.loop_file(path)
+        found = self._layout.parse_fuse_view(path)
+        return found and Lower(*found, driver)
+
+    async def sweep(self, domains: Collection[str], names: Collection[str]) -> None:
+        """See Kernel."""
+        keep = {self._layout.domain_run(domain).fuse for domain in domains} | {self.lower_path(name) for name in names}
+        ours = (self._layout.lowers + "/", self._layout.domain_runs + "/")
+        mounted = [mount.target for mount in mounts.load_mounts()]
+        stale = [target for target in mounted if target.startswith(ours) and target not in keep]
         await self.unmount(stale[::-1], force=True)
 
     async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]]) -> None:

@@ -449,6 +449,15 @@ def loop_device(path: str, *, direct: bool = True) -> Iterator[str]:
         yield name
 
 
+def loop_file(device: str) -> str:
+    """The file behind the loop device `device`; empty if there is none."""
+    try:
+        with open(f"/sys/block/{os.path.basename(device)}/loop/backing_file") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
 def _configure_loop(file: int, *, direct: bool) -> tuple[int, str]:
     flags = _LOOP_READ_ONLY | _LOOP_AUTOCLEAR | (_LOOP_DIRECT_IO if direct else 0)
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)

@@ -2,8 +2,8 @@
 
 Owns, per domain, what must outlive a worker: the /dev/fuse descriptor (so the connection stays), the live bitmap and
 the key (memfds), the INIT that the kernel sent, and what the domain shows. A new worker gets all of it and goes on
-where the last one was killed. A worker that dies again and again, or does not begin to answer, is given longer and
-longer pauses, never given up.
+where the last one was killed. One that dies again and again, or does not answer, is given longer and longer pauses,
+never given up. Where there is a keeper, all of it outlives the daemon, too: the next one gives workers a new socket.
 
 Concurrency: one task per domain keeps its worker; callers wait on an event until it answers. Who asks how things stand
 (`ask_now`) waits for no start. Nothing here touches a path below a FUSE mount.
@@ -17,6 +17,7 @@ import os
 import socket
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import msgspec
@@ -24,18 +25,21 @@ import trio
 from msgspec import Struct
 
 from nsfs.core import worker_api
-from nsfs.core.tasks import open_tasks
+from nsfs.core.tasks import open_tasks, running
 from nsfs.errors import NsfsError, UnreachableError
 from nsfs.model.policy import owner_of
 from nsfs.serve.config import Config, pack_config
+from nsfs.serve.forkserver import find_process, started_at
+from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
 from nsfs.serve.session import is_connected
 from nsfs.serve.wire import Peer, open_peer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from nsfs.model.policy import Domain
     from nsfs.serve.forkserver import Child, ForkServer
+    from nsfs.serve.keeping import Keeper, Left
     from nsfs.serve.sandbox import Confinement
     from nsfs.serve.wire import Methods
 
@@ -47,6 +51,8 @@ _CALLER_WAITS: Final = 30.0
 """Seconds that a call waits for a worker that is being started."""
 _STUCK: Final = 120.0
 """Seconds after which a worker that does not answer yet is killed: it clears up behind its predecessor before."""
+_ADOPTED: Final = 10.0
+"""Seconds that a worker has to greet a new daemon; reads go on meanwhile."""
 _ANSWERS_AT_ONCE: Final = 1.0
 """Seconds that a worker has to say how it stands."""
 _SERVED: Final = 1.0
@@ -57,6 +63,8 @@ _DEATH: Final = 5.0
 """Seconds that a killed worker may take to be gone; longer only where a disk does not answer."""
 _ATTEMPTS: Final = 2
 """Workers that are asked in turn, where one dies meanwhile: enough for an accident, too few for a poisonous call."""
+_CHANGES: Final = frozenset({"ShowViews", "HideViews", "ShowTree", "HideTree"})
+"""What the next worker must know of."""
 _ONCE: Final = frozenset({"List", "Tree", "Read"})
 """What cannot be asked of the next worker, since part of it was reported to somebody. All else may be done twice."""
 
@@ -77,13 +85,17 @@ class DomainStore(Protocol):
 class WorkerArgs(Struct, kw_only=True):
     """What a worker is started with.
 
-    Its descriptors: the socket to the daemon, the bitmap, the key and, where `fuse`, the FUSE connection.
+    Its descriptors: the socket to the daemon, the bitmap, the key, where `fuse` the FUSE connection, and where `line`
+    the end of a pair over which it gets its next socket, to the next daemon; without, it ends with its daemon.
     """
 
     domain: str
     config: bytes
     """`serve.config.pack_config`."""
+    build: str
+    """Of what code the daemon is (`serve.build`), which started the worker from the same."""
     fuse: bool
+    line: bool = False
     init: bytes = b""
     """The connection's INIT request."""
     views: list[str] = msgspec.field(default_factory=list)
@@ -92,6 +104,9 @@ class WorkerArgs(Struct, kw_only=True):
 
 class Ready(Struct, kw_only=True):
     """Worker to daemon: requests are being served."""
+
+    build: str = ""
+    """As it was told when it was started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +122,10 @@ class Connection:
 class Terms(Protocol):
     """On what terms a domain's workers are started."""
 
+    @property
+    def keeper(self) -> Keeper | None:
+        """For workers that outlive us; None: ours end with us."""
+
     async def confinement(self, domain: str) -> Confinement | None:
         """What the next worker is held to, None for nothing. Raises NsfsError where that cannot be had."""
 
@@ -115,7 +134,9 @@ class Terms(Protocol):
 
 
 class NoTerms:
-    """Workers that are what the daemon is, and ask nothing."""
+    """Workers that are what the daemon is, ask nothing, and end with it."""
+
+    keeper: Keeper | None = None
 
     async def confinement(self, domain: str) -> Confinement | None:
         """None."""
@@ -133,6 +154,36 @@ def plan_pause(deaths: int, *, has_answered: bool) -> float:
     return 0.0 if deaths <= 1 else min(0.5 if has_answered else 5.0, 0.01 * 2 ** min(deaths, 10))
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A pair of sockets over which a domain's worker is sent its next socket."""
+
+    near: int
+    """The daemon's end."""
+    far: int
+    """The workers' end: each gets a copy."""
+
+    def close(self) -> None:
+        """Give up both."""
+        os.close(self.near)
+        os.close(self.far)
+
+
+def make_line() -> Line:
+    """A new pair; SOCK_SEQPACKET."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return Line(near.detach(), far.detach())
+
+
+def send_over(line: Line, sock: socket.socket) -> None:
+    """Give the worker at the other end a socket; raises UnreachableError where it takes none."""
+    with socket.socket(fileno=os.dup(line.near)) as near:
+        try:
+            socket.send_fds(near, [b"s"], [sock.fileno()], socket.MSG_DONTWAIT)
+        except OSError as error:
+            raise UnreachableError(f"a worker takes no socket: {error.strerror}") from None
+
+
 @dataclass(slots=True)
 class _Kept:
     """What outlives the workers of a domain, and the worker of now."""
@@ -142,6 +193,13 @@ class _Kept:
     bitmap: int
     key: int
     connection: Connection | None
+    line: Line | None
+    survivor: Child | None = None
+    """A worker of an earlier daemon that nobody has greeted yet."""
+    started: int = 0
+    """When the worker of now began."""
+    is_over: bool = False
+    """It does not outlive us, though others may."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
     ready: trio.Event = field(default_factory=trio.Event)
@@ -175,6 +233,29 @@ class _Kept:
             case "HideTree", worker_api.TreeGone():
                 self.trees.pop(params.id, None)
 
+    def memo(self) -> Memo:
+        """What the next daemon must know."""
+        connection = self.connection
+        return Memo(
+            domain=self.domain,
+            owner=self.owner,
+            mountpoint=connection.mountpoint if connection else "",
+            init=connection.init if connection else b"",
+            pid=self.pid,
+            started=self.started,
+            views=sorted(self.views),
+            trees=list(self.trees.values()),
+        )
+
+    def kept(self) -> dict[str, int]:
+        """The descriptors that the next daemon must have."""
+        fds = {BITMAP: self.bitmap, KEY: self.key}
+        if self.connection is not None:
+            fds[FUSE] = self.connection.fd
+        if self.line is not None:
+            fds |= {LINE: self.line.near, FAR_LINE: self.line.far}
+        return fds
+
 
 class Supervisor:
     """The service. Made by `open_supervisor`."""
@@ -197,6 +278,10 @@ class Supervisor:
         self._disconnect = disconnect
         self._store = store
         self._terms = terms
+        self._keeper = terms.keeper
+        self._build = terms.keeper.build if terms.keeper else ""
+        self.is_ending = False
+        """Set by `open_supervisor`: what ends from now on ends because we do."""
         self._kept: dict[str, _Kept] = {}
         self._lock = trio.Lock()
 
@@ -214,6 +299,8 @@ class Supervisor:
         """
         kept = await self._keep(domain)
         kept.note(method, params)
+        if method in _CHANGES:
+            self._note(kept)
         left = 1 if method in _ONCE else _ATTEMPTS
         while True:
             peer = await self._wait_peer(kept)
@@ -243,10 +330,32 @@ class Supervisor:
             await trio.to_thread.run_sync(self._store.destroy_key, domain.name)
             kept = self._kept.pop(domain.name, None)
             if kept is not None:
-                kept.is_deleted = True
+                kept.is_over = kept.is_deleted = True
                 kept.scope.cancel()
                 await kept.ended.wait()
             await trio.to_thread.run_sync(self._store.delete, domain.name)
+
+    def adopt(self, left: Sequence[Left]) -> set[str]:
+        """Go on with the domains of an earlier daemon, whether their workers live or not; gives their names.
+
+        One whose connection is gone is nothing to go on with.
+        """
+        adopted = set()
+        for each in left:
+            line = Line(each.fds[LINE], each.fds[FAR_LINE])
+            connection = Connection(each.fds[FUSE], each.memo.mountpoint, each.memo.init)
+            kept = _Kept(each.memo.domain, each.memo.owner, each.fds[BITMAP], each.fds[KEY], connection, line)
+            kept.views, kept.trees = set(each.memo.views), {tree.id: tree for tree in each.memo.trees}
+            kept.survivor = find_process(each.memo.pid, each.memo.started) if each.memo.pid else None
+            self._kept[kept.domain] = kept
+            self._nursery.start_soon(self._run, kept)
+            adopted.add(kept.domain)
+        return adopted
+
+    def end_all(self) -> None:
+        """Leave nothing to a next daemon: all workers and connections end with us."""
+        for kept in self._kept.values():
+            kept.is_over = True
 
     def pids(self) -> dict[str, int]:
         """The worker of each domain that has one; 0 while it is being started."""
@@ -270,11 +379,33 @@ class Supervisor:
         bitmap, key = await trio.to_thread.run_sync(self._store.open, domain.name)
         try:
             connection = await self._connect(domain.name) if self._connect else None
-            return _Kept(domain.name, owner_of(domain), bitmap, key, connection)
         except BaseException:
             os.close(bitmap)
             os.close(key)
             raise
+        line = make_line() if self._keeper else None
+        kept = _Kept(domain.name, owner_of(domain), bitmap, key, connection, line)
+        await self._hand_over(kept)
+        return kept
+
+    async def _hand_over(self, kept: _Kept) -> None:
+        """Have the domain outlive us. Where that cannot be, it works all the same, for as long as we do."""
+        if self._keeper is None:
+            return
+        try:
+            with trio.CancelScope(shield=True):
+                await self._keeper.keep(kept.domain, kept.kept())
+        except NsfsError as error:
+            log.warning("domain %s will end with this daemon: %s", kept.domain, error)
+        self._note(kept)
+
+    def _note(self, kept: _Kept) -> None:
+        if self._keeper is None:
+            return
+        try:
+            self._keeper.note(kept.memo())
+        except OSError as error:
+            log.warning("domain %s will end with this daemon: %s", kept.domain, error)
 
     async def _wait_peer(self, kept: _Kept) -> Peer:
         with trio.move_on_after(_CALLER_WAITS):
@@ -322,6 +453,7 @@ class Supervisor:
             connection, kept.connection = kept.connection, None
             await self._close(connection)
         kept.connection = await self._connect(kept.domain)
+        await self._hand_over(kept)
 
     async def _close(self, connection: Connection) -> None:
         try:
@@ -333,47 +465,90 @@ class Supervisor:
 
     async def _drop(self, kept: _Kept) -> None:
         try:
-            if kept.connection is not None:
-                await self._close(kept.connection)
+            if not self._is_left(kept):
+                await self._take_away(kept)
+            elif kept.connection is not None:
+                os.close(kept.connection.fd)
         finally:
             if kept.is_deleted:
                 os.pwrite(kept.key, bytes(os.fstat(kept.key).st_size), 0)
             os.close(kept.key)
             os.close(kept.bitmap)
+            if kept.line is not None:
+                kept.line.close()
             kept.ended.set()
             kept.ready.set()
+
+    def _is_left(self, kept: _Kept) -> bool:
+        """It is for the next daemon now."""
+        return self._keeper is not None and self.is_ending and not kept.is_over
+
+    async def _take_away(self, kept: _Kept) -> None:
+        if self._keeper is not None:
+            await self._keeper.forget(kept.domain, frozenset(kept.kept()))
+        if kept.survivor is not None:
+            await _end(kept.survivor, 0)
+        if kept.connection is not None:
+            await self._close(kept.connection)
 
     async def _run_once(self, kept: _Kept) -> bool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             with theirs:
-                fds = [theirs.fileno(), kept.bitmap, kept.key, *([kept.connection.fd] if kept.connection else [])]
-                confinement = await self._terms.confinement(kept.domain)
-                child = await self._zygote.spawn(_ENTRY, self._args(kept), fds, confinement=confinement)
-            kept.pid = child.pid
+                child, limit = await self._begin(kept, theirs)
+            kept.pid, kept.started = child.pid, started_at(child.pid)
+            self._note(kept)
             try:
-                has_answered = await self._serve(kept, stream)
+                has_answered = await self._serve(kept, stream, child, limit)
                 log.warning("the worker of domain %s died: pid %d%s", kept.domain, kept.pid, await _status_of(child))
             finally:
                 kept.pid = 0
-                await _end(child, 0 if kept.scope.cancel_called else _GRACE)
+                if self._is_left(kept):
+                    child.close()
+                else:
+                    await _end(child, 0 if kept.scope.cancel_called else _GRACE)
         return has_answered
 
-    async def _serve(self, kept: _Kept, stream: trio.SocketStream) -> bool:
+    async def _begin(self, kept: _Kept, theirs: socket.socket) -> tuple[Child, float]:
+        """A worker at the other end of `theirs`: one that survived, or a new one; and how long it may take to greet."""
+        survivor, kept.survivor = kept.survivor, None
+        if survivor is not None and kept.line is not None:
+            log.info("a worker goes on with a new daemon: domain %s, pid %d", kept.domain, survivor.pid)
+            try:
+                send_over(kept.line, theirs)
+            except UnreachableError:
+                await _end(survivor, 0)
+                raise
+            return survivor, _ADOPTED
+        fds = [theirs.fileno(), kept.bitmap, kept.key]
+        fds += [kept.connection.fd] if kept.connection else []
+        fds += [kept.line.far] if kept.line else []
+        outlives = kept.line is not None
+        confinement = await self._terms.confinement(kept.domain)
+        child = await self._zygote.spawn(
+            _ENTRY, self._args(kept), fds, session=outlives, tied=not outlives, confinement=confinement
+        )
+        return child, _STUCK
+
+    async def _serve(self, kept: _Kept, stream: trio.SocketStream, child: Child, limit: float) -> bool:
         """Be the worker's other side until it is gone, or does not answer in time; whether it came to answer."""
         has_answered = False
-        with trio.move_on_after(_STUCK) as starting, suppress(UnreachableError):
+        with trio.move_on_after(limit) as starting, suppress(UnreachableError):
 
-            async def ready(_params: Ready, _report: object) -> worker_api.Empty:
+            async def ready(params: Ready, _report: object) -> worker_api.Empty:
+                if params.build != self._build:
+                    log.info("the worker of domain %s runs other code than we do: pid %d", kept.domain, child.pid)
+                    child.kill()
+                    return worker_api.Empty()
                 starting.deadline = math.inf
                 kept.ready.set()
                 return worker_api.Empty()
 
-            methods: Methods = {
-                "Ready": (Ready, ready),
-                **self._terms.lent(kept.domain, kept.owner),
-            }
-            async with open_peer(stream, methods, name="daemon") as peer:
+            methods: Methods = {"Ready": (Ready, ready), **self._terms.lent(kept.domain, kept.owner)}
+            async with (
+                running(partial(_cancel_when_gone, child, starting)),
+                open_peer(stream, methods, name="daemon") as peer,
+            ):
                 kept.peer = peer
                 try:
                     await peer.wait_closed()
@@ -386,11 +561,19 @@ class Supervisor:
         return WorkerArgs(
             domain=kept.domain,
             config=pack_config(self._config),
+            build=self._build,
             fuse=connection is not None,
+            line=kept.line is not None,
             init=connection.init if connection else b"",
             views=sorted(kept.views),
             trees=list(kept.trees.values()),
         )
+
+
+async def _cancel_when_gone(child: Child, scope: trio.CancelScope) -> None:
+    """A copy of its socket may be left somewhere: then its end is not seen there."""
+    await child.wait_gone()
+    scope.cancel()
 
 
 async def _status_of(child: Child) -> str:
@@ -405,11 +588,11 @@ async def _end(child: Child, grace: float) -> None:
 
     Returns when it can write nothing any more.
     """
-    with trio.move_on_after(grace, shield=True), suppress(UnreachableError):
-        await child.wait()
+    with trio.move_on_after(grace, shield=True):
+        await child.wait_gone()
     child.kill()
-    with trio.move_on_after(_DEATH, shield=True), suppress(UnreachableError):
-        await child.wait()
+    with trio.move_on_after(_DEATH, shield=True):
+        await child.wait_gone()
     child.close()
 
 
@@ -423,12 +606,12 @@ async def open_supervisor(
     store: DomainStore,
     terms: Terms = NoTerms(),  # noqa: B008  stateless
 ) -> AsyncIterator[Supervisor]:
-    """A Supervisor whose workers end with the block.
+    """A Supervisor whose workers end with the block, but where there is a keeper and nobody has said `end_all`.
 
     `connect` opens and mounts a domain's FUSE connection (None: workers without).
     """
     async with open_tasks() as nursery:
-        yield Supervisor(
+        supervisor = Supervisor(
             config,
             zygote,
             nursery,
@@ -437,3 +620,7 @@ async def open_supervisor(
             store=store,
             terms=terms,
         )
+        try:
+            yield supervisor
+        finally:
+            supervisor.is_ending = True

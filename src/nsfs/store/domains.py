@@ -20,6 +20,8 @@ from nsfs.store.crypt import DomainKey, make_key_file
 from nsfs.store.pool import create_bitmap
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from nsfs.model.encryption import Encrypt
     from nsfs.store.keys import Keys
     from nsfs.store.layout import Layout
@@ -95,9 +97,9 @@ class Domains:
         self.destroy_key(name)
         shutil.rmtree(self._layout.domain(name).path, ignore_errors=True)
 
-    def drop_lost(self) -> None:
-        """Delete the domains of pods, none of which outlives its daemon, and those whose deletion was interrupted."""
-        for name in self.names():
+    def drop_lost(self, keep: Collection[str]) -> None:
+        """Delete the domains of pods, and those whose deletion was interrupted; not those that go on (`keep`)."""
+        for name in set(self.names()).difference(keep):
             if name.startswith(_POD) or self._is_lost(name):
                 log.info("domain %s is deleted: its mount, or its key, is gone", name)
                 self.delete(name)

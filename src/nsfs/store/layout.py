@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from nsfs.errors import UsageError
 from nsfs.store.index import check_key
@@ -107,6 +107,11 @@ class RunLayout:
         """Where the domain's worker listens for its fronts."""
         return os.path.join(self.path, "worker.sock")
 
+    @property
+    def kept(self) -> str:
+        """What the next daemon has to know of the domain, beside its descriptors."""
+        return os.path.join(self.path, "kept")
+
     def fuse_disk(self, map_id: str) -> str:
         """The disk as the view of one map sees it; an EROFS mount's `device=`."""
         return os.path.join(self.fuse, "disks", escape_component(map_id))
@@ -156,12 +161,29 @@ class Layout:
 
     def domain_run(self, name: str) -> RunLayout:
         """The other paths of a domain; raises UsageError as `domain` does."""
-        return RunLayout(os.path.join(self.run, "domains", escape_component(name)))
+        return RunLayout(os.path.join(self.domain_runs, escape_component(name)))
+
+    def parse_fuse_view(self, path: str) -> tuple[str, str] | None:
+        """Domain and view of what `fuse_map` or `fuse_layer` of `RunLayout` gave; None if it is none of those."""
+        parts = path.removeprefix(self.domain_runs + "/").split("/")
+        if len(parts) != 4 or parts[1] != "fuse" or parts[2] not in {"maps", "layers"}:
+            return None
+        return unquote(parts[0]), unquote(parts[3])
 
     @property
     def socket(self) -> str:
         """The daemon's control socket."""
         return os.path.join(self.run, "nsfs.sock")
+
+    @property
+    def holder(self) -> str:
+        """Where the process listens that keeps descriptors for the next daemon."""
+        return os.path.join(self.run, "holder.sock")
+
+    @property
+    def domain_runs(self) -> str:
+        """Holds what a reboot takes away of every domain."""
+        return os.path.join(self.run, "domains")
 
     @property
     def lock(self) -> str:

@@ -5,9 +5,9 @@ Keys and values, described here and nowhere else:
     db `about`      b"version" -> ASCII decimal of FORMAT
                     b"last snapshot" -> ASCII decimal of the highest snapshot ID ever given
     db `mounts`     mount ID (ASCII) -> msgpack of MountRecord
-    db `snapshots`  snapshot ID (8 bytes, big-endian) -> msgpack of snapshot.Record; names are in the records, because
-                    they may be longer than LMDB's keys
+    db `snapshots`  snapshot ID (8 bytes, big-endian) -> msgpack of snapshot.Record, which has the (long) name
     db `namespaces` name of a namespace that ever had a snapshot, and was not ended since -> nothing
+    db `stacks`     who stacks lowers: a mount ID, or "snapshot " and a number (ASCII) -> msgpack array of Lower
 
 No transaction stays open across an await. Writes are durable when a method returns.
 """
@@ -22,12 +22,12 @@ import lmdb
 import msgspec
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
-from nsfs.model.mounts import MountRecord
+from nsfs.model.mounts import Lower, MountRecord
 from nsfs.model.snapshot import Record
 from nsfs.store.databases import mapped_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from nsfs.model.snapshot import Change
 
@@ -49,6 +49,7 @@ class Meta:
         self._mounts = env.open_db(b"mounts")
         self._snapshots = env.open_db(b"snapshots")
         self._namespaces = env.open_db(b"namespaces")
+        self._stacks = env.open_db(b"stacks")
 
     @contextmanager
     def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[bytes]]:
@@ -76,6 +77,21 @@ class Meta:
         """Forget a mount, if it is known."""
         with self._transaction(write=True) as txn:
             txn.delete(mount_id.encode(), db=self._mounts)
+
+    def stacks(self) -> dict[str, list[Lower]]:
+        """The lowers of everybody who stacks some, as far as they were mounted in this boot or an earlier one."""
+        with self._transaction() as txn:
+            return {bytes(key).decode(): _decode(value, list[Lower]) for key, value in txn.cursor(self._stacks)}
+
+    def put_stack(self, user: str, lowers: Sequence[Lower]) -> None:
+        """Remember what one stacks."""
+        with self._transaction(write=True) as txn:
+            txn.put(user.encode(), msgspec.msgpack.encode(lowers), db=self._stacks)
+
+    def delete_stack(self, user: str) -> None:
+        """Forget it, if it is known."""
+        with self._transaction(write=True) as txn:
+            txn.delete(user.encode(), db=self._stacks)
 
     def snapshots(self) -> list[Record]:
         """All snapshots, by ID."""

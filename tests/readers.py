@@ -1,0 +1,117 @@
+"""Processes that read files of mounts without end, compare every byte, and say how long each read took.
+
+`reading(files)` starts some; what they saw is there when the block has ended. They hold nothing of a mount open while
+they do not read, and drop the pages of what they read, so that every read asks the worker again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_PIECE = 1 << 16
+_END = 30.0
+"""Seconds for a reader to end its last read."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What readers saw; `errors` are in words, `waits` in seconds, of each read(2)."""
+
+    errors: list[str] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
+
+    def slowest(self, share: float) -> float:
+        """The wait that `share` of all reads did not exceed; 1 for the longest."""
+        ordered = sorted(self.waits)
+        return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+    def check(self, least: int = 1) -> None:
+        """No error, and no fewer reads."""
+        assert self.errors == []
+        assert len(self.waits) >= least, len(self.waits)
+
+
+@contextlib.contextmanager
+def reading(files: Mapping[str, bytes], processes: int = 2) -> Iterator[Seen]:
+    """Read `files`, contents by path, all the while."""
+    digests = json.dumps({path: hashlib.sha256(data).hexdigest() for path, data in files.items()})
+    readers = [_start(digests, seed) for seed in range(processes)]
+    seen = Seen()
+    try:
+        yield seen
+    finally:
+        for reader in readers:
+            _end(reader, seen)
+
+
+def _start(digests: str, seed: int) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    reader = subprocess.Popen([sys.executable, __file__, str(seed)], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    assert reader.stdin is not None
+    reader.stdin.write(digests + "\n")
+    reader.stdin.flush()
+    return reader
+
+
+def _end(reader: subprocess.Popen[str], seen: Seen) -> None:
+    try:
+        output, said = reader.communicate("\n", timeout=_END)
+    except subprocess.TimeoutExpired:
+        reader.kill()
+        reader.communicate()
+        seen.errors.append(f"a read hangs for {_END:g} s")
+        return
+    if reader.returncode != 0:
+        seen.errors.append(said)
+        return
+    report = json.loads(output)
+    seen.errors += report["errors"]
+    seen.waits += report["waits"]
+
+
+def main() -> None:
+    """Digests by path on stdin, as JSON in one line; a second line ends it."""
+    digests = json.loads(sys.stdin.readline())
+    chance = random.Random(sys.argv[1])
+    seen = Seen()
+    os.set_blocking(0, False)
+    while not seen.errors and sys.stdin.readline() == "":
+        path = chance.choice(list(digests))
+        try:
+            if _digest(path, seen.waits) != digests[path]:
+                seen.errors.append(f"wrong bytes: {path}")
+        except OSError as error:
+            seen.errors.append(str(error))
+    print(json.dumps({"errors": seen.errors, "waits": seen.waits}))
+
+
+def _digest(path: str, waits: list[float]) -> str:
+    found = hashlib.sha256()
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        while True:
+            begun = time.monotonic()
+            data = os.read(fd, _PIECE)
+            waits.append(time.monotonic() - begun)
+            if not data:
+                return found.hexdigest()
+            found.update(data)
+    finally:
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    main()

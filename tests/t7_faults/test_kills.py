@@ -1,0 +1,165 @@
+"""Whatever of nsfs is killed, whoever reads through EROFS or FUSE notices nothing but a pause."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fakes import FakeRegistry
+from images import Image, file
+from mounting import swept
+from nodes import wait_until
+from nsfs.serve.mounts import load_mounts
+from nsfs_daemon import Daemon, mortal_daemons
+from published import estargz_layer, publish
+from readers import reading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DOMAIN = "ns/default"
+DRIVERS = ("erofs", "erofs-loop", "fuse")
+FILES = {f"d/{number}": random.Random(number).randbytes(400_000 + number) for number in range(24)}
+
+
+@dataclass
+class Site:
+    """Daemons one after the other, and an image mounted by each driver."""
+
+    start: Callable[[], Daemon]
+    registry: FakeRegistry
+    reference: str
+    top: str
+    daemon: Daemon
+
+    def mount(self) -> dict[str, bytes]:
+        """Mount it thrice; the contents of all files by path."""
+        for driver in DRIVERS:
+            os.mkdir(f"{self.top}/{driver}")
+            self.daemon.nsfs("mount", self.reference, f"{self.top}/{driver}", "--driver", driver)
+        return {f"{self.top}/{driver}/{name}": data for driver in DRIVERS for name, data in FILES.items()}
+
+    def worker(self) -> int:
+        """The worker that answers now."""
+        assert wait_until(lambda: DOMAIN in self.daemon.workers())
+        return self.daemon.workers()[DOMAIN]
+
+    def kill_daemon(self) -> None:
+        os.kill(self.daemon.pid, signal.SIGKILL)
+
+    def follow(self) -> None:
+        """Start the next daemon."""
+        self.daemon = self.start()
+
+    def child(self, module: str) -> int:
+        """The process of the daemon that runs `module`."""
+        lists = [path.read_text().split() for path in Path(f"/proc/{self.daemon.pid}/task").glob("*/children")]
+        (found,) = [int(pid) for pids in lists for pid in pids if module in _command(int(pid))]
+        return found
+
+    def take_away(self) -> None:
+        """Unmount; nothing is left."""
+        for driver in DRIVERS:
+            self.daemon.nsfs("umount", f"{self.top}/{driver}")
+        assert self.daemon.json("status")["mounts"] == []
+        assert [each.target for each in load_mounts() if each.target.startswith(f"{self.daemon.run}/l/")] == []
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether or not somebody has reaped it."""
+    try:
+        return "(zombie)" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def _command(pid: int) -> str:
+    with open(f"/proc/{pid}/cmdline") as file:
+        return file.read()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    layer = estargz_layer([file(name, data) for name, data in FILES.items()], chunk_size=1 << 17)
+    with swept(tmp_path), FakeRegistry() as registry, mortal_daemons(str(tmp_path / "daemon")) as start:
+        reference = publish(registry, Image((layer,)), "kills")
+        yield Site(start, registry, reference, str(tmp_path), start())
+
+
+def test_whatever_is_killed_readers_go_on(site: Site) -> None:
+    with reading(site.mount()) as seen:
+        worker = site.worker()
+
+        site.kill_daemon()
+        time.sleep(0.3)
+        site.follow()
+        assert site.worker() == worker
+
+        os.kill(worker, signal.SIGKILL)
+        assert wait_until(lambda: site.worker() != worker)
+
+        worker = site.worker()
+        os.kill(site.child("nsfs.serve.forkserver"), signal.SIGKILL)
+        assert wait_until(lambda: "another one follows" in site.daemon.tail())
+        assert site.worker() == worker
+
+        site.kill_daemon()
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(0.3)
+        site.follow()
+        assert site.worker() != worker
+
+        assert len(site.daemon.json("status")["mounts"]) == len(DRIVERS)
+    seen.check(50)
+    site.take_away()
+
+
+def test_a_holder_that_is_killed_is_followed_by_one_that_has_everything(site: Site) -> None:
+    with reading(site.mount()) as seen:
+        worker = site.worker()
+        os.kill(site.child("nsfs.serve.holder"), signal.SIGKILL)
+        assert wait_until(lambda: "another one follows" in site.daemon.tail())
+        assert wait_until(lambda: os.path.exists(f"{site.daemon.run}/holder.sock"))
+        assert wait_until(lambda: site.child("nsfs.serve.holder") > 0)
+        time.sleep(0.5)
+        site.kill_daemon()
+        site.follow()
+        assert site.worker() == worker
+    seen.check(50)
+    site.take_away()
+
+
+def test_a_daemon_that_is_stopped_leaves_its_mounts_serving(site: Site) -> None:
+    with reading(site.mount()) as seen:
+        worker = site.worker()
+        os.kill(site.daemon.pid, signal.SIGTERM)
+        assert wait_until(lambda: _has_ended(site.daemon.pid))
+        time.sleep(0.3)
+        site.follow()
+        assert site.worker() == worker
+    seen.check(50)
+    site.take_away()
+
+
+def test_where_nobody_is_left_who_has_the_descriptors_the_next_daemon_clears_up(site: Site) -> None:
+    """What was mounted cannot be gone on with, and is no hindrance."""
+    site.mount()
+    worker = site.worker()
+    os.kill(site.daemon.pid, signal.SIGSTOP)
+    os.kill(site.child("nsfs.serve.holder"), signal.SIGKILL)
+    site.kill_daemon()
+    site.follow()
+    assert site.daemon.json("status")["mounts"] == []
+    assert wait_until(lambda: _has_ended(worker))
+    for driver in DRIVERS:
+        os.rmdir(f"{site.top}/{driver}")
+    for path, data in site.mount().items():
+        assert Path(path).read_bytes() == data
+    site.take_away()
