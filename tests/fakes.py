@@ -208,6 +208,9 @@ class FakeRegistry:
         with self._lock:
             return (authorization or "").removeprefix("Bearer ") in self._tokens
 
+    def find_document(self, path: str, authorization: str | None) -> tuple[bytes, str] | None:
+        return self.documents.get(path)
+
     def challenge_for(self, path: str) -> str:
         if self.challenge is not None:
             return self.challenge
@@ -323,8 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve_registry(self, path: str) -> None:
         if not self.registry.lets_in(self.headers["Authorization"]):
             self._answer(401, b"{}", {"WWW-Authenticate": self.registry.challenge_for(path)})
-        elif path in self.registry.documents:
-            data, kind = self.registry.documents[path]
+        elif (found := self.registry.find_document(path, self.headers["Authorization"])) is not None:
+            data, kind = found
             headers = {"Content-Type": kind, "Docker-Content-Digest": f"sha256:{hashlib.sha256(data).hexdigest()}"}
             self._send_body(200, data, headers | self.registry.extra_headers)
         elif path.rpartition("/")[2] not in self.registry.blobs:

@@ -12,13 +12,16 @@ import json
 import re
 import urllib.error
 import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
 from fakes import PASSWORD, USER, FakeRegistry, basic
-from images import Image, file, gzip_layer
+from images import OCI_MANIFEST, Image, file, gzip_layer
+from nsfs.model.digest import Digest
 from nsfs_daemon import Daemon, run_daemon
 from published import publish, publish_manifest
 
@@ -142,6 +145,74 @@ def realm(client: Client, registry: FakeRegistry, canary: FakeRegistry) -> None:
 
 
 ATTACKS = [redirect, urls, mirror, other_mirror, realm]
+
+
+class TwoFaced(FakeRegistry):
+    """Has another image under the same reference for each user, and none for others."""
+
+    def __init__(self, users: Mapping[str, Image]) -> None:
+        super().__init__(auth="basic")
+        self._manifests = {header_of(user): image.manifest for user, image in users.items()}
+        for image in users.values():
+            for blob in image.blobs():
+                self.add_blob(blob)
+
+    def lets_in(self, authorization: str | None) -> bool:
+        return authorization in self._manifests
+
+    def find_document(self, path: str, authorization: str | None) -> tuple[bytes, str] | None:
+        if path == "/v2/team/app/manifests/latest":
+            return self._manifests[authorization or ""], OCI_MANIFEST
+        known = {f"/v2/team/app/manifests/{Digest.of(manifest)}": manifest for manifest in self._manifests.values()}
+        return (known[path], OCI_MANIFEST) if path in known else None
+
+
+def header_of(user: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{user}".encode()).decode()
+
+
+@dataclass
+class Keychain:
+    """Remembers a reference's secret, as it was given last."""
+
+    _secrets: dict[str, str]
+
+    def log_in(self, reference: str, user: str) -> None:
+        self._secrets[reference] = header_of(user)
+
+    def read(self, registry: FakeRegistry) -> bytes:
+        reference = f"{registry.host}/team/app:latest"
+        manifest = Obliging(self._secrets[reference])._fetch(f"http://{registry.host}/v2/team/app/manifests/latest")
+        blob = registry.blobs[manifest["layers"][0]["digest"]]
+        return zlib.decompress(blob, 31)
+
+
+def test_two_secrets_for_one_reference_do_not_meet(tmp_path: Path) -> None:
+    """At the same moment, of one registry: each namespace sees what its own secret shows, and a wrong one nothing."""
+    images = {user: Image((gzip_layer([file("f", f"for {user}".encode())]),)) for user in ("ann", "bob")}
+    with TwoFaced(images) as registry:
+        reference = f"{registry.host}/team/app:latest"
+        keychain = Keychain({})
+        for user in images:
+            keychain.log_in(reference, user)
+        assert b"for bob" in keychain.read(registry), "which is what ann sees, too"
+        tables = {f"namespace.team-{user}": _log_in(tmp_path, registry, user) for user in ("ann", "bob", "eve")}
+        with run_daemon(str(tmp_path / "d"), tables) as daemon, ThreadPoolExecutor(6) as pool:
+
+            def read(user: str) -> str:
+                done = daemon.nsfs("cat", f"{reference}:/f", "--namespace", f"team-{user}", check=False)
+                return done.stdout or str(done.returncode)
+
+            users = ("ann", "bob", "eve") * 4
+            assert list(pool.map(read, users)) == ["for ann", "for bob", "4"] * 4
+
+
+def _log_in(directory: Path, registry: FakeRegistry, user: str) -> dict[str, str]:
+    """The namespace's table of the configuration."""
+    path = directory / f"{user}.json"
+    path.write_text(json.dumps({"auths": {registry.host: {"auth": header_of(user).removeprefix("Basic ")}}}))
+    path.chmod(0o600)
+    return {"docker_config": str(path)}
 
 
 def told(canary: FakeRegistry) -> list[Mapping[str, str]]:
