@@ -33,6 +33,7 @@ from nsfs.model.mounts import Host
 from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
 from nsfs.serve.build import identify
+from nsfs.serve.containerd import Runtime
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
 from nsfs.serve.credentials import Keychain, forbid_core_dumps
@@ -158,7 +159,9 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             lazy = LazyLayers(supervisor, lowers, clones, host, scopes, choice)
             directories = SnapshotDirs(layout.snapshots, layout.lowers)
             snapshots = await stack.enter_async_context(
-                open_snapshots(meta, directories, lazy, clones, empty=kernel.empty)
+                open_snapshots(
+                    meta, directories, lazy, clones, empty=kernel.empty, runtime=Runtime(config.containerd.address)
+                )
             )
             services.append(snapshots_service(snapshots))
             ends.append(snapshots.end)

@@ -11,6 +11,7 @@ import pytest
 import published
 from fakes import FakeRegistry
 from images import Image, Layer, directory, file, gzip_layer, sample_content
+from nodes import wait_until
 from nsfs_daemon import run_daemon
 from snapshots_api import Backend, mounted, offers
 
@@ -87,15 +88,23 @@ def test_an_image_is_served_as_a_whole_or_not_at_all(daemon: Daemon, registry: F
     assert domains(daemon) == []
 
 
-def test_what_is_not_what_its_image_says_is_never_shown(registry: FakeRegistry, backend: Backend) -> None:
+def test_what_is_not_what_its_image_says_is_never_shown(
+    daemon: Daemon, registry: FakeRegistry, backend: Backend
+) -> None:
     layer = gzip_layer([file("a", b"a")])
     forged = Image((Layer(gzip_layer([file("a", b"b")]).tar, layer.blob, layer.media_type),))
-    (name,) = backend.pull("red", forged, published.publish(registry, forged, "forged"))
+    forged_reference = published.publish(registry, forged, "forged")
+    (name,) = backend.pull("red", forged, forged_reference)
     with pytest.raises(grpc.RpcError, match="the diff ID is not what it is said to be") as refused:
         backend.prepare(backend.name("red", "c"), name)
     assert refused.value.code() is grpc.StatusCode.DATA_LOSS
-    backend.remove(name)
+    assert str(layer.digest) in str(refused.value.details())
+    assert wait_until(lambda: f"layer {layer.digest} of {forged_reference}" in daemon.tail())
+    assert not backend.offer("red", "", offers(forged, forged_reference)[0])
+    for info in sorted(backend.select(), key=lambda info: info.kind, reverse=True):
+        backend.remove(info.name)
     backend.cleanup()
+    assert domains(daemon) == []
 
 
 def test_a_restart_begins_a_new_domain(tmp_path: Path, registry: FakeRegistry) -> None:

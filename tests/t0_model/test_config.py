@@ -72,6 +72,8 @@ def test_every_key_can_be_changed() -> None:
     [fetch]
     concurrency = 2
     read_ahead = "64 KiB"
+    [containerd]
+    address = "/g"
     [kernel]
     erofs = false
     file_backed = false

@@ -88,14 +88,19 @@ class Layers:
         return {}
 
 
-def offering(layers: Layers, body: Callable[[Offers, Ledger], Awaitable[None]], *known: Record) -> list[Record]:
+def offering(
+    layers: Layers,
+    body: Callable[[Offers, Ledger], Awaitable[None]],
+    *known: Record,
+    on_fenced: Callable[[Record], None] = lambda _: None,
+) -> list[Record]:
     """Run `body`; gives what is remembered after it."""
     memory = Memory(*known)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             ledger = Ledger(memory)
-            await body(Offers(ledger, layers, nursery), ledger)
+            await body(Offers(ledger, layers, nursery, on_fenced), ledger)
             nursery.cancel_scope.cancel()
 
     trio_tests.run(main)
@@ -149,15 +154,45 @@ def test_a_pending_layer_is_asked_after_until_it_is_known() -> None:
     assert kept.layer.state is State.READY
 
 
-def test_a_fenced_layer_is_never_offered_again() -> None:
-    async def body(offers: Offers, _ledger: Ledger) -> None:
+def test_a_fenced_layer_is_never_offered_again_and_is_told_of() -> None:
+    told: list[Record] = []
+
+    async def body(offers: Offers, ledger: Ledger) -> None:
         assert await offers.take(record("red")) is not None
         await trio.sleep(60)
         assert await offers.take(record("red")) is None
+        (kept,) = ledger.records()
+        async with ledger.lock:
+            await ledger.carry_out(Change(gone=kept))
+            assert await offers.take(record("red")) is None, "also when its record is gone"
+            await ledger.carry_out(Change(put=kept))
 
-    (kept,) = offering(Layers(State.PENDING, State.FENCED), body)
+    (kept,) = offering(Layers(State.PENDING, State.FENCED), body, on_fenced=told.append)
     assert kept.layer is not None
     assert (kept.layer.state, kept.layer.reason) == (State.FENCED, "it is fenced")
+    assert told == [kept]
+
+    async def resume(offers: Offers, _ledger: Ledger) -> None:
+        offers.resume()
+
+    offering(Layers(), resume, kept, on_fenced=told.append)
+    assert told == [kept, kept]
+
+
+def test_an_unread_layer_is_looked_after_only_where_it_is_doubted() -> None:
+    layers = Layers(State.UNREAD, State.FENCED)
+
+    async def body(offers: Offers, ledger: Ledger) -> None:
+        assert await offers.take(record("red")) is not None
+        await trio.sleep(60)
+        assert len(layers.settled) == 1
+        for _ in range(2):
+            offers.doubt(list(ledger.records()))
+        await trio.sleep(60)
+
+    (kept,) = offering(layers, body)
+    assert kept.layer is not None
+    assert kept.layer.state is State.FENCED
 
 
 def test_pending_layers_are_resumed_and_removed_ones_forgotten() -> None:

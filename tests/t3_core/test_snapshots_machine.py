@@ -22,7 +22,7 @@ from nsfs.store.meta import open_meta
 from nsfs.store.snapshots import SnapshotDirs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from nsfs.model.lazy import LazyLayer
     from nsfs.model.policy import Domain, ScopeRequest
@@ -68,6 +68,16 @@ class NoKernel:
         raise AssertionError
 
 
+class NothingElse:
+    """Nothing is ever fenced off, so nobody is told."""
+
+    async def delete_images(self, namespace: str, name: str, manifest: str) -> int:
+        raise AssertionError
+
+    async def remove_snapshots(self, namespace: str, snapshotter: str, keys: Sequence[str]) -> None:
+        raise AssertionError
+
+
 class Daemon:
     """The service in a thread, over a real store."""
 
@@ -82,7 +92,9 @@ class Daemon:
         directories = SnapshotDirs(f"{self._path}/snapshots", f"{self._path}/l")
         with open_meta(f"{self._path}/meta") as meta:
             clones = Clones(NoKernel(), possible=False)
-            async with open_snapshots(meta, directories, NothingLazy(), clones, empty="/empty") as self.service:
+            async with open_snapshots(
+                meta, directories, NothingLazy(), clones, empty="/empty", runtime=NothingElse()
+            ) as self.service:
                 self._token = trio.lowlevel.current_trio_token()
                 self._end = trio.Event()
                 self._ready.set()

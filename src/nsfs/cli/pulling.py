@@ -12,8 +12,6 @@ from nsfs.cli.session import Session, pass_session
 from nsfs.model.report import render_count
 from nsfs.serve.config import load_system_config
 
-_SOCKET = "/run/containerd/containerd.sock"
-
 
 @click.command()
 @click.argument("reference", metavar="REF")
@@ -37,11 +35,9 @@ _SOCKET = "/run/containerd/containerd.sock"
 @click.option(
     "--containerd",
     "address",
-    default=_SOCKET,
-    show_default=True,
     metavar="SOCKET",
     envvar="CONTAINERD_ADDRESS",
-    help="Of which containerd.",
+    help="Of which containerd. [containerd.address of the configuration]",
 )
 @click.option("--platform", metavar="P", help="os/architecture[/variant]. [the host's]")
 @json_option
@@ -52,7 +48,7 @@ def pull(
     *,
     namespace: str,
     snapshotter: str,
-    address: str,
+    address: str | None,
     platform: str | None,
     as_json: bool,
 ) -> None:
@@ -63,11 +59,12 @@ def pull(
     """
     from nsfs import pull as pulling  # noqa: PLC0415  trio, httpx and grpc take long to import
 
+    config = load_system_config()
     report = pulling.run(
         reference,
-        load_system_config(),
+        config,
         session.talk,
-        socket=address.removeprefix("unix://"),
+        socket=(address or config.containerd.address).removeprefix("unix://"),
         namespace=namespace,
         snapshotter=snapshotter,
         platform_name=platform,

@@ -12,7 +12,8 @@ locks through it; the work goes on in the worker. `settle` and `stack` wait for 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -131,12 +132,20 @@ class LazyLayers:
             raise UnsupportedError("its table of contents does not prove its diff ID, and only proof counts here")
 
     async def settle(self, request: ScopeRequest, layer: LazyLayer) -> LazyLayer:
-        """What became of a pending layer: ready or fenced. Raises NsfsError where that is still open."""
+        """What became of a pending layer: ready or fenced; raises NsfsError where that is still open.
+
+        What would be a pod's is read in a domain that ends with the question, and stays unread or is fenced.
+        """
+        domain = self._domain(replace(request, mount_id=f"doubt-{secrets.token_hex(8)}"))
         try:
-            await self._workers.call(self._domain(request), "Await", _name(layer), worker_api.Indexed)
+            await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
         except CorruptError as error:
             return msgspec.structs.replace(layer, state=State.FENCED, reason=error.message)
-        return msgspec.structs.replace(layer, state=State.READY)
+        finally:
+            if domain.transient:
+                with trio.CancelScope(shield=True):
+                    await self._lowers.end(domain)
+        return msgspec.structs.replace(layer, state=State.UNREAD if domain.transient else State.READY)
 
     async def stack(
         self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None], shift: Shift | None

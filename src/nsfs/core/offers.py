@@ -17,12 +17,12 @@ import msgspec
 import trio
 
 from nsfs.core.exchanges import Exchanges
-from nsfs.errors import NsfsError, UnreachableError
+from nsfs.errors import CorruptError, NsfsError, UnreachableError
 from nsfs.model.lazy import Exchange, State, lazy_name, parse_exchange, parse_offer
 from nsfs.model.snapshot import Change, Kind, chain, plan_create, request_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from nsfs.core.ledger import Ledger
     from nsfs.model.filters import Filters
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0
 """Seconds between two looks at a pending layer whose registry fails."""
+_MOST_FENCED: Final = 1000
+"""Of which it is remembered beyond their records: a client that pulls such an image again has to be told at once."""
 
 
 class Lazy(Protocol):
@@ -52,7 +54,7 @@ class Lazy(Protocol):
         """The layer, ready, pending or unread; raises NsfsError if it cannot be served, or not yet (`retry_after`)."""
 
     async def settle(self, request: ScopeRequest, layer: LazyLayer) -> LazyLayer:
-        """What became of a pending layer: ready or fenced."""
+        """What became of a pending layer: ready or fenced; of an unread one: the same or fenced."""
 
     async def stack(
         self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None], shift: Shift | None
@@ -72,7 +74,13 @@ class Lazy(Protocol):
 class Offers:
     """The service."""
 
-    def __init__(self, ledger: Ledger, lazy: Lazy, nursery: trio.Nursery) -> None:
+    def __init__(self, ledger: Ledger, lazy: Lazy, nursery: trio.Nursery, on_fenced: Callable[[Record], None]) -> None:
+        """`on_fenced` is told of each layer that is fenced off, and once more after a restart."""
+        self._on_fenced = on_fenced
+        self._fenced: dict[str, str] = {}
+        """Why layers were fenced off, by the names of their records, which may be gone."""
+        self._settling: set[int] = set()
+        """By ID, layers that are looked after."""
         self._ledger = ledger
         self._lazy = lazy
         self._nursery = nursery
@@ -111,22 +119,26 @@ class Offers:
         return []
 
     def resume(self) -> None:
-        """Go on finding out what becomes of layers that an earlier daemon left pending."""
+        """Go on with what becomes of layers that an earlier daemon left pending, or fenced."""
         for record in list(self._ledger.records()):
             if record.layer is not None and record.layer.state is State.PENDING:
-                self._nursery.start_soon(self._settle, record, record.layer)
+                self._begin(record, record.layer)
+            elif record.layer is not None and record.layer.state is State.FENCED:
+                self._tell_fenced(record, record.layer)
 
     async def _find_or_make(self, new: Record) -> Record:
         offered = parse_offer(new.labels)
         table = self._ledger.table(new.snapshotter)
         name = lazy_name(new.namespace, new.snapshotter, new.parent, offered)
         found = table.get(name)
+        if name in self._fenced:
+            raise CorruptError(f"fenced off: {self._fenced[name]}")
         if found is None:
             over_local = any(each.layer is None for each in chain(table, new))
             layer = await self._lazy.offer(request_of(new, [offered]), offered, over_local=over_local)
             found = await self._make(msgspec.structs.replace(new, name=name, kind=Kind.COMMITTED, layer=layer))
         if found.layer is not None and found.layer.state is State.FENCED:
-            raise NsfsError(f"fenced off: {found.layer.reason}")
+            raise CorruptError(f"fenced off: {found.layer.reason}")
         return found
 
     async def _make(self, record: Record) -> Record:
@@ -138,30 +150,57 @@ class Offers:
             record = msgspec.structs.replace(record, id=self._ledger.take_number())
             await self._ledger.carry_out(plan_create(table, record))
         if record.layer is not None and record.layer.state is State.PENDING:
-            self._nursery.start_soon(self._settle, record, record.layer)
+            self._begin(record, record.layer)
         return record
 
+    def doubt(self, records: Iterable[Record]) -> None:
+        """A mount of these found that one is not what its image says: find out which, of those that nobody has read."""
+        for record in records:
+            if record.layer is not None and record.layer.state is State.UNREAD:
+                self._begin(record, record.layer)
+
+    def _begin(self, record: Record, layer: LazyLayer) -> None:
+        if record.id not in self._settling:
+            self._settling.add(record.id)
+            self._nursery.start_soon(self._settle, record, layer)
+
     async def _settle(self, record: Record, layer: LazyLayer) -> None:
-        """Find out what becomes of a pending layer, however long that takes, and remember it."""
+        """Find out what becomes of a layer, however long that takes, and remember it."""
+        try:
+            settled = await self._find_out(record, layer)
+            if settled is not None:
+                await self._remember(record, settled)
+        finally:
+            self._settling.discard(record.id)
+
+    async def _find_out(self, record: Record, layer: LazyLayer) -> LazyLayer | None:
+        """The layer as it turns out; None where its record goes before."""
         pause = _FIRST_PAUSE
         while self._known(record) is not None:
             try:
-                settled = await self._lazy.settle(request_of(record, [layer]), layer)
+                return await self._lazy.settle(request_of(record, [layer]), layer)
             except NsfsError as error:
-                log.warning("layer %s of %s stays pending: %s", layer.blob, layer.reference, error)
+                log.warning("layer %s of %s stays %s: %s", layer.blob, layer.reference, layer.state, error)
                 await trio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            else:
-                break
-        else:
-            return
-        if settled.state is State.FENCED:
-            log.error("layer %s of %s is fenced off: %s", layer.blob, layer.reference, settled.reason)
+        return None
+
+    async def _remember(self, record: Record, settled: LazyLayer) -> None:
         async with self._ledger.lock:
             found = self._known(record)
-            if found is not None:
-                put = msgspec.structs.replace(found, layer=settled)
-                await self._ledger.carry_out(Change(gone=found, put=put))
+            if found is None:
+                return
+            put = msgspec.structs.replace(found, layer=settled)
+            await self._ledger.carry_out(Change(gone=found, put=put))
+        if settled.state is State.FENCED:
+            log.error("layer %s of %s is fenced off: %s", settled.blob, settled.reference, settled.reason)
+            self._tell_fenced(put, settled)
+
+    def _tell_fenced(self, record: Record, layer: LazyLayer) -> None:
+        if len(self._fenced) >= _MOST_FENCED:
+            del self._fenced[next(iter(self._fenced))]
+        self._fenced[record.name] = layer.reason
+        self._on_fenced(record)
 
     def _known(self, record: Record) -> Record | None:
         """The record as it is now, if it still is."""

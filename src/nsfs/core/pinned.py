@@ -16,7 +16,7 @@ import trio
 from nsfs.core import worker_api
 from nsfs.core.layers import short
 from nsfs.core.maps import opened_map
-from nsfs.errors import NotFoundError, UnsupportedError
+from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.digest import chain_ids
 
 if TYPE_CHECKING:
@@ -93,10 +93,17 @@ class Pinned:
             self._layers.begin(image)
         for each, layer in zip(found, layers, strict=True):
             if each is not None and layer is not None:
-                await self._index(each[0], layer)
+                await self._prove(each[0], layer)
         await self._check_lowers(layers)
         maps = await self._layers.maps([layer for layer in layers if layer is not None])
         return worker_api.Stacked(maps=await trio.to_thread.run_sync(lambda: [_info(record) for record in maps]))
+
+    async def _prove(self, image: Image, layer: Layer) -> None:
+        """Index it; an error says which layer of which image it is about, to who asked for a container."""
+        try:
+            await self._index(image, layer)
+        except CorruptError as error:
+            raise CorruptError(f"layer {layer.digest} of {image.reference}: {error.message}") from error
 
     async def _check_lowers(self, layers: Sequence[Layer | None]) -> None:
         """Raise UnsupportedError for a layer that depends on one that is not ours."""

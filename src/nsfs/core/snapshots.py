@@ -22,6 +22,7 @@ import trio
 from nsfs.core.flights import Flights
 from nsfs.core.ledger import Ledger
 from nsfs.core.offers import Offers
+from nsfs.core.recall import Recall
 from nsfs.errors import CorruptError, DeniedError, ExistsError, NsfsError, UnreachableError, UsageError
 from nsfs.model.filters import parse_filters
 from nsfs.model.guest import plan_guest_mounts
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from nsfs.core.clones import Clones
     from nsfs.core.ledger import Records, Table
     from nsfs.core.offers import Lazy
+    from nsfs.core.recall import Runtime
     from nsfs.model.policy import Domain
 
 log = logging.getLogger(__name__)
@@ -122,6 +124,7 @@ class Snapshots:
         directories: Directories,
         lazy: Lazy,
         clones: Clones,
+        offers: Offers,
         nursery: trio.Nursery,
         *,
         empty: str,
@@ -131,7 +134,7 @@ class Snapshots:
         self._directories = directories
         self._lazy = lazy
         self._clones = clones
-        self._offers = Offers(ledger, lazy, nursery)
+        self._offers = offers
         self._empty = empty
         self._clock = clock
         self._sweeping = trio.Lock()
@@ -327,7 +330,11 @@ class Snapshots:
             upper = self._directories.upper(record.id)
             return plan_guest_mounts(record.kind, parents, upper=upper, empty=self._empty)
         if any(layers):
-            views, owner = await self._lazy.stack(record.id, request, layers, record.shift)
+            try:
+                views, owner = await self._lazy.stack(record.id, request, layers, record.shift)
+            except CorruptError:
+                self._offers.doubt(parents)
+                raise
         if owner is not None and record.kind is Kind.ACTIVE:
             owner = record.shift.owner(*owner) if record.shift else owner
             await trio.to_thread.run_sync(self._directories.adopt, record.id, owner)
@@ -356,15 +363,17 @@ def _refuse_fenced(record: Record) -> None:
 
 @asynccontextmanager
 async def open_snapshots(
-    records: Records, directories: Directories, lazy: Lazy, clones: Clones, *, empty: str
+    records: Records, directories: Directories, lazy: Lazy, clones: Clones, *, empty: str, runtime: Runtime
 ) -> AsyncIterator[Snapshots]:
     """A service that has read its records, and goes on in the background with what an earlier daemon left.
 
     Its views stay mounted at the end: `Snapshots.end` takes them away.
+    From `runtime` it takes back what turns out not to be what its image says.
     """
     ledger = await trio.to_thread.run_sync(Ledger, records)
     async with trio.open_nursery() as nursery:
-        snapshots = Snapshots(ledger, directories, lazy, clones, nursery, empty=empty)
+        offers = Offers(ledger, lazy, nursery, Recall(ledger, runtime, nursery).begin)
+        snapshots = Snapshots(ledger, directories, lazy, clones, offers, nursery, empty=empty)
         nursery.start_soon(snapshots.cleanup)
         snapshots.resume()
         try:

@@ -92,6 +92,12 @@ def parse_offer(labels: Mapping[str, str]) -> LazyLayer:
     )
 
 
+def image_of(labels: Mapping[str, str], layer: LazyLayer) -> tuple[str, str]:
+    """Under which name the client pulled the image of `layer`, by its labels, and its manifest's digest."""
+    name, _, manifest = layer.reference.rpartition("@")
+    return labels.get(_PREFIX + "image-ref", name), manifest
+
+
 def lazy_name(namespace: str, snapshotter: str, parent: str, layer: LazyLayer) -> str:
     """The name of the committed snapshot; garbage collection names no namespace, so the name says it."""
     bound = hashlib.sha256(f"{parent}\n{layer.blob}\n{layer.reference}".encode()).hexdigest()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from nsfs.model.filters import Filters
 
-_KEY: Final = re.compile(r"([^/]+)/[0-9]+/.+", re.DOTALL)
+_KEY: Final = re.compile(r"([^/]+)/[0-9]+/(.+)", re.DOTALL)
 """How containerd's metadata store names snapshots: namespace, sequence number, the client's key."""
 
 _COPY: Final = "-remap"
@@ -264,6 +265,26 @@ def plan_update(
         else:
             raise UsageError(f"only labels can be updated, of {name}: not {path[:100]!r}")
     return Change(gone=record, put=msgspec.structs.replace(record, labels=_worth_keeping(kept), updated=now))
+
+
+def plan_recall(records: Iterable[Record], base: Record) -> list[str]:
+    """By which keys containerd knows `base` and all committed snapshots that stand on it, the highest first."""
+    above: defaultdict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.kind is Kind.COMMITTED:
+            above[record.parent].append(record)
+    found = [base]
+    for record in found:
+        found += above[record.name]
+    return [_key_of(record) for record in reversed(found)]
+
+
+def _key_of(record: Record) -> str:
+    """By which containerd knows it; for one that was lazily made that is the chain ID which its client asked for."""
+    if record.layer is not None:
+        return record.layer.chain
+    named = _KEY.fullmatch(record.name)
+    return named[2] if named else record.name
 
 
 def _worth_keeping(labels: Mapping[str, str]) -> dict[str, str]:

@@ -104,6 +104,13 @@ class Kernel(Struct, frozen=True, kw_only=True):
     """Shift owners by idmapped mounts (Linux 5.19), for containers in user namespaces; else these are refused."""
 
 
+class Containerd(Struct, frozen=True, kw_only=True):
+    """The containerd whose snapshotter this is."""
+
+    address: str = "/run/containerd/containerd.sock"
+    """Its socket: images whose layers turn out not to be what they say are taken back there; `nsfs pull` uses it."""
+
+
 class Namespace(Struct, frozen=True, kw_only=True):
     """What is particular to one namespace: a table [namespace.<name>], or [namespace."<name>/<tenant>"]."""
 
@@ -143,6 +150,7 @@ class Config(Struct, frozen=True, kw_only=True):
     registry: Registry = Registry()
     fetch: Fetch = Fetch()
     kernel: Kernel = Kernel()
+    containerd: Containerd = Containerd()
     namespace: dict[str, Namespace] = {}
 
     def of_namespace(self, name: str) -> Namespace:

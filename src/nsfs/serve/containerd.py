@@ -1,4 +1,4 @@
-"""A client of containerd's own gRPC API, as far as `nsfs pull` needs it (containerd 1.6 to 2.x).
+"""A client of containerd's own gRPC API, as far as nsfs needs it to pull and to take back (containerd 1.6 to 2.x).
 
 Translates only: requests to messages, statuses to NsfsError by their code. Everything is done in one namespace, and
 under one lease while `lease` lasts, so that garbage collection leaves alone what nothing refers to yet.
@@ -12,7 +12,7 @@ import logging
 import os
 import queue
 import secrets
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -40,7 +40,7 @@ from nsfs.serve.proto import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from google.protobuf.message import Message
 
@@ -187,6 +187,32 @@ class Containerd:
             update = images_pb2.UpdateImageRequest(image=image, update_mask=FieldMask(paths=["target"]))
             await self._call("images.v1.Images/Update", update, images_pb2.UpdateImageResponse)
 
+    async def remove_existing(self, snapshotter: str, key: str) -> None:
+        """Remove a snapshot, if there is one; raises BusyError where something stands on it."""
+        request = snapshots_pb2.RemoveSnapshotRequest(snapshotter=snapshotter, key=key)
+        with suppress(NotFoundError):
+            await self._call("snapshots.v1.Snapshots/Remove", request, Empty)
+
+    async def image_target(self, name: str) -> Digest | None:
+        """What an image record stands for, None if there is none."""
+        request = images_pb2.GetImageRequest(name=name)
+        try:
+            said = await self._call("images.v1.Images/Get", request, images_pb2.GetImageResponse)
+        except NotFoundError:
+            return None
+        return Digest(said.image.target.digest)
+
+    async def images_of(self, target: Digest) -> list[str]:
+        """The names of all image records that stand for `target`."""
+        request = images_pb2.ListImagesRequest(filters=[f'target.digest=="{target}"'])
+        said = await self._call("images.v1.Images/List", request, images_pb2.ListImagesResponse)
+        return [image.name for image in said.images]
+
+    async def delete_image(self, name: str) -> None:
+        """Delete an image record, if there is one."""
+        with suppress(NotFoundError):
+            await self._call("images.v1.Images/Delete", images_pb2.DeleteImageRequest(name=name), Empty)
+
     async def _give_up(self, method: str, request: Message) -> None:
         """Clean up, also where the caller is cancelled; what fails here garbage collection makes good."""
         with trio.move_on_after(_GOODBYE, shield=True):
@@ -218,6 +244,32 @@ class Containerd:
             content_pb2.WriteContentResponse.FromString,
         )
         return _Stream(lambda requests: start(requests, metadata=tuple(self._metadata)), self._path)
+
+
+class Runtime:
+    """core.recall.Runtime over the containerd at a unix socket, connected to anew for each call."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    async def delete_images(self, namespace: str, name: str, manifest: str) -> int:
+        """See core.recall.Runtime. What an index lists is in its labels, by which containerd keeps it."""
+        async with open_containerd(self._path, namespace) as containerd:
+            target = await containerd.image_target(name)
+            if target is None:
+                return 0
+            if target != manifest and manifest not in (await containerd.labels(target) or {}).values():
+                return 0
+            names = await containerd.images_of(target)
+            for each in names:
+                await containerd.delete_image(each)
+            return len(names)
+
+    async def remove_snapshots(self, namespace: str, snapshotter: str, keys: Sequence[str]) -> None:
+        """See core.recall.Runtime."""
+        async with open_containerd(self._path, namespace) as containerd:
+            for key in keys:
+                await containerd.remove_existing(snapshotter, key)
 
 
 class _Responses(Protocol):
