@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -11,7 +12,7 @@ import pytest
 import published
 from fakes import FakeRegistry
 from images import Image, directory, file, gzip_layer, whiteout
-from nsfs_daemon import run_daemon
+from nsfs_daemon import mortal_daemons, run_daemon
 from snapshots_api import REF, Backend, mounted, offers
 
 if TYPE_CHECKING:
@@ -190,11 +191,31 @@ def test_a_restart_goes_on_with_the_same_owners(layers: tuple[Image, str], tmp_p
         assert below(daemon) == []
 
 
-def test_where_owners_cannot_be_shifted_nothing_is_made(layers: tuple[Image, str], tmp_path: Path) -> None:
-    with (
-        run_daemon(str(tmp_path / "d"), {"kernel": {"idmap": False}}) as daemon,
-        Backend(daemon.socket) as backend,
-    ):
+def test_the_next_daemon_goes_on_with_views_and_not_with_clones(layers: tuple[Image, str], tmp_path: Path) -> None:
+    with mortal_daemons(str(tmp_path / "d")) as start:
+        daemon = start()
+        with Backend(daemon.socket) as backend:
+            writer, _ = prepare(backend, backend.pull("ns", *layers)[0], {})
+            done = backend.name("ns", "done")
+            backend.commit(done, writer)
+            key, _ = prepare(backend, done, RED)
+            assert sorted(below(daemon)) == ["0", "i0", "i1"]
+        os.kill(daemon.pid, signal.SIGKILL)
+        daemon = start()
+        assert below(daemon) == ["0"]
+        with Backend(daemon.socket) as backend:
+            for labels, seen in (({}, (1000, 1001)), (RED, (101000, 201001))):
+                with mounted(prepare(backend, done, labels)[1], tmp_path / "mnt") as root:
+                    assert owner(root / "etc/base") == seen
+            assert sorted(below(daemon)) == ["0", "i0", "i1"]
+            with mounted(backend.mounts(key), tmp_path / "mnt") as root:
+                assert owner(root / "etc/base") == (101000, 201001)
+            assert sorted(below(daemon)) == ["0", "i0", "i1"]
+
+
+@pytest.mark.parametrize("key", ["idmap", "erofs"])
+def test_where_owners_cannot_be_shifted_nothing_is_made(layers: tuple[Image, str], tmp_path: Path, key: str) -> None:
+    with run_daemon(str(tmp_path / "d"), {"kernel": {key: False}}) as daemon, Backend(daemon.socket) as backend:
         top = backend.pull("ns", *layers)[-1]
         with refused(grpc.StatusCode.UNIMPLEMENTED, "remap-ids"):
             prepare(backend, top, RED)

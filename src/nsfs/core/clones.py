@@ -1,7 +1,9 @@
 """Clones: lowers and unpacked layers shown a second time, with shifted owners, for containers in user namespaces.
 
 Owns which directory is shown under which short name by which shift, and which snapshots stack it: once for all of them,
-gone with the last. A clone shares the pages of what it shows. Refuses everything where this host cannot shift owners.
+gone with the last. A clone shares the pages of what it shows. An overlay keeps its own hold of what it stacks, so a
+daemon leaves clones to be swept away by the next one, which makes its own when it is asked again. Refuses everything
+where this host cannot shift owners.
 
 Concurrency: one lock around all changes; nothing here waits for a worker or a registry. Who clones a view holds the
 lock of its domain's lowers, too, and releases the clone before the view.

@@ -98,7 +98,7 @@ class HostKernel(Kernel):
 
     def _lower(self, mount: mounts.MountInfo, mounted: Sequence[mounts.MountInfo]) -> Lower | None:
         """What is mounted there, if it is a lower, by the file of its domain's FUSE filesystem that it shows."""
-        if os.path.dirname(mount.target) != self._layout.lowers:
+        if os.path.dirname(mount.target) != self._layout.lowers or mount.is_idmapped:
             return None
         driver = Driver.EROFS if mount.fstype == "erofs" else Driver.FUSE
         path = mount.source

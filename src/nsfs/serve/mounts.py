@@ -497,6 +497,11 @@ class MountInfo:
     super_options: str
 
     @property
+    def is_idmapped(self) -> bool:
+        """Whether it shows shifted owners."""
+        return "idmapped" in self.options.split(",")
+
+    @property
     def connection(self) -> int:
         """The number of a FUSE mount's connection in fusectl: its device's minor (and major, if there were one)."""
         major, _, minor = self.device.partition(":")
