@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from nsfs_daemon import Daemon
 
 MB = 1_000_000
+SETTINGS = {"isolation": "pod", "prepare_wait": "30s"}
+"""So a Prepare gives the mounts themselves."""
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {"isolation": "pod"}) as running:
+    with run_daemon(str(tmp_path_factory.mktemp("daemon")), SETTINGS) as running:
         yield running
 
 
@@ -109,11 +111,11 @@ def test_what_is_not_what_its_image_says_is_never_shown(
 
 def test_a_restart_begins_a_new_domain(tmp_path: Path, registry: FakeRegistry) -> None:
     made = image("restart")
-    with run_daemon(str(tmp_path / "d"), {"isolation": "pod"}) as daemon, Backend(daemon.socket) as backend:
+    with run_daemon(str(tmp_path / "d"), SETTINGS) as daemon, Backend(daemon.socket) as backend:
         names = backend.pull("red", made, published.publish(registry, made, "restart"))
         key = backend.name("red", "c")
         backend.prepare(key, names[-1])
-    with run_daemon(str(tmp_path / "d"), {"isolation": "pod"}) as daemon, Backend(daemon.socket) as backend:
+    with run_daemon(str(tmp_path / "d"), SETTINGS) as daemon, Backend(daemon.socket) as backend:
         assert domains(daemon) == []
         with mounted(backend.mounts(key), tmp_path / "mnt") as root:
             assert (root / "etc/base").read_bytes() == b"restart"

@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with run_daemon(str(tmp_path_factory.mktemp("fuse")), {"kernel": {"erofs": False}}) as running:
+    with run_daemon(
+        str(tmp_path_factory.mktemp("fuse")), {"kernel": {"erofs": False}, "prepare_wait": "30s"}
+    ) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def erofs_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with run_daemon(str(tmp_path_factory.mktemp("erofs"))) as running:
+    with run_daemon(str(tmp_path_factory.mktemp("erofs")), {"prepare_wait": "30s"}) as running:
         yield running
 
 
@@ -68,9 +70,9 @@ def chain(daemon: Daemon, registry: FakeRegistry, image: Image, name: str) -> It
 def shown(backend: Backend, name: str, target: Path) -> Iterator[Path]:
     """What a View of a snapshot shows."""
     key = backend.name("red", "view")
-    backend.view(key, name)
+    given = backend.view(key, name)
     try:
-        with mounted(backend.mounts(key), target) as root:
+        with mounted(given, target) as root:
             yield root
     finally:
         backend.remove(key)
