@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -30,6 +31,7 @@ from nsfs.core.tasks import open_tasks
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model.encryption import Encrypt
 from nsfs.model.mounts import Host
+from nsfs.remote.hosts import HostsDirectory
 from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
 from nsfs.serve.build import identify
@@ -40,14 +42,18 @@ from nsfs.serve.credentials import Keychain, forbid_core_dumps
 from nsfs.serve.fdstore import HolderStore, Notifier, SystemdStore
 from nsfs.serve.forkserver import launch_server, open_fork_server
 from nsfs.serve.fronts import open_fronts
+from nsfs.serve.hostfiles import HostFiles
 from nsfs.serve.keeping import Keeper
 from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
+from nsfs.serve.lending import Lending
 from nsfs.serve.policy_file import load_policy
 from nsfs.serve.rpc import serve_rpc
+from nsfs.serve.sandbox import module_paths, plan_readable
 from nsfs.serve.session import read_init
 from nsfs.serve.snapshots_rpc import snapshots_service
-from nsfs.serve.supervisor import Connection, NoTerms, open_supervisor
+from nsfs.serve.supervisor import Connection, open_supervisor
 from nsfs.serve.tenancy import Tenancy
+from nsfs.serve.terms import Lender, RootTerms, UserTerms, check_uids
 from nsfs.store.domains import Domains
 from nsfs.store.keys import Keys, load_host_key
 from nsfs.store.layout import Layout
@@ -61,7 +67,8 @@ if TYPE_CHECKING:
     from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ServerProcess
     from nsfs.serve.keeping import Left
-    from nsfs.serve.wire import Methods
+    from nsfs.serve.supervisor import Terms
+    from nsfs.store.meta import Meta
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +84,8 @@ _LINGER: Final = 5
 def run(config: Config, *, private: bool) -> None:
     """Serve until a signal or `Drain`, or, a private daemon, until nobody needs it; raises BusyError, DeniedError."""
     layout = Layout(config.root, config.run)
+    if os.geteuid() == 0:
+        check_uids(config)
     _allow_descriptors()
     forbid_core_dumps()
     with _owned(layout):
@@ -129,6 +138,8 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         domains = _Domains(layout)
         store = _open_store(config, layout, host)
         keychain = Keychain(config, layout, os.environ, private=private)
+        files = HostFiles()
+        terms = _make_terms(config, layout, meta, host, keychain, files, keeper)
         supervisor = await stack.enter_async_context(
             open_supervisor(
                 config,
@@ -136,7 +147,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
                 connect=domains.connect if host.root else None,
                 disconnect=domains.disconnect,
                 store=store,
-                terms=_Terms(keychain, keeper),
+                terms=terms,
             )
         )
         kernel = HostKernel(layout, config, server)
@@ -171,8 +182,8 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         async with serve_rpc(config.socket, services):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             notifier.tell("READY=1")
-            beside = [] if private else [partial(_obey_hangups, config, scopes)]
-            by = await _wait_end(manual, control, beside, private=private)
+            hangups = [] if private else [partial(_obey_hangups, config, scopes)]
+            by = await _wait_end(manual, control, [files.follow, *hangups], private=private)
             notifier.tell("STOPPING=1")
         if by == signal.SIGTERM and keeper is not None:
             return
@@ -228,16 +239,23 @@ def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
     )
 
 
-class _Terms(NoTerms):
-    """What the daemon's workers may ask of it, and whether they outlive it."""
-
-    def __init__(self, keychain: Keychain, keeper: Keeper | None) -> None:
-        self._keychain = keychain
-        self.keeper = keeper
-
-    def lent(self, domain: str, owner: str) -> Methods:
-        """See Terms."""
-        return {**super().lent(domain, owner), **self._keychain.methods(owner)}
+def _make_terms(
+    config: Config,
+    layout: Layout,
+    meta: Meta,
+    host: Host,
+    keychain: Keychain,
+    files: HostFiles,
+    keeper: Keeper | None,
+) -> Terms:
+    """On what terms workers are started here."""
+    readable = plan_readable(module_paths(sys.path, sys.argv[0]), os.environ)
+    lender = Lender(Lending(HostsDirectory(config.registry.config_path), meta), keychain)
+    if not host.root:
+        return UserTerms(layout, readable, lender)
+    terms = RootTerms(config, layout, meta, readable, lender, files, keeper)
+    terms.sweep()
+    return terms
 
 
 def _open_store(config: Config, layout: Layout, host: Host) -> Domains:

@@ -37,14 +37,14 @@ from nsfs.core.views import Views
 from nsfs.errors import NotFoundError, NsfsError
 from nsfs.model.oci import Platform
 from nsfs.model.policy import parse_view_name
-from nsfs.remote.hosts import HostsDirectory
 from nsfs.remote.reference import LayoutReference, parse_reference
 from nsfs.remote.source import open_remote
 from nsfs.remote.transport import Timeouts
 from nsfs.serve.config import unpack_config
-from nsfs.serve.credentials import AskedCredentials, forbid_core_dumps
+from nsfs.serve.credentials import AskedCredentials
 from nsfs.serve.forkserver import fork_server, open_fork_server, received_fds
 from nsfs.serve.fuse import FuseOperations
+from nsfs.serve.lending import Borrowing, Uplink
 from nsfs.serve.logs import start_logging
 from nsfs.serve.session import Session
 from nsfs.serve.supervisor import Ready, WorkerArgs
@@ -80,7 +80,6 @@ def main(args: bytes, fds: list[int]) -> int:
     params = msgspec.msgpack.decode(args, type=WorkerArgs)
     config = unpack_config(params.config)
     start_logging(config.log_format, config.log_level)
-    forbid_core_dumps()
     forks = fork_server()
     trio.run(_run, params, config, fds, forks)
     return 0
@@ -94,11 +93,13 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         pool = open_pool(layout, fds[1], index.salt)
         stack.callback(pool.close)
         unfinished = await trio.to_thread.run_sync(_recover, layout, index, pool)
-        credentials = AskedCredentials()
+        uplink = Uplink()
+        borrowing = Borrowing(uplink)
         remote = await stack.enter_async_context(
             open_remote(
-                credentials=credentials,
-                hosts=HostsDirectory(config.registry.config_path),
+                credentials=AskedCredentials(uplink),
+                hosts=borrowing,
+                layouts=borrowing.layout,
                 timeouts=Timeouts(config.registry.connect_timeout, config.registry.read_timeout),
                 connections=config.registry.connections,
             )
@@ -106,7 +107,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         worker = await _compose(stack, layout, config, pool, index, fds[1:3], forks, remote)
         worker.layers.finish(unfinished)
         worker.shown.show_again(params.views, params.trees)
-        await _serve(params, config, fds, control, pool, worker, credentials)
+        await _serve(params, config, fds, control, pool, worker, uplink)
 
 
 class _Worker:
@@ -172,7 +173,7 @@ async def _serve(
     control: trio.SocketStream,
     pool: Pool,
     worker: _Worker,
-    credentials: AskedCredentials,
+    uplink: Uplink,
 ) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_flush_often, pool)
@@ -187,24 +188,24 @@ async def _serve(
             await nursery.start(_serve_fronts, run.socket, worker.domain)
         methods = worker.domain.methods() | worker.pinned.methods()
         sockets = _sockets(control, fds[-1] if params.line else None)
-        await _serve_daemons(params, sockets, methods, credentials)
+        await _serve_daemons(params, sockets, methods, uplink)
         nursery.cancel_scope.cancel()
     _flush(pool)
 
 
 async def _serve_daemons(
-    params: WorkerArgs, sockets: AsyncIterator[trio.SocketStream], methods: Methods, credentials: AskedCredentials
+    params: WorkerArgs, sockets: AsyncIterator[trio.SocketStream], methods: Methods, uplink: Uplink
 ) -> None:
     """Answer our daemon, and then those that follow it; return when no other can come."""
     async for stream in sockets:
         try:
             async with open_peer(stream, methods, name=params.domain) as peer:
-                credentials.connect(peer)
+                uplink.connect(peer)
                 await peer.call("Ready", Ready(build=params.build), worker_api.Empty)
                 await peer.wait_closed()
         except NsfsError as error:
             log.info("a daemon did not stay: %s", error)
-        credentials.disconnect()
+        uplink.disconnect()
         log.info("the daemon is gone")
 
 

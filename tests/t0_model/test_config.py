@@ -62,6 +62,7 @@ def test_every_key_can_be_changed() -> None:
     on_error = "eio"
     prepare = "strict"
     prepare_wait = "3s"
+    uid_range = "7-9"
     [registry]
     config_path = "/d"
     docker_config = "/e"
@@ -117,6 +118,9 @@ def test_the_socket_lies_in_the_run_directory() -> None:
         ("[fetch]\nread_ahead = -1", "fetch.read_ahead: not a size", None),
         ("[namespace.a]\ndocker_confg = '/x'", "unknown key: namespace.a.docker_confg", "namespace.a.docker_config"),
         ("[namespace.a]\ndocker_config = 'x'", "namespace.a.docker_config: not an absolute path", None),
+        ("[namespace.a]\nnetns = 'a'", "namespace.a.netns: not an absolute path", None),
+        ("uid_range = '9-7'", "uid_range: not a range of uids: '9-7'", "FIRST-LAST"),
+        ("uid_range = '0-7'", "uid_range: not a range of uids", "FIRST-LAST"),
         ("[namespace.a.b]\nx = 1", "unknown key: namespace.a.b", None),
         ("[namespace]\na = 1", "a table, not a value: namespace.a", "[namespace.a]"),
         ("namespace = 1", "a table, not a value: namespace", "[namespace.<name>]"),

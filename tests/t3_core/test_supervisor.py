@@ -14,7 +14,7 @@ import trio.testing
 from msgspec import Struct
 
 from nsfs.core import worker_api
-from nsfs.errors import CorruptError, NotFoundError, UnreachableError
+from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnreachableError
 from nsfs.model.policy import Domain, Isolation
 from nsfs.serve.config import Config
 from nsfs.serve.supervisor import Connection, Ready, Supervisor, WorkerArgs, open_supervisor, plan_pause
@@ -159,9 +159,39 @@ class Store:
         shutil.rmtree(f"{self.directory}/{name}", ignore_errors=True)
 
 
+class Terms:
+    """Remembers what it was told; refuses as often as it is to."""
+
+    keeper = None
+
+    def __init__(self, *refusals: NsfsError | None) -> None:
+        self.refusals = list(refusals)
+        self.told: list[tuple[str, object]] = []
+
+    async def confinement(self, domain: str, owner: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self.told.append(("confinement", (domain, owner)))
+        refusal = self.refusals.pop(0) if self.refusals else None
+        if refusal is not None:
+            raise refusal
+
+    def lent(self, domain: str, owner: str) -> dict[str, Any]:
+        del domain, owner
+        return {}
+
+    async def asked(self, domain: str, params: Struct) -> None:
+        self.told.append(("asked", (domain, params)))
+
+    def started(self, domain: str, owner: str, pid: int) -> None:
+        self.told.append(("started", (domain, owner, pid)))
+
+    async def ended(self, domain: str) -> None:
+        self.told.append(("ended", domain))
+
+
 @asynccontextmanager
 async def supervised(
-    fuse: Fuse | None = None, directory: str = "/nonexistent"
+    fuse: Fuse | None = None, directory: str = "/nonexistent", terms: "Terms | None" = None
 ) -> AsyncIterator[tuple[Supervisor, Zygote]]:
     fuse = fuse or Fuse()
     async with trio.open_nursery() as nursery:
@@ -172,6 +202,7 @@ async def supervised(
             connect=fuse.connect,
             disconnect=fuse.disconnect,
             store=Store(directory),
+            terms=terms or Terms(),
         ) as supervisor:
             yield supervisor, zygote
         nursery.cancel_scope.cancel()

@@ -198,12 +198,13 @@ ATTACKS: list[Attack] = [
 
 def of_root(prey: Prey) -> Confinement:
     base = prey.own.parent
-    readable = plan_readable(module_paths(sys.path), os.environ)
+    readable = plan_readable(module_paths(sys.path, sys.argv[0]), os.environ)
     return plan_sandbox(readable, str(prey.own), uid=UID, etc=str(base / "etc"), stage=str(base / "stage"))
 
 
 def of_user(prey: Prey) -> Confinement:
-    return plan_user_sandbox(plan_readable(module_paths(sys.path), os.environ), str(prey.own), str(prey.own))
+    readable = plan_readable(module_paths(sys.path, sys.argv[0]), os.environ)
+    return plan_user_sandbox(readable, str(prey.own), str(prey.own))
 
 
 def in_child(work: Callable[[], None], confinement: Confinement | None = None) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import msgspec
@@ -20,6 +21,7 @@ from msgspec import Meta, Struct
 from nsfs.errors import DeniedError, NotFoundError, NsfsError, UsageError
 from nsfs.model.encryption import Encrypt
 from nsfs.model.policy import Isolation, check_owner, parse_patience
+from nsfs.model.uids import parse_uid_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -116,6 +118,12 @@ class Namespace(Struct, frozen=True, kw_only=True):
 
     docker_config: str = ""
     """File with the namespace's credentials, its own; empty for the one that `nsfs login -n` keeps."""
+    netns: str = ""
+    """Path of the network namespace from which its registries are asked; empty for the host's."""
+    resolv_conf: str = ""
+    """How names are resolved there; empty for /etc/netns/<name>/resolv.conf where it is there, else the host's."""
+    cgroup: str = ""
+    """The cgroup for which its work counts, as /proc/PID/cgroup names it; empty for the daemon's."""
     credential_provider: tuple[str, ...] = ()
     """Program and arguments, asked for what that file does not know: a kubelet credential provider, version v1."""
 
@@ -147,6 +155,8 @@ class Config(Struct, frozen=True, kw_only=True):
     """What counts as a lazy layer for containerd: lenient, or strict for namespaces that several tenants share."""
     prepare_wait: Duration = Duration(0.5)
     """How long a pull of containerd waits for its plain layers that are read for the first time."""
+    uid_range: str = "1879048192-1879113727"
+    """Uids and gids, FIRST-LAST, that nobody else has: each domain's worker of root's daemon gets one of them."""
     registry: Registry = Registry()
     fetch: Fetch = Fetch()
     kernel: Kernel = Kernel()
@@ -309,19 +319,33 @@ def tidy(message: str) -> str:
     return f"{where.rstrip('`')}: {what}" if where else what
 
 
+def _check_paths(name: str, namespace: Namespace, source: str) -> None:
+    for key in ("docker_config", "netns", "resolv_conf", "cgroup"):
+        if getattr(namespace, key)[:1] not in {"", "/"}:
+            raise UsageError(f"{source}: {_NAMESPACES}.{name}.{key}: not an absolute path")
+
+
 def _complete(config: Config, source: str) -> Config:
     if not config.socket:
         config = msgspec.structs.replace(config, socket=f"{config.run}/nsfs.sock")
     for name, namespace in config.namespace.items():
-        if namespace.docker_config and not namespace.docker_config.startswith("/"):
-            raise UsageError(f"{source}: {_NAMESPACES}.{name}.docker_config: not an absolute path")
+        _check_paths(name, namespace, source)
     for key in ("root", "run", "socket", "policy", "key_file"):
         if getattr(config, key)[:1] not in ({"/", ""} if key in {"policy", "key_file"} else {"/"}):
             raise UsageError(f"{source}: {key}: not an absolute path: {getattr(config, key)!r}")
     if len(config.socket.encode()) > 107:
         raise UsageError(f"{source}: socket: longer than the 107 bytes of a unix socket's name: {config.socket}")
-    try:
+    with _naming(source, "on_error"):
         parse_patience(config.on_error)
-    except NsfsError as error:
-        raise UsageError(f"{source}: on_error: {error.message}", hint=error.hint) from None
+    with _naming(source, "uid_range"):
+        parse_uid_range(config.uid_range)
     return config
+
+
+@contextmanager
+def _naming(source: str, key: str) -> Iterator[None]:
+    """Say which key an error is about."""
+    try:
+        yield
+    except NsfsError as error:
+        raise UsageError(f"{source}: {key}: {error.message}", hint=error.hint) from None

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from nsfs.remote.credentials import Credentials
     from nsfs.serve.config import Config
-    from nsfs.serve.wire import Methods, Peer, Report
+    from nsfs.serve.lending import Uplink
+    from nsfs.serve.wire import Methods, Report
     from nsfs.store.layout import Layout
 
 HOST: Final = "default"
@@ -110,27 +111,15 @@ class Keychain:
 
 
 class AskedCredentials:
-    """A worker's credentials: whatever its daemon says. Asked for before there is a line to it, they wait for one."""
+    """A worker's credentials: whatever its daemon says."""
 
-    def __init__(self) -> None:
-        self._daemon: Peer | None = None
-        self._connected = trio.Event()
-
-    def connect(self, daemon: Peer) -> None:
-        """Ask over this line from now on."""
-        self._daemon = daemon
-        self._connected.set()
-
-    def disconnect(self) -> None:
-        """Wait for the next daemon."""
-        self._connected = trio.Event()
+    def __init__(self, uplink: Uplink) -> None:
+        self._uplink = uplink
 
     async def lookup(self, host: str, repository: str, *, again: bool = False) -> Credential | None:
         """As `Credentials.lookup`."""
-        await self._connected.wait()
-        assert self._daemon is not None
         asked = worker_api.CredentialRequest(host=host, repository=repository, again=again)
-        found = await self._daemon.call("Credential", asked, worker_api.CredentialAnswer)
+        found = await self._uplink.call("Credential", asked, worker_api.CredentialAnswer)
         if not found.known:
             return None
         return Credential(found.username, found.password, found.identity_token, found.life)

@@ -84,10 +84,11 @@ def plan_readable(paths: Iterable[str], environ: Mapping[str, str]) -> tuple[Pla
     return (*(Place(path) for path in wanted), Place(_NULL, writable=True))
 
 
-def module_paths(path: Sequence[str]) -> tuple[str, ...]:
-    """Where this interpreter finds modules: `path` is its sys.path, with the directories of the standard library."""
+def module_paths(path: Sequence[str], program: str) -> tuple[str, ...]:
+    """Where this interpreter finds modules: its sys.path without the directory of `program`, and its own library."""
     standard = (sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    return tuple(sorted({*path, *standard} - {""}))
+    programs = {"", os.path.dirname(program), os.path.dirname(os.path.realpath(program))}
+    return tuple(sorted({*path, *standard} - programs))
 
 
 def plan_sandbox(

@@ -126,27 +126,20 @@ class Terms(Protocol):
     def keeper(self) -> Keeper | None:
         """For workers that outlive us; None: ours end with us."""
 
-    async def confinement(self, domain: str) -> Confinement | None:
+    async def confinement(self, domain: str, owner: str) -> Confinement | None:
         """What the next worker is held to, None for nothing. Raises NsfsError where that cannot be had."""
 
     def lent(self, domain: str, owner: str) -> Methods:
         """What a worker may ask of the daemon, beside telling that it is ready; no `owner`: several share it."""
 
+    async def asked(self, domain: str, params: Struct) -> None:
+        """Somebody who reaches the daemon asks this of the worker, which is not asked yet."""
 
-class NoTerms:
-    """Workers that are what the daemon is, ask nothing, and end with it."""
+    def started(self, domain: str, owner: str, pid: int) -> None:
+        """A worker answers, of ours or of an earlier daemon's: do for it what it may not do itself."""
 
-    keeper: Keeper | None = None
-
-    async def confinement(self, domain: str) -> Confinement | None:
-        """None."""
-        del domain
-        return None
-
-    def lent(self, domain: str, owner: str) -> Methods:
-        """None."""
-        del domain, owner
-        return {}
+    async def ended(self, domain: str) -> None:
+        """There is no worker any more, and shall be none; its directory is deleted, as far as that went."""
 
 
 def plan_pause(deaths: int, *, has_answered: bool) -> float:
@@ -206,6 +199,8 @@ class _Kept:
     """Set while a worker answers, and when there will be none any more."""
     peer: Peer | None = None
     pid: int = 0
+    trouble: str = ""
+    """Why none could be started, since the last one answered."""
     deaths: int = 0
     """In a row, of workers that had not served."""
     views: set[str] = field(default_factory=set)
@@ -301,6 +296,7 @@ class Supervisor:
         kept.note(method, params)
         if method in _CHANGES:
             self._note(kept)
+        await self._terms.asked(domain.name, params)
         left = 1 if method in _ONCE else _ATTEMPTS
         while True:
             peer = await self._wait_peer(kept)
@@ -334,6 +330,7 @@ class Supervisor:
                 kept.scope.cancel()
                 await kept.ended.wait()
             await trio.to_thread.run_sync(self._store.delete, domain.name)
+            await self._terms.ended(domain.name)
 
     def adopt(self, left: Sequence[Left]) -> set[str]:
         """Go on with the domains of an earlier daemon, whether their workers live or not; gives their names.
@@ -376,6 +373,7 @@ class Supervisor:
             return self._kept[name]
 
     async def _open(self, domain: Domain) -> _Kept:
+        await self._terms.confinement(domain.name, owner_of(domain))  # whoever calls first is told what is wrong
         bitmap, key = await trio.to_thread.run_sync(self._store.open, domain.name)
         try:
             connection = await self._connect(domain.name) if self._connect else None
@@ -416,7 +414,7 @@ class Supervisor:
             raise UnreachableError(f"domain has ended: {kept.domain}")
         raise UnreachableError(
             f"the worker of domain {kept.domain} does not start: no answer within {_CALLER_WAITS:g} s",
-            hint="the daemon's log says more",
+            hint=kept.trouble or "the daemon's log says more",
         )
 
     async def _run(self, kept: _Kept) -> None:
@@ -439,6 +437,7 @@ class Supervisor:
             has_answered = await self._run_once(kept)
         except NsfsError as error:
             log.warning("the worker of domain %s cannot be started: %s", kept.domain, error)
+            kept.trouble = error.message
         except Exception:
             log.exception("a bug: the worker of domain %s cannot be started", kept.domain)
         kept.deaths = 1 if has_answered and trio.current_time() - begun >= _SERVED else kept.deaths + 1
@@ -524,7 +523,7 @@ class Supervisor:
         fds += [kept.connection.fd] if kept.connection else []
         fds += [kept.line.far] if kept.line else []
         outlives = kept.line is not None
-        confinement = await self._terms.confinement(kept.domain)
+        confinement = await self._terms.confinement(kept.domain, kept.owner)
         child = await self._zygote.spawn(
             _ENTRY, self._args(kept), fds, session=outlives, tied=not outlives, confinement=confinement
         )
@@ -541,6 +540,8 @@ class Supervisor:
                     child.kill()
                     return worker_api.Empty()
                 starting.deadline = math.inf
+                self._terms.started(kept.domain, kept.owner, child.pid)
+                kept.trouble = ""
                 kept.ready.set()
                 return worker_api.Empty()
 
@@ -560,7 +561,7 @@ class Supervisor:
         connection = kept.connection
         return WorkerArgs(
             domain=kept.domain,
-            config=pack_config(self._config),
+            config=pack_config(msgspec.structs.replace(self._config, namespace={})),  # others' are not its business
             build=self._build,
             fuse=connection is not None,
             line=kept.line is not None,
@@ -604,7 +605,7 @@ async def open_supervisor(
     connect: Callable[[str], Awaitable[Connection]] | None,
     disconnect: Callable[[Connection], Awaitable[None]],
     store: DomainStore,
-    terms: Terms = NoTerms(),  # noqa: B008  stateless
+    terms: Terms,
 ) -> AsyncIterator[Supervisor]:
     """A Supervisor whose workers end with the block, but where there is a keeper and nobody has said `end_all`.
 

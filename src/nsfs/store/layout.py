@@ -112,6 +112,11 @@ class RunLayout:
         """What the next daemon has to know of the domain, beside its descriptors."""
         return os.path.join(self.path, "kept")
 
+    @property
+    def etc(self) -> str:
+        """What the domain's worker sees as /etc, where that is its own."""
+        return os.path.join(self.path, "etc")
+
     def fuse_disk(self, map_id: str) -> str:
         """The disk as the view of one map sees it; an EROFS mount's `device=`."""
         return os.path.join(self.fuse, "disks", escape_component(map_id))
@@ -203,6 +208,16 @@ class Layout:
     def lowers(self) -> str:
         """Holds every mounted view under a short name, so that 128 of them fit into a page of overlay's options."""
         return os.path.join(self.run, "l")
+
+    @property
+    def etc(self) -> str:
+        """What workers see as /etc."""
+        return os.path.join(self.run, "etc")
+
+    @property
+    def stage(self) -> str:
+        """An empty directory, on which each worker puts its own root together."""
+        return os.path.join(self.run, "stage")
 
     def upper(self, mount_id: str) -> str:
         """What was written to a writable mount."""

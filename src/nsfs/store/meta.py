@@ -2,8 +2,8 @@
 
 Keys and values, described here and nowhere else:
 
-    db `about`      b"version" -> ASCII decimal of FORMAT
-                    b"last snapshot" -> ASCII decimal of the highest snapshot ID ever given
+    db `about`      version, last snapshot (the highest ID ever given), latest uid (given to a domain) -> ASCII decimal
+    db `domains`    name of a domain -> msgpack of DomainRecord
     db `mounts`     mount ID (ASCII) -> msgpack of MountRecord
     db `snapshots`  snapshot ID (8 bytes, big-endian) -> msgpack of snapshot.Record, which has the (long) name
     db `namespaces` name of a namespace that ever had a snapshot, and was not ended since -> nothing
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import lmdb
 import msgspec
+from msgspec import Struct
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.mounts import Lower, MountRecord
@@ -36,7 +37,17 @@ T = TypeVar("T")
 FORMAT = 1
 _MAP_SIZE = 1 << 30
 _LAST = b"last snapshot"
+_LATEST_UID = b"latest uid"
 _NAME = "the database of the daemon"
+
+
+class DomainRecord(Struct, frozen=True, kw_only=True):
+    """What outlives a domain's workers; for as long as there is anything of the domain."""
+
+    uid: int = 0
+    """Whose its files are; 0 where they are the daemon's."""
+    layouts: tuple[str, ...] = ()
+    """Directories of image layouts that its worker may read."""
 
 
 class Meta:
@@ -46,6 +57,7 @@ class Meta:
         self._env = env
         self._path = path
         self._about = env.open_db(b"about")
+        self._domains = env.open_db(b"domains")
         self._mounts = env.open_db(b"mounts")
         self._snapshots = env.open_db(b"snapshots")
         self._namespaces = env.open_db(b"namespaces")
@@ -55,6 +67,47 @@ class Meta:
     def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[bytes]]:
         with mapped_errors(_NAME, self._path), self._env.begin(write=write) as txn:
             yield txn
+
+    def uids(self) -> dict[str, int]:
+        """The uid of every domain that has one."""
+        with self._transaction() as txn:
+            records = {bytes(key).decode(): _decode(value, DomainRecord) for key, value in txn.cursor(self._domains)}
+        return {domain: record.uid for domain, record in records.items() if record.uid}
+
+    def latest_uid(self) -> int:
+        """The uid that was given to a domain last; 0 where none was."""
+        with self._transaction() as txn:
+            return int(txn.get(_LATEST_UID, b"0", db=self._about))
+
+    def put_uid(self, domain: str, uid: int) -> None:
+        """Give a domain its uid."""
+        with self._transaction(write=True) as txn:
+            self._change_domain(txn, domain, uid=uid)
+            txn.put(_LATEST_UID, str(uid).encode(), db=self._about)
+
+    def layouts(self, domain: str) -> frozenset[str]:
+        """The image layouts that a domain's worker may read."""
+        with self._transaction() as txn:
+            return frozenset(self._domain(txn, domain).layouts)
+
+    def add_layout(self, domain: str, directory: str) -> None:
+        """Let a domain's worker read one more."""
+        with self._transaction(write=True) as txn:
+            known = self._domain(txn, domain).layouts
+            self._change_domain(txn, domain, layouts=tuple(sorted({*known, directory})))
+
+    def forget_domain(self, domain: str) -> None:
+        """Nothing is left of it."""
+        with self._transaction(write=True) as txn:
+            txn.delete(domain.encode(), db=self._domains)
+
+    def _domain(self, txn: lmdb.Transaction[bytes], domain: str) -> DomainRecord:
+        value = txn.get(domain.encode(), db=self._domains)
+        return DomainRecord() if value is None else _decode(value, DomainRecord)
+
+    def _change_domain(self, txn: lmdb.Transaction[bytes], domain: str, **fields: object) -> None:
+        record = msgspec.structs.replace(self._domain(txn, domain), **fields)
+        txn.put(domain.encode(), msgspec.msgpack.encode(record), db=self._domains)
 
     def mounts(self) -> list[MountRecord]:
         """All mounts, by ID."""

@@ -143,6 +143,7 @@ def _create_sparse(path: str, size: int, header: bytes) -> None:
         os.unlink(temporary)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
+        _give_to_owner(fd, path)
         os.pwrite(fd, header, 0)
         os.ftruncate(fd, size)
         os.fsync(fd)
@@ -155,12 +156,26 @@ def _create_sparse(path: str, size: int, header: bytes) -> None:
     sync_directory(os.path.dirname(path))
 
 
+def _give_to_owner(fd: int, path: str) -> None:
+    """Have a new file belong to whom its directory does."""
+    owner = os.stat(os.path.dirname(path))
+    if owner.st_uid != os.geteuid():
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
+_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+"""For files of a directory that may be somebody else's: nothing is followed or waited for."""
+
+
 def _read_header(path: str) -> bytes | None:
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read(BLOCK)
+        fd = os.open(path, _PLAIN)
     except FileNotFoundError:
         return None
+    try:
+        return os.pread(fd, BLOCK, 0)
+    finally:
+        os.close(fd)
 
 
 def is_encrypted(layout: DomainLayout) -> bool:
@@ -172,9 +187,9 @@ def is_encrypted(layout: DomainLayout) -> bool:
 def _ensure_files(layout: DomainLayout) -> None:
     """Make what is missing. A bitmap without its disk, or of another one, says nothing: it is made anew."""
     os.makedirs(layout.path, 0o700, exist_ok=True)
-    if not os.path.exists(layout.tag):
-        with open(layout.tag, "wb") as tag:
-            tag.write(_TAG)
+    with suppress(FileExistsError), open(layout.tag, "xb") as tag:
+        _give_to_owner(tag.fileno(), layout.tag)
+        tag.write(_TAG)
     data = _read_header(layout.disk)
     if data is None:
         data = _render_header(_DISK_MAGIC, os.urandom(SALT_SIZE), layout.key)
@@ -203,14 +218,14 @@ def _data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
 def create_bitmap(layout: DomainLayout) -> int:
     """Make the live bitmap of a domain, loaded from the durable one; returns a memfd of 512 MiB, which the caller owns.
 
-    Makes the pool's files where there are none; they belong to the calling user. Call it once per domain and boot: the
-    memfd is what tells the domain's processes apart from those of an earlier life.
+    Makes the pool's files where there are none; they belong to whom the directory does. Call it once per domain and
+    boot: the memfd is what tells the domain's processes apart from those of an earlier life.
     Raises UnsupportedError (a newer format, or a filesystem without large files), CorruptError, NoSpaceError, and
     DeniedError where the pool is under another key.
     """
     with _mapped_errors(f"cannot make the pool: {layout.path}"), ExitStack() as stack:
         _ensure_files(layout)
-        source = os.open(layout.present, os.O_RDONLY)
+        source = os.open(layout.present, _PLAIN)
         stack.callback(os.close, source)
         bitmap = os.memfd_create("nsfs-present", os.MFD_CLOEXEC)
         undo = stack.enter_context(ExitStack())

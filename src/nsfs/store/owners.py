@@ -1,0 +1,34 @@
+"""Whose files a domain's are.
+
+Owns giving a directory and all below it to a uid, and telling who has what. The directory may be its worker's own
+already, and that worker hostile: nothing is followed, nothing outside is touched. Blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+
+def give_to(directory: str, uid: int) -> None:
+    """Have `directory` and everything in it belong to `uid` and the group of that number, and to nobody else.
+
+    The directory itself is the last, so that it does not look done while it is not; done twice, it does no harm.
+    """
+    for _, directories, files, fd in os.fwalk(directory, follow_symlinks=False):
+        for name in (*directories, *files):
+            with suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if (status.st_uid, status.st_gid) != (uid, uid):
+                    os.chown(name, uid, uid, dir_fd=fd, follow_symlinks=False)
+    os.chown(directory, uid, uid, follow_symlinks=False)
+    os.chmod(directory, 0o700)
+
+
+def owners(directory: str) -> dict[str, int]:
+    """The owner of each entry of `directory`, by name; {} where there is no such directory."""
+    try:
+        with os.scandir(directory) as entries:
+            return {entry.name: entry.stat(follow_symlinks=False).st_uid for entry in entries}
+    except FileNotFoundError:
+        return {}
