@@ -18,12 +18,10 @@ import goestargz
 from nsfs.errors import CorruptError, NsfsError, UnsupportedError
 from nsfs.format.estargz import (
     TAIL,
-    TOC_DIGEST,
     TOC_MAX,
     TocLocation,
     parse_footer,
     parse_toc,
-    parse_toc_digest,
     plan_footer,
 )
 from nsfs.format.spans import decode_verified
@@ -229,15 +227,6 @@ def test_the_table_is_found_in_the_tail_or_must_be_fetched() -> None:
     assert plan_footer(65_536 + 7) == (7, 65_536)
     assert plan_footer(16 * 100_000) == (15 * 100_000, 100_000)
     assert plan_footer(100 * TAIL) == (99 * TAIL, TAIL)
-
-
-def test_the_digest_comes_from_the_annotation_or_there_is_none() -> None:
-    digest = "sha256:" + "0" * 64
-    assert parse_toc_digest({TOC_DIGEST: digest}) == digest
-    with pytest.raises(UnsupportedError, match="cannot be verified"):
-        parse_toc_digest({})
-    with pytest.raises(CorruptError, match="not a digest"):
-        parse_toc_digest({TOC_DIGEST: "sha256:xyz"})
 
 
 def test_a_table_cut_off_or_damaged_anywhere_is_refused() -> None:

@@ -74,7 +74,6 @@ def test_a_slab_is_an_orphan_until_its_layer_is_committed(index: DomainIndex) ->
     index.commit_layer(record(slabs=(mine,)), [])
     assert index.orphan_slabs() == [lost]
     index.forget_slab(lost)
-    index.delete_layer(record().key)
     assert index.orphan_slabs() == []
     assert index.reserve().address > lost.address
 
@@ -112,7 +111,6 @@ def test_a_record_changes_in_one_transaction(index: DomainIndex) -> None:
 
 def test_layers_maps_origins_and_images_are_found_again(index: DomainIndex) -> None:
     assert index.layer(record().key) is None
-    assert not index.delete_layer(record().key)
     made = MapRecord(
         id="m", blob=BLOB, index="plain", path="/x", needs_lower=False, marks=True, lowers=(LayerKey(BLOB, "plain"),)
     )

@@ -18,7 +18,9 @@ from nsfs.model.report import Data, EntryReport, Item
 from nsfs.serve.api import Empty, PathRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+
+    from nsfs.cli.options import ImagePath
 
 
 def _paths(command: Callable[..., None]) -> Callable[..., None]:
@@ -36,6 +38,27 @@ def _list(session: Session, method: str, request: PathRequest) -> list[EntryRepo
     return render.sort_entries(entries)
 
 
+def _show(
+    session: Session,
+    method: str,
+    paths: Iterable[str],
+    choice: Choice,
+    render_lines: Callable[[int, ImagePath, list[EntryReport]], Iterable[str]],
+    *,
+    as_json: bool,
+) -> None:
+    """Ask for each path and print what `render_lines` makes of its number, itself and what was found; or one array."""
+    found: list[EntryReport] = []
+    for number, path in enumerate(map(parse_image_path, paths)):
+        entries = _list(session, method, choice.path(path))
+        found += entries
+        if not as_json:
+            for line in render_lines(number, path, entries):
+                click.echo(line)
+    if as_json:
+        _echo_json(found)
+
+
 def _echo_json(entries: Iterable[EntryReport]) -> None:
     """One array, an entry a line."""
     click.echo("[" + ",\n ".join(render.render_json(entry, None) for entry in entries) + "]")
@@ -49,19 +72,14 @@ def _echo_json(entries: Iterable[EntryReport]) -> None:
 @pass_session
 def ls(session: Session, paths: tuple[str, ...], *, long: bool, choice: Choice, as_json: bool) -> None:
     """List directories of an image, names with a dot included."""
-    found: list[EntryReport] = []
-    for number, path in enumerate(map(parse_image_path, paths)):
-        entries = _list(session, "List", choice.path(path))
-        if as_json:
-            found += entries
-            continue
+
+    def render_lines(number: int, path: ImagePath, entries: list[EntryReport]) -> Iterator[str]:
         if len(paths) > 1:
-            click.echo(f"{chr(10) if number else ''}{path.text}:")
+            yield f"{chr(10) if number else ''}{path.text}:"
         named = [(render.name_below(entry.path, path.path), entry) for entry in entries]
-        for line in render.render_listing(named, long=long):
-            click.echo(line)
-    if as_json:
-        _echo_json(found)
+        yield from render.render_listing(named, long=long)
+
+    _show(session, "List", paths, choice, render_lines, as_json=as_json)
 
 
 @click.command()
@@ -90,16 +108,11 @@ def cat(session: Session, paths: tuple[str, ...], *, choice: Choice) -> None:
 @pass_session
 def tree(session: Session, paths: tuple[str, ...], *, choice: Choice, as_json: bool) -> None:
     """Show everything below directories of an image."""
-    found: list[EntryReport] = []
-    for path in map(parse_image_path, paths):
-        entries = _list(session, "Tree", choice.path(path))
-        if as_json:
-            found += entries
-            continue
-        for line in render.render_tree(entries, path.path):
-            click.echo(line)
-    if as_json:
-        _echo_json(found)
+
+    def render_lines(_number: int, path: ImagePath, entries: list[EntryReport]) -> Iterable[str]:
+        return render.render_tree(entries, path.path)
+
+    _show(session, "Tree", paths, choice, render_lines, as_json=as_json)
 
 
 @click.command()

@@ -22,18 +22,17 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import msgspec
 from msgspec import Meta, Struct, field
 
-from nsfs.errors import CorruptError, UnsupportedError, UsageError
+from nsfs.errors import CorruptError, UnsupportedError
 from nsfs.format.gzip import GzipInflater
 from nsfs.format.paths import clean_path
 from nsfs.format.spans import SPAN_MAX, is_decodable
-from nsfs.model.digest import Digest
 from nsfs.model.layer import Codec, Covers, Entry, Kind, LayerIndex, Segment, Span, Spans
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
-"""The annotation of a layer's descriptor that states the digest of the table's JSON."""
+    from nsfs.model.digest import Digest
+
 TOC_NAME = "stargz.index.json"
 TOC_MAX = 150 << 20
 """Bytes of the largest table, compressed or not; containers/storage has the same limit."""
@@ -64,21 +63,6 @@ class TocLocation(NamedTuple):
         """Return the table out of `tail`, which is the blob from `tail_offset` on; None if it begins before that."""
         start = self.offset - tail_offset
         return tail[start : start + self.size] if start >= 0 else None
-
-
-def parse_toc_digest(annotations: Mapping[str, str]) -> Digest:
-    """Return the digest that the layer's annotations state.
-
-    Raises UnsupportedError if they state none, since nothing of the layer could be verified, and CorruptError if they
-    state something else.
-    """
-    text = annotations.get(TOC_DIGEST)
-    if text is None:
-        raise UnsupportedError(f"the layer's table of contents cannot be verified: it has no annotation {TOC_DIGEST}")
-    try:
-        return Digest(text)
-    except UsageError as error:
-        raise CorruptError(f"the annotation {TOC_DIGEST} is {error.message}") from None
 
 
 def plan_footer(size: int) -> tuple[int, int]:

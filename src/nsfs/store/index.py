@@ -284,11 +284,6 @@ class DomainIndex:
             values = [value for _, value in txn.cursor()]
         return [self._decoded(value, _decode_layer) for value in values]
 
-    def delete_layer(self, key: LayerKey) -> bool:
-        """Forget a layer; whether there was one. Its contents stay registered: other layers may have joined them."""
-        with self._transaction(self._db.layers, write=True) as txn:
-            return bool(txn.delete(_layer_key(key)))
-
     # Maps, and where blobs come from
 
     def map(self, map_id: str) -> MapRecord | None:
