@@ -139,12 +139,12 @@ def test_every_way_to_shift(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: pathlib.Path,
 ) -> None:
+    """Where neither containerd nor we may shift, containerd's client copies the tree, and that is not shifted twice."""
     if not capable:
         monkeypatch.setattr(nodes, "SNIPPETS", without_capability(str(tmp_path)))
     with run_node(place, release, settings=settings) as node:
         node.pull(reference)
         options = ("--remap-labels", *ONE)
         assert node.run(reference, "a", "/bin/sh", "-c", LOOK, options=options).endswith(INSIDE)
-        assert len(node.snapshots()) == (3 if capable else 4), "containerd keeps its copy as a snapshot"
         node.clear("default")
         assert node.is_clean()
