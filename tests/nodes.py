@@ -155,16 +155,17 @@ def run_node(
     *,
     cri: bool = False,
     pause: str = "",
+    classes: str = "",
     plugins: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Node]:
     """Start both below `directory`, which becomes a shared mount meanwhile.
 
-    `pause` is the image that pods' sandboxes are made of, where `cri` is to run any; `plugins` are further names of the
-    snapshotter.
+    `pause` is the image that pods' sandboxes are made of, where `cri` is to run any, and `classes` what its
+    configuration says of runtime classes; `plugins` are further names of the snapshotter.
     """
     named = "".join(_PLUGIN[release].format(name=name) for name in plugins)
-    more = {"config": named, "cri": _SANDBOXES[release].format(pause=pause) if pause else ""}
+    more = {"config": named, "cri": _SANDBOXES[release].format(pause=pause) + classes if pause else ""}
     names = ("config", "cri") if cri else ("config",)
     version = 2 if release == INSTALLED else 3
     with shared_directory(directory), run_daemon(f"{directory}/nsfs", settings) as daemon:
