@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
 
+    from nsfs.store.crypt import DomainKey
+
 BASE = 1 << 30
 
 
@@ -35,11 +37,11 @@ class Layout:
     disk: bytearray
     """From BASE on."""
 
-    def table(self, directory: str, *, with_spans: bool = True) -> LayerTable:
-        store_segments(directory, self.rows, self.extents)
+    def table(self, directory: str, key: DomainKey | None = None, *, with_spans: bool = True) -> LayerTable:
+        store_segments(directory, self.rows, self.extents, key)
         if with_spans:
-            store_spans(directory, self.spans)
-        return open_table(directory)
+            store_spans(directory, self.spans, key)
+        return open_table(directory, key)
 
 
 @dataclass

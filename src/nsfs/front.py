@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -19,7 +20,7 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.dropping import drop_often
-from nsfs.core.maps import open_map
+from nsfs.core.maps import Maps
 from nsfs.core.tasks import open_tasks, running
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import TreeFs
@@ -31,6 +32,7 @@ from nsfs.serve.session import Session
 from nsfs.serve.wire import Peer, open_peer
 from nsfs.store.layout import DomainLayout
 from nsfs.store.pool import Pool, open_pool
+from nsfs.store.sealed import load_content
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -140,7 +142,8 @@ class FrontState:
 
 async def serve(args: FrontArgs, fuse_fd: int, bitmap_fd: int, ready: Callable[[], None]) -> None:
     """Serve the mount until it is taken away; `ready` is called when requests begin to be answered."""
-    tree = UnionTree([open_map(path) for path in args.maps])
+    maps = Maps(partial(load_content, key=None))
+    tree = UnionTree([maps.open(path) for path in args.maps])
     pool = open_pool(DomainLayout(args.domain), bitmap_fd, readonly=True)
     async with open_worker_line(args.worker) as line:
         reader = FrontReader(pool, line)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import gc
 import os
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nsfs.core import firstpass
 from nsfs.core.jobs import run_job
 from nsfs.core.layers import LayerMade, MapArgs, MapMade, PlainArgs, SpanArgs, TocArgs, map_id_of
-from nsfs.core.maps import opened_map
+from nsfs.core.maps import Maps
 from nsfs.core.union import LowerTree
 from nsfs.errors import CorruptError, NsfsError
 from nsfs.format import estargz
@@ -28,11 +29,12 @@ from nsfs.model.pool import LayerKey, LayerRecord
 from nsfs.model.tree import plan_tree
 from nsfs.store import layers as files
 from nsfs.store.crypt import load_key
-from nsfs.store.files import replace_file
 from nsfs.store.index import END_ADDRESS, open_index
 from nsfs.store.layout import DomainLayout
 from nsfs.store.pool import BLOCK, open_pool
 from nsfs.store.recovery import working
+from nsfs.store.sealed import load_content, store_file
+from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -69,18 +71,19 @@ def build_map(args: bytes, fds: list[int]) -> int:
 class _Files:
     """One layer's directory, as the first pass writes it."""
 
-    def __init__(self, directory: str) -> None:
-        os.makedirs(directory, 0o700, exist_ok=True)
-        self._directory = directory
+    def __init__(self, layout: DomainLayout, key: LayerKey) -> None:
+        self._directory = layout.layer_dir(key)
+        self._key = layout.key
+        os.makedirs(self._directory, 0o700, exist_ok=True)
 
     def store_index(self, index: LayerIndex, addresses: Sequence[int]) -> None:
-        files.store_index(self._directory, index, addresses)
+        files.store_index(self._directory, index, addresses, self._key)
 
     def store_segments(self, rows: Iterable[tuple[int, int, int]], extents: Iterable[tuple[int, int]]) -> None:
-        files.store_segments(self._directory, rows, extents)
+        files.store_segments(self._directory, rows, extents, self._key)
 
     def store_spans(self, spans: Spans) -> None:
-        files.store_spans(self._directory, spans)
+        files.store_spans(self._directory, spans, self._key)
 
 
 def _layout(domain: str, fds: Sequence[int]) -> DomainLayout:
@@ -101,7 +104,6 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
     gc.disable()  # its many values hold no cycles, and the process ends with the layer
     layout = _layout(args.domain, fds)
     key = LayerKey(Digest(args.blob), "plain", args.origin)
-    directory = layout.layer_dir(key)
     job = firstpass.FirstPassJob(
         blob=key.blob,
         origin=key.origin,
@@ -109,7 +111,7 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
         media_type=args.media_type,
         compression=Compression(args.compression),
         diff_id=Digest(args.diff_id),
-        spool=layout.spool(key),
+        spool=Spool(layout.spool(key), layout.key),
         max_stream=firstpass.plan_max_stream(args.blob_size),
     )
     with (
@@ -118,7 +120,7 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
         _opened_pool(layout, fds[0], index.salt) as pool,
     ):
         result = firstpass.run_first_pass(
-            job, source_fd=fds[2], disk=pool, catalog=index, files=_Files(directory), progress=channel.progress
+            job, source_fd=fds[2], disk=pool, catalog=index, files=_Files(layout, key), progress=channel.progress
         )
     made = None
     with suppress(NsfsError):  # the layer is committed: whoever wants its map hears what is wrong with it
@@ -139,7 +141,7 @@ def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade
     with working(layout), open_index(layout.index, layout.key) as catalog:
         slab = catalog.reserve(room)
         addresses = _give_out(index.entries, slab.address)
-        directory = _Files(layout.layer_dir(key))
+        directory = _Files(layout, key)
         directory.store_index(index, addresses)
         directory.store_segments(*firstpass.plan_tables(index.entries, addresses))
         directory.store_spans(spans)
@@ -183,16 +185,16 @@ def _make_checkpoints(args: SpanArgs, fds: Sequence[int], _channel: Channel) -> 
             blob_size=record.blob_size,
             stream_size=record.stream_size,
             compression=Compression(args.compression),
-            spool=layout.spool(key),
+            spool=Spool(layout.spool(key), layout.key),
         )
-        firstpass.make_checkpoints(job, catalog=index, files=_Files(layout.layer_dir(key)))
+        firstpass.make_checkpoints(job, catalog=index, files=_Files(layout, key))
     return LayerMade()
 
 
 def _build_map(args: MapArgs, fds: Sequence[int], _channel: Channel) -> MapMade:
     layout = _layout(args.domain, fds)
     key = LayerKey(Digest(args.blob), args.index, args.origin)
-    index, addresses = files.load_index(layout.layer_dir(key))
+    index, addresses = files.load_index(layout.layer_dir(key), layout.key)
     return _write_map(layout, key, args.map_id, index.entries, addresses, args.lowers)
 
 
@@ -206,12 +208,13 @@ def _write_map(
 ) -> MapMade:
     """Plan and write; `lowers` are the maps below, top first, None where they are not known."""
     with ExitStack() as stack:
-        images = [stack.enter_context(opened_map(path)) for path in lowers or ()]
+        maps = Maps(partial(load_content, key=layout.key))
+        images = [stack.enter_context(maps.opened(path)) for path in lowers or ()]
         planned = plan_tree(entries, addresses, None if lowers is None else LowerTree(images))
     if planned.needs_lower and lowers is None:
         return MapMade(needs_lower=True)
     image = render_erofs(
         planned.root, disk_blocks=END_ADDRESS // BLOCK, uuid=bytes.fromhex(map_id), volume=planned.volume
     )
-    replace_file(layout.map(key, map_id), [image])
+    store_file(layout.map(key, map_id), [image], layout.key)
     return MapMade(needs_lower=False, marks=planned.marks, opaque=planned.opaque, borrowed=sorted(planned.borrowed))

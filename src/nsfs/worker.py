@@ -29,7 +29,7 @@ from nsfs.core.images import Images, Located
 from nsfs.core.jobs import Jobs
 from nsfs.core.layers import Layers
 from nsfs.core.looking import Looking
-from nsfs.core.maps import load_map, open_map
+from nsfs.core.maps import Maps
 from nsfs.core.pinned import Pinned
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import DomainFs
@@ -55,11 +55,13 @@ from nsfs.store.layers import LayerTable, open_table
 from nsfs.store.layout import Layout
 from nsfs.store.pool import open_pool
 from nsfs.store.recovery import recover
+from nsfs.store.sealed import load_content
+from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from nsfs.core.ports import Source
+    from nsfs.core.ports import Content, Source
     from nsfs.model.pool import LayerKey
     from nsfs.remote.source import Remote
     from nsfs.serve.config import Config, Fetch
@@ -140,21 +142,26 @@ async def _compose(
     cores = os.cpu_count() or 1
     jobs = Jobs(spawner, limit=max(2, cores), fed_limit=max(4, 2 * cores))
 
+    def spool(key: LayerKey) -> Spool:
+        return Spool(layout.spool(key), layout.key)
+
     def written(ranges: Sequence[tuple[int, int]]) -> None:
         for address, size in ranges:
             pool.mark_dirty(address, size)
 
-    layers = Layers(index, layout, blobs, jobs, nursery, domain_dir=layout.path, shared=shared, written=written)
+    layers = Layers(index, layout, blobs, jobs, nursery, shared=shared, spool=spool, written=written)
 
     def table(key: LayerKey) -> LayerTable:
-        return open_table(layout.layer_dir(key))
+        return open_table(layout.layer_dir(key), layout.key)
+
+    maps = Maps(partial(load_content, key=layout.key))
 
     views = Views(index, table, blobs, layers, pool, fetcher)
     images = Images(sources, index, host_platform())
-    looking = Looking(layers, views.look)
-    shown = ShownTree(index, views)
+    looking = Looking(layers, maps, views.look)
+    shown = ShownTree(index, maps, views)
     domain = Domain(images, layers, blobs, views, looking, index, shown)
-    return _Worker(domain, Pinned(images, layers, index), layers, views, shown)
+    return _Worker(domain, Pinned(images, layers, maps, index), layers, views, shown)
 
 
 def _recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[LayerKey]:
@@ -295,9 +302,10 @@ class RemoteSources:
 class ShownTree:
     """What the domain's FUSE filesystem shows, by the names that the daemon gives."""
 
-    def __init__(self, index: DomainIndex, views: Views) -> None:
+    def __init__(self, index: DomainIndex, maps: Maps, views: Views) -> None:
         self.files = DomainFs(views.read, {})
         self._index = index
+        self._maps = maps
         self._views = views
         self._shown: dict[str, frozenset[str]] = {}
         """Names of views, by what shows them: a view itself, or a tree."""
@@ -332,16 +340,16 @@ class ShownTree:
         gone = self._shown.pop(by, frozenset()).difference(*self._shown.values())
         self._views.close(gone)
 
-    def _open_map(self, view: str) -> memoryview:
+    def _open_map(self, view: str) -> Content:
         map_id, _ = parse_view_name(view)
         record = self._index.map(map_id)
         if record is None:
             raise NotFoundError(f"no such map in this domain: {map_id}")
-        return load_map(record.path)
+        return self._maps.load(record.path)
 
     def show_tree(self, tree: worker_api.Tree) -> None:
         """See core.domain.Shown."""
-        images = [open_map(info.path) for info in tree.maps]
+        images = [self._maps.open(info.path) for info in tree.maps]
         views = [info.id + tree.suffix for info in tree.maps]
         self.files.add_tree(tree.id, UnionTree(images), views, {"mount.json": partial(self._describe, tree)})
         self._show(f"tree/{tree.id}", views)

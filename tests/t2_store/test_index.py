@@ -14,6 +14,7 @@ from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, UnsupportedEr
 from nsfs.model.digest import Digest
 from nsfs.model.pool import Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
 from nsfs.store import index as index_module
+from nsfs.store.crypt import DomainKey
 from nsfs.store.index import END_ADDRESS, FIRST_ADDRESS, DomainIndex, open_index
 
 if TYPE_CHECKING:
@@ -28,9 +29,15 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "index.lmdb")
 
 
+@pytest.fixture(params=[None, DomainKey(bytes(range(32)))], ids=["plain", "sealed"])
+def key(request: pytest.FixtureRequest) -> DomainKey | None:
+    found: DomainKey | None = request.param
+    return found
+
+
 @pytest.fixture
-def index(path: str) -> Iterator[DomainIndex]:
-    with open_index(path) as opened:
+def index(path: str, key: DomainKey | None) -> Iterator[DomainIndex]:
+    with open_index(path, key) as opened:
         yield opened
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from layouts import BASE, Layout, layouts
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model.layer import Codec, Covers, Entry, Kind, LayerIndex, Segment, Span, Spans
+from nsfs.store.crypt import DomainKey
 from nsfs.store.layers import load_index, open_table, plan_ranges, plan_rows, store_index, store_segments, store_spans
 
 if TYPE_CHECKING:
@@ -28,14 +29,16 @@ SPANS = Spans(
         Span(189, 1, 2000, 7, 0, b"d" * 32, 0, b"w"),
     ],
 )
+KEYS = pytest.mark.parametrize("key", [None, DomainKey(bytes(range(32)))], ids=["plain", "sealed"])
 in_one_directory = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def test_spans_come_back_as_they_were(tmp_path: Path) -> None:
-    store_segments(str(tmp_path), [], [])
-    assert not open_table(str(tmp_path)).has_spans
-    store_spans(str(tmp_path), SPANS)
-    table = open_table(str(tmp_path))
+@KEYS
+def test_spans_come_back_as_they_were(tmp_path: Path, key: DomainKey | None) -> None:
+    store_segments(str(tmp_path), [], [], key)
+    assert not open_table(str(tmp_path), key).has_spans
+    store_spans(str(tmp_path), SPANS, key)
+    table = open_table(str(tmp_path), key)
     assert (table.has_spans, table.codec, table.covers, len(table)) == (True, Codec.DEFLATE, Covers.COMPRESSED, 4)
     assert [table.span(number) for number in range(4)] == SPANS.spans
     assert table.group(1) == table.group(2) == range(1, 3)
@@ -57,10 +60,13 @@ def test_without_spans_nothing_can_be_asked_of_them(tmp_path: Path) -> None:
         table.spans(0, 1)
 
 
+@KEYS
 @in_one_directory
 @given(layout=layouts(), data=st.data())
-def test_lookups_are_what_a_scan_finds(layout: Layout, data: st.DataObject, tmp_path: Path) -> None:
-    table = layout.table(str(tmp_path))
+def test_lookups_are_what_a_scan_finds(
+    layout: Layout, data: st.DataObject, tmp_path: Path, key: DomainKey | None
+) -> None:
+    table = layout.table(str(tmp_path), key)
     address = BASE + data.draw(st.integers(-5000, len(layout.disk) + 5000))
     size = data.draw(st.integers(1, 20_000))
     overlapping = [row for row in layout.rows if row[0] < address + size and row[0] + row[1] > address]
@@ -102,15 +108,16 @@ def test_ranges_are_the_blocks_of_the_extents(extents: list[tuple[int, int]]) ->
     assert all(one[0] + one[1] < other[0] for one, other in itertools.pairwise(ranges))
 
 
-def test_an_index_comes_back_as_it_was(tmp_path: Path) -> None:
+@KEYS
+def test_an_index_comes_back_as_it_was(tmp_path: Path, key: DomainKey | None) -> None:
     entries = [
         Entry(b"d", Kind.DIRECTORY, 0o755, 0, 0, -5),
         Entry(b"d/\xff", Kind.REGULAR, 0o644, 1, 2, 3, size=9, segments=(Segment(0, 512, 9),), digest=b"x" * 32),
         Entry(b"l", Kind.SYMLINK, 0o777, 0, 0, 0, link=b"/d", xattrs=((b"user.a", b"\0"),)),
     ]
     index = LayerIndex(entries, 4096, 77)
-    store_index(str(tmp_path), index, [0, 1 << 30, 0])
-    assert load_index(str(tmp_path)) == (index, [0, 1 << 30, 0])
+    store_index(str(tmp_path), index, [0, 1 << 30, 0], key)
+    assert load_index(str(tmp_path), key) == (index, [0, 1 << 30, 0])
     assert os.stat(tmp_path / "index").st_mode & 0o777 == 0o600
     assert sorted(os.listdir(tmp_path)) == ["index"], "nothing temporary stays"
 

@@ -47,6 +47,7 @@ from nsfs.store import layers
 from nsfs.store.index import DomainIndex, open_index
 from nsfs.store.layout import DomainLayout
 from nsfs.store.pool import Pool, create_bitmap, open_pool
+from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,7 +111,7 @@ class Domain:
             media_type=layer.media_type,
             compression=layer_format(layer.media_type).compression,
             diff_id=layer.diff_id,
-            spool=self.layout.spool(key_of(layer)),
+            spool=Spool(self.layout.spool(key_of(layer)), self.layout.key),
         )
         return replace(job, **more)
 
@@ -134,7 +135,7 @@ class Domain:
             blob_size=len(layer.blob),
             stream_size=len(layer.tar),
             compression=layer_format(layer.media_type).compression,
-            spool=self.layout.spool(key_of(layer)),
+            spool=Spool(self.layout.spool(key_of(layer)), self.layout.key),
         )
         return make_checkpoints(job, catalog=self.index, files=self.files(layer))
 

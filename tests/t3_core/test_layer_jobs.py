@@ -21,6 +21,7 @@ from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, UnreachableEr
 from nsfs.model.digest import DiffId, Digest
 from nsfs.model.oci import Descriptor, ImageConfig, Platform, Runtime, layer_format
 from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+from nsfs.store.spool import Spool
 from trio_tests import run
 
 DATA = [bytes([number]) * 300_000 for number in range(4)]
@@ -46,14 +47,15 @@ class FakeCatalog:
 
 
 class FakePaths:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.path = str(directory)
 
     def spool(self, key: LayerKey) -> str:
-        return str(self.path / key.blob.hex[:8])
+        return f"{self.path}/{key.blob.hex[:8]}"
 
     def map(self, key: LayerKey, map_id: str = "") -> str:
-        return str(self.path / f"map-{map_id}")
+        return f"{self.path}/map-{map_id}"
 
 
 class FakeJobs:
@@ -106,7 +108,7 @@ class FakeJobs:
         needs = Digest(args.blob) in self.needs_lower
         if needs and args.lowers is None:
             return MapMade(needs_lower=True)
-        (self.site.paths.path / f"map-{args.map_id}").write_text(" ".join(args.lowers or []))
+        (self.site.paths.directory / f"map-{args.map_id}").write_text(" ".join(args.lowers or []))
         return MapMade(needs_lower=False, borrowed=[0] if needs and args.lowers else [])
 
 
@@ -138,8 +140,8 @@ class Site:
             Blobs(FakeSources(self.source), FakeMemory()),
             jobs,
             nursery,
-            domain_dir="/d",
             shared=[5, 6],
+            spool=lambda key: Spool(self.paths.spool(key), None),
             written=self.written.extend,
         )
         self.image = Image("r:latest", "r", "latest", digest_of(b""), CONFIG, tuple(map(layer, range(len(DATA)))))

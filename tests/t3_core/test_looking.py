@@ -1,6 +1,7 @@
 """Looking into images: only the layers that decide are indexed, and contents come from the layer that has them."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from core_sources import LAYER, digest_of
 from kernel import DISK_BLOCKS
 from nsfs.core.images import Image, Layer
 from nsfs.core.looking import Looking
-from nsfs.core.maps import open_map
+from nsfs.core.maps import Maps
 from nsfs.core.union import LowerTree
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError, UsageError
 from nsfs.format.erofs import render_erofs
@@ -20,8 +21,11 @@ from nsfs.model.oci import Descriptor, ImageConfig, Platform, Runtime, layer_for
 from nsfs.model.pool import MapRecord
 from nsfs.model.report import Data, EntryReport, Item, Note
 from nsfs.model.tree import PlannedTree, plan_tree
+from nsfs.store.sealed import load_content
 from strategies import directory, hardlink, place_entries, regular, symlink
 from trio_tests import run
+
+MAPS = Maps(partial(load_content, key=None))
 
 
 class FakeLayers:
@@ -62,7 +66,7 @@ class FakeLayers:
 
     def _write(self, number: int, lowers: list[MapRecord] | None) -> MapRecord:
         entries = self.entries[number]
-        below = None if lowers is None else LowerTree([open_map(record.path) for record in lowers[::-1]])
+        below = None if lowers is None else LowerTree([MAPS.open(record.path) for record in lowers[::-1]])
         planned = plan_tree(entries, place_entries(entries, (1 << 30) * (1 + number)), below)
         needs_lower = planned.needs_lower and lowers is None
         path = self.path / f"{number}-{lowers is None}"
@@ -89,7 +93,7 @@ class Site:
         self.layers = fake
         self.told: list[Any] = []
         self.asked: list[tuple[str, int, int]] = []
-        self.looking = Looking(fake, self.read)
+        self.looking = Looking(fake, MAPS, self.read)
         descriptors = [
             Descriptor(media_type=LAYER, digest=digest_of(b"%d" % n), size=1_000_000 + n) for n in range(len(layers))
         ]
@@ -287,9 +291,9 @@ def test_no_map_stays_open(tmp_path: Path) -> None:
 
 
 def test_a_map_that_is_gone_or_damaged_is_told_as_such(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="not there"):
-        open_map(str(tmp_path / "none"))
+    with pytest.raises(NotFoundError, match="no such file"):
+        MAPS.open(str(tmp_path / "none"))
     for content in (b"", b"x" * 100, bytes(8192)):
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(CorruptError):
-            open_map(str(tmp_path / "bad"))
+            MAPS.open(str(tmp_path / "bad"))

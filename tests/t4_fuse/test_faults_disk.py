@@ -19,6 +19,7 @@ from nsfs.model.pool import LayerKey
 from nsfs.store.index import open_index
 from nsfs.store.layers import open_table
 from nsfs.store.pool import create_bitmap, open_pool
+from nsfs.store.spool import Spool
 from nsfs_daemon import run_daemon, stored_domain
 from published import publish
 
@@ -98,7 +99,7 @@ def test_a_first_pass_into_a_full_disk_is_no_space_and_goes_on_by_range(
             assert os.stat(layout.disk).st_blocks * 512 < 1 << 20
             with open_index(layout.index, layout.key, readonly=True) as index:
                 assert index.orphan_slabs() == []
-            spooled = os.stat(layout.spool(LayerKey(layer.digest, "plain"))).st_size
+            spooled = Spool(layout.spool(LayerKey(layer.digest, "plain")), layout.key).size()
             assert spooled > 4 << 20
         with daemon.mounted(reference, str(target)):
             assert {name: read(f"{target}/{name}") for name in files} == files
@@ -165,7 +166,7 @@ def compare(layout: DomainLayout, layer: Layer) -> int:
     bitmap = create_bitmap(layout)
     with open_index(layout.index, layout.key, readonly=True) as index:
         pool = open_pool(layout, bitmap, index.salt, readonly=True)
-    table = open_table(layout.layer_dir(LayerKey(layer.digest, "plain")))
+    table = open_table(layout.layer_dir(LayerKey(layer.digest, "plain")), layout.key)
     present = 0
     for address, size in table.ranges():
         for start in range(address, address + size, 4096):

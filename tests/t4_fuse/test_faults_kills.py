@@ -19,12 +19,15 @@ from images import Image, Layer, file, gzip_layer
 from mounting import swept
 from nsfs.model.pool import LayerKey
 from nsfs.store.index import open_index
+from nsfs.store.spool import Spool
 from nsfs_daemon import NSFS, Daemon, run_daemon
 from published import publish
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from nsfs.store.layout import DomainLayout
 
 DOMAIN = "ns/default"
 SIZE = 24 << 20
@@ -78,10 +81,14 @@ def start_mount(daemon: Daemon, passing: Passing) -> subprocess.Popen[str]:
     return mount
 
 
+def spooled(layout: DomainLayout, layer: Layer) -> int:
+    """Bytes of the layer's blob that are on disk; the domain may have no key yet, and its files other names then."""
+    return Spool(layout.spool(LayerKey(layer.digest, "plain")), layout.key).size()
+
+
 def wait_for_spool(daemon: Daemon, passing: Passing) -> None:
-    spool = daemon.layout().spool(LayerKey(passing.layer.digest, "plain"))
     deadline = time.monotonic() + 20
-    while not os.path.exists(spool) or os.stat(spool).st_size < len(passing.layer.blob) // 2 - (1 << 20):
+    while spooled(daemon.layout(), passing.layer) < len(passing.layer.blob) // 2 - (1 << 20):
         assert time.monotonic() < deadline, daemon.tail()
         time.sleep(0.05)
 

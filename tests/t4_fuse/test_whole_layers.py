@@ -11,6 +11,7 @@ import pytest
 
 from fakes import FakeRegistry
 from images import Image, file, render_tar, sparse, zstd_layer
+from nsfs.model.pool import LayerKey
 from nsfs_daemon import Daemon, run_daemon
 from published import publish
 
@@ -56,8 +57,7 @@ def test_what_cannot_come_in_parts_comes_back_whole(daemon: Daemon, tmp_path: Pa
             with open(f"{target}/zeros", "rb") as zeros:
                 assert not any(zeros.read(1 << 20))
             assert len(registry.requests(path=layer.digest.hex)) == before + 1
-        spool = f"{daemon.root}/domains/ns%2Fdefault/layers/{layer.digest.hex}/blob.partial"
-        assert not os.path.exists(spool)
+        assert not os.path.exists(daemon.layout().spool(LayerKey(layer.digest, "plain")))
 
 
 def test_its_registry_may_fail_meanwhile(daemon: Daemon, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ that this job reserved, and a job that fails clears them all.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import select
@@ -25,7 +24,7 @@ import msgspec
 
 from nsfs.core.ahead import Ahead
 from nsfs.core.placing import Contents, Disk, Placer
-from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, NsfsError, UnreachableError
+from nsfs.errors import CorruptError, NsfsError, UnreachableError
 from nsfs.format.gzip import SPACING, CheckpointScanner, GzipInflater
 from nsfs.format.spans import is_decodable
 from nsfs.format.tar import TarParser
@@ -37,6 +36,7 @@ from nsfs.model.pool import LayerKey, LayerRecord, Slab
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
+    from nsfs.core.ports import Spool
     from nsfs.model.digest import Digest
 
 PIECE: Final = 1 << 20
@@ -83,8 +83,8 @@ class FirstPassJob:
     media_type: str
     compression: Compression
     diff_id: Digest
-    spool: str
-    """Path of the blob's bytes; what is in it already was received earlier."""
+    spool: Spool
+    """Of the blob; what is in it already was received earlier."""
     max_stream: int = 1 << 40
     max_addresses: int = MAX_ADDRESSES
     """Of all contents together, sparse files with their holes."""
@@ -166,7 +166,7 @@ def run_first_pass(
 
 
 @contextmanager
-def _cleared_on_error(spool: str, placer: Placer) -> Iterator[None]:
+def _cleared_on_error(spool: Spool, placer: Placer) -> Iterator[None]:
     try:
         with _removed_if_corrupt(spool):
             yield
@@ -259,7 +259,7 @@ class CheckpointJob:
     blob_size: int
     stream_size: int
     compression: Compression
-    spool: str
+    spool: Spool
 
 
 def make_checkpoints(job: CheckpointJob, *, catalog: Catalog, files: LayerFiles) -> Spans:
@@ -278,7 +278,7 @@ def make_checkpoints(job: CheckpointJob, *, catalog: Catalog, files: LayerFiles)
         catalog.update_layer(job.key, lambda record: msgspec.structs.replace(record, has_spans=True))
     else:
         catalog.update_layer(job.key, lambda record: msgspec.structs.replace(record, whole=True))
-    os.unlink(job.spool)
+    job.spool.remove()
     return spans
 
 
@@ -289,23 +289,22 @@ def verify_spool(job: CheckpointJob) -> None:
     """
     blob = _Hashed(job.key.blob)
     with _removed_if_corrupt(job.spool):
-        for _ in blob.through(_exactly(_pieces_of_file(job.spool), job.blob_size)):
+        for _ in blob.through(_exactly(job.spool.pieces(), job.blob_size)):
             pass
         blob.check("spool")
 
 
 def open_inflated(job: CheckpointJob) -> Iterator[bytes]:
     """The layer's stream out of its spooled blob, in pieces of about 1 MiB."""
-    return _inflated(_INFLATERS[job.compression](), _pieces_of_file(job.spool))
+    return _inflated(_INFLATERS[job.compression](), job.spool.pieces())
 
 
 @contextmanager
-def _removed_if_corrupt(path: str) -> Iterator[None]:
+def _removed_if_corrupt(spool: Spool) -> Iterator[None]:
     try:
         yield
     except CorruptError:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        spool.remove()
         raise
 
 
@@ -313,7 +312,7 @@ def _scan(job: CheckpointJob, blob: _Hashed) -> Spans:
     codec, make = _SCANNERS[job.compression]
     scanner = make()
     found: list[Span] = []
-    for piece in blob.through(_exactly(_pieces_of_file(job.spool), job.blob_size)):
+    for piece in blob.through(_exactly(job.spool.pieces(), job.blob_size)):
         found += scanner.feed(piece)
     return Spans(codec, Covers.COMPRESSED, found + scanner.finish())
 
@@ -416,43 +415,13 @@ def _received(fd: int, ahead: Ahead) -> Iterator[bytes]:
             return
 
 
-def _pieces_of_file(path: str) -> Iterator[bytes]:
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while data := file.read(PIECE):
-                yield data
-    except FileNotFoundError:
-        raise NotFoundError(f"the blob is not spooled: {path}") from None
-
-
-def _spooled(path: str, size: int, rest: Iterator[bytes]) -> Iterator[bytes]:
+def _spooled(spool: Spool, size: int, rest: Iterator[bytes]) -> Iterator[bytes]:
     """What the spool has, then the rest, which is added to it first."""
-    with mapped_errors(path):
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        with open(path, "ab", buffering=0, opener=_open_private) as spool:
-            if spool.tell() > size:
-                spool.truncate(size)
-            yield from _pieces_of_file(path)
-            for piece in rest:
-                left = memoryview(piece)
-                while left:
-                    left = left[spool.write(left) :]
-                yield piece
-
-
-def _open_private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-@contextmanager
-def mapped_errors(path: str) -> Iterator[None]:
-    """What the system says of the spool at `path`, as our errors."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpaceError(f"cannot spool the blob: {path}: {error.strerror}") from error
-        raise CorruptError(f"cannot spool the blob: {path}: {error.strerror}") from error
+    with spool.appending(size) as append:
+        yield from spool.pieces()
+        for piece in rest:
+            append(piece)
+            yield piece
 
 
 def _exactly(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:

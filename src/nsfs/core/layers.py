@@ -24,7 +24,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from nsfs.core.firstpass import CheckpointJob, mapped_errors
+from nsfs.core.firstpass import CheckpointJob
 from nsfs.core.flights import Flights
 from nsfs.core.tasks import run_all
 from nsfs.core.toc_image import fetch_toc
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from nsfs.core.blobs import Blobs, OriginBlob
     from nsfs.core.images import Image, Layer
     from nsfs.core.jobs import Jobs
+    from nsfs.core.ports import Spool
     from nsfs.model.digest import DiffId, Digest
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,9 @@ class Catalog(Protocol):
 class Paths(Protocol):
     """Where a layer's files are."""
 
-    def spool(self, key: LayerKey) -> str:
-        """The blob's compressed bytes while they are still needed."""
+    @property
+    def path(self) -> str:
+        """The domain's directory."""
 
     def map(self, key: LayerKey, map_id: str = "") -> str:
         """An EROFS image."""
@@ -163,8 +165,8 @@ class Layers:
         jobs: Jobs,
         nursery: trio.Nursery,
         *,
-        domain_dir: str,
         shared: Sequence[int],
+        spool: Callable[[LayerKey], Spool],
         written: Callable[[Sequence[tuple[int, int]]], None],
     ) -> None:
         self._catalog = catalog
@@ -172,9 +174,10 @@ class Layers:
         self._blobs = blobs
         self._jobs = jobs
         self._nursery = nursery
-        self._domain = domain_dir
+        self._domain = paths.path
         self._shared = shared
         """The first descriptors of every job: what the domain's processes share."""
+        self._spool = spool
         self._written = written
         self._indexing: Flights[LayerKey] = Flights(nursery)
         self._spanning: Flights[LayerKey] = Flights(nursery)
@@ -221,7 +224,7 @@ class Layers:
             return 0
         if await self._blobs.is_local(layer.digest, layer.descriptor.size, layer.access):
             return 0
-        return max(0, layer.descriptor.size - _size_of(self._paths.spool(_plain(layer))))
+        return max(0, layer.descriptor.size - self._spool(_plain(layer)).size())
 
     def check(self, layer: Layer) -> None:
         """Raise UnsupportedError for a layer that cannot be shown."""
@@ -333,7 +336,7 @@ class Layers:
 
     async def _resumed(self, blob: OriginBlob, key: LayerKey, work: Callable[[], Awaitable[T]]) -> T:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
-        return await (_twice(blob, work) if _size_of(self._paths.spool(key)) else work())
+        return await (_twice(blob, work) if self._spool(key).size() else work())
 
     def _is_largest(self, layer: Layer) -> bool:
         """No layer that is being read now is larger."""
@@ -354,7 +357,7 @@ class Layers:
         async def report(done: int) -> None:
             progress.done = done
 
-        have = _size_of(self._paths.spool(_plain(layer)))
+        have = self._spool(_plain(layer)).size()
         result: list[LayerMade] = []
 
         async def work(fd: int) -> None:
@@ -463,13 +466,13 @@ class Layers:
             blob_size=record.blob_size,
             stream_size=record.stream_size,
             compression=oci.layer_format(record.media_type).compression,
-            spool=self._paths.spool(record.key),
+            spool=self._spool(record.key),
         )
 
         async def run() -> LayerKey:
-            await _spool(blob, job.spool)
+            await _fill(job.spool, blob)
             await trio.to_thread.run_sync(work, job)
-            os.unlink(job.spool)
+            job.spool.remove()
             return key
 
         await self._spanning.join(str(key), partial(_twice, blob, run), owner)
@@ -486,7 +489,7 @@ class Layers:
             self._nursery.start_soon(self._make_spans_quietly, key, "")
 
     async def _make_spans(self, record: LayerRecord, blob: OriginBlob) -> LayerKey:
-        await _spool(blob, self._paths.spool(record.key))
+        await _fill(self._spool(record.key), blob)
         args = SpanArgs(
             domain=self._domain,
             blob=str(record.blob),
@@ -547,13 +550,6 @@ def _is_there(record: MapRecord) -> bool:
     return record.needs_lower or os.path.exists(record.path)
 
 
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
-
-
 async def _feed(blob: OriginBlob, offset: int, work: Callable[[int], Awaitable[None]]) -> None:
     """Run `work` with a pipe that gives the blob's bytes from `offset` on.
 
@@ -596,15 +592,15 @@ async def _twice(blob: OriginBlob, work: Callable[[], Awaitable[T]]) -> T:
     return await work()
 
 
-async def _spool(blob: OriginBlob, path: str) -> None:
-    """Complete the spool file, from wherever it ends."""
-    have = _size_of(path)
+async def _fill(spool: Spool, blob: OriginBlob) -> None:
+    """Complete the spool, from wherever it ends."""
+    have = spool.size()
     if have >= blob.size:
         return
-    with mapped_errors(path):
-        async with await trio.open_file(path, "ab") as file, blob.stream(have) as pieces:
+    with spool.appending(have) as append:
+        async with blob.stream(have) as pieces:
             async for piece in pieces:
-                await file.write(piece)
+                await trio.to_thread.run_sync(append, piece)
 
 
 @contextmanager

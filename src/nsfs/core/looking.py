@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nsfs.core.layers import short
-from nsfs.core.maps import opened_map
 from nsfs.core.tasks import run_all
 from nsfs.core.union import UnionTree, decide
 from nsfs.errors import UsageError
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from nsfs.core.images import Image, Layer
     from nsfs.core.layers import Layers
+    from nsfs.core.maps import Maps
     from nsfs.core.union import UnionNode
     from nsfs.core.vfs import Reader
     from nsfs.format.erofs_image import ErofsImage
@@ -59,8 +59,9 @@ class Stack:
 class Looking:
     """The service."""
 
-    def __init__(self, layers: Layers, reader: Reader) -> None:
+    def __init__(self, layers: Layers, maps: Maps, reader: Reader) -> None:
         self._layers = layers
+        self._maps = maps
         self._reader = reader
 
     async def stat(self, image: Image, path: bytes, report: Report) -> EntryReport:
@@ -119,10 +120,10 @@ class Looking:
                 record = None if whole else await self._top_map(image, depth, report)
                 if record is None or record.needs_lower:
                     maps = (await self.all_maps(image, report))[::-1]
-                    images = [files.enter_context(opened_map(each.path)) for each in maps]
+                    images = [files.enter_context(self._maps.opened(each.path)) for each in maps]
                     break
                 maps.append(record)
-                images.append(files.enter_context(opened_map(record.path)))
+                images.append(files.enter_context(self._maps.opened(record.path)))
                 if decide(images, path, follow_last=follow, listing=listing):
                     break
             partial = len(images) < len(image.layers)

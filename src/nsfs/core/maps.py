@@ -1,47 +1,38 @@
-"""Maps in files: read where they lie, by memory maps whose pages are the kernel's and not ours.
+"""Maps in files: shown as they are, or opened as images.
 
-Owns how a map's file is opened, and what is said where it cannot be. The files are written whole and renamed into
-place, so one that is there is complete, and one that is open stays as it is.
+Owns how a map becomes an image. The files are written whole and renamed into place, so one that is there is complete,
+and one that is open stays as it is; how they are read, and whether they are decrypted for it, is `load`'s.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from nsfs.errors import CorruptError, NotFoundError
 from nsfs.format.erofs_image import ErofsImage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from nsfs.core.ports import Content
 
 
-def load_map(path: str) -> memoryview:
-    """The bytes of a map; raises NotFoundError, CorruptError. They are there for as long as somebody holds them."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise NotFoundError(f"the map is not there: {path}: {error.strerror}") from error
-    try:
-        return memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:
-        raise CorruptError(f"the map cannot be read: {path}: {error}") from error
-    finally:
-        os.close(fd)
+class Maps:
+    """The maps of a domain, by the paths of their files."""
 
+    def __init__(self, load: Callable[[str], Content]) -> None:
+        self.load = load
+        """The bytes of a map; raises NotFoundError, CorruptError."""
 
-def open_map(path: str) -> ErofsImage:
-    """A map as an image; raises as `load_map`, and CorruptError for what is none."""
-    return ErofsImage(load_map(path))
+    def open(self, path: str) -> ErofsImage:
+        """A map as an image; raises as `load`, and CorruptError for what is none."""
+        return ErofsImage(memoryview(self.load(path)[:]))
 
-
-@contextmanager
-def opened_map(path: str) -> Iterator[ErofsImage]:
-    """As `open_map`, closed at the end."""
-    image = open_map(path)
-    try:
-        yield image
-    finally:
-        image.close()
+    @contextmanager
+    def opened(self, path: str) -> Iterator[ErofsImage]:
+        """As `open`, closed at the end."""
+        image = self.open(path)
+        try:
+            yield image
+        finally:
+            image.close()

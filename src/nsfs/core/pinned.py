@@ -15,7 +15,6 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.layers import short
-from nsfs.core.maps import opened_map
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.digest import chain_ids
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from nsfs.core.images import Image, Images, Layer
     from nsfs.core.layers import Layers
+    from nsfs.core.maps import Maps
     from nsfs.model.digest import ChainId
     from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
 
@@ -42,9 +42,10 @@ class Catalog(Protocol):
 class Pinned:
     """The service."""
 
-    def __init__(self, images: Images, layers: Layers, catalog: Catalog) -> None:
+    def __init__(self, images: Images, layers: Layers, maps: Maps, catalog: Catalog) -> None:
         self._images = images
         self._layers = layers
+        self._maps = maps
         self._catalog = catalog
 
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
@@ -96,7 +97,14 @@ class Pinned:
                 await self._prove(each[0], layer)
         await self._check_lowers(layers)
         maps = await self._layers.maps([layer for layer in layers if layer is not None])
-        return worker_api.Stacked(maps=await trio.to_thread.run_sync(lambda: [_info(record) for record in maps]))
+        return worker_api.Stacked(maps=await trio.to_thread.run_sync(lambda: [self._info(record) for record in maps]))
+
+    def _info(self, record: MapRecord) -> worker_api.MapInfo:
+        with self._maps.opened(record.path) as image:
+            root = image.inode(image.root)
+        return worker_api.MapInfo(
+            id=record.id, path=record.path, marks=record.marks, opaque=record.opaque, owner=(root.uid, root.gid)
+        )
 
     async def _prove(self, image: Image, layer: Layer) -> None:
         """Index it; an error says which layer of which image it is about, to who asked for a container."""
@@ -127,11 +135,3 @@ def _find(image: Image, name: worker_api.LayerName) -> Layer:
 
 def _with_chains(image: Image) -> Iterable[tuple[Layer, ChainId]]:
     return zip(image.layers, chain_ids([layer.diff_id for layer in image.layers]), strict=True)
-
-
-def _info(record: MapRecord) -> worker_api.MapInfo:
-    with opened_map(record.path) as image:
-        root = image.inode(image.root)
-    return worker_api.MapInfo(
-        id=record.id, path=record.path, marks=record.marks, opaque=record.opaque, owner=(root.uid, root.gid)
-    )

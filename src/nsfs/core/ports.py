@@ -5,14 +5,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from nsfs.model.digest import Digest
     from nsfs.model.oci import Descriptor, Document, Traffic
 
 BLOCK = 4096
 """Bytes per block: the unit of presence, of alignment, and of every map's addresses."""
+
+
+class Content(Protocol):
+    """The bytes of a file, of which a slice is read when it is asked for."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, part: slice, /) -> bytes | memoryview:
+        """Some of them."""
+
+
+class Spool(Protocol):
+    """A blob's compressed bytes on this machine while they are still needed, from its beginning. Its calls block."""
+
+    def size(self) -> int:
+        """How many are there; 0 without a spool."""
+
+    def pieces(self) -> Iterator[bytes]:
+        """All of them; raises NotFoundError without a spool."""
+
+    def appending(self, most: int) -> AbstractContextManager[Callable[[bytes], None]]:
+        """What adds more to the first `most` of them; raises NoSpaceError, CorruptError."""
+
+    def remove(self) -> None:
+        """Delete it, if it is there."""
 
 
 class Blob(Protocol):

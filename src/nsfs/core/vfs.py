@@ -30,6 +30,7 @@ from nsfs.model.layer import Kind
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
+    from nsfs.core.ports import Content
     from nsfs.core.union import UnionTree
 
 ROOT: Final = 1
@@ -100,9 +101,9 @@ class Vfs(Protocol):
 
 
 class BytesHandle:
-    """Content that lies in memory."""
+    """Content that is there at once."""
 
-    def __init__(self, data: bytes | memoryview, *, direct: bool) -> None:
+    def __init__(self, data: Content, *, direct: bool) -> None:
         self._data = data
         self.direct = direct
 
@@ -352,14 +353,14 @@ class DomainFs:
     def __init__(self, reader: Reader, state: Mapping[str, Callable[[], bytes]]) -> None:
         self._reader = reader
         self._state = StateFiles(state, _STATE)
-        self._maps: dict[int, tuple[str, memoryview]] = {}
+        self._maps: dict[int, tuple[str, Content]] = {}
         self._layers: dict[int, TreeFs] = {}
         """Of maps of whose layers somebody asked."""
         self._views: dict[int, str] = {}
         """Of all maps, by the number of their layer."""
         self._trees: dict[int, tuple[str, TreeFs]] = {}
 
-    def add_map(self, view: str, image: memoryview) -> None:
+    def add_map(self, view: str, image: Content) -> None:
         """Show `maps/<view>`, whose bytes are `image`, `disks/<view>` and `layers/<view>`; nothing if it is there.
 
         Raises ExistsError if another view has its number (one chance in two thousand million for each).
@@ -493,7 +494,7 @@ class DomainFs:
             raise NotFoundError(f"no such inode: {inode}")
         return self._state.open(inode)
 
-    def _map(self, inode: int) -> tuple[str, memoryview]:
+    def _map(self, inode: int) -> tuple[str, Content]:
         try:
             return self._maps[inode & _NAME_MASK]
         except KeyError:
@@ -516,6 +517,6 @@ class DomainFs:
             view = self._views.get(bits)
             if view is None:
                 raise NotFoundError(f"no such layer: {bits}")
-            tree = LayerTree(ErofsImage(self._map(_hash_bits(view))[1]))
+            tree = LayerTree(ErofsImage(memoryview(self._map(_hash_bits(view))[1][:])))
             self._layers[bits] = TreeFs(tree, [view], self._reader, base=bits << _NID_BITS)
         return self._layers[bits]

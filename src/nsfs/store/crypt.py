@@ -14,6 +14,8 @@ from __future__ import annotations
 import hmac
 import os
 import threading
+from functools import cached_property
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Final
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -67,6 +69,14 @@ class DomainKey:
     def keystream(self, purpose: str, salt: bytes) -> Keystream:
         """The keystream of one file, or of one space of addresses."""
         return Keystream(self.derive(purpose, salt))
+
+    def name(self, text: str) -> str:
+        """A name on disk for what is called `text`: 32 hexadecimal digits."""
+        return blake2b(text.encode(), key=self._names, digest_size=16).hexdigest()
+
+    @cached_property
+    def _names(self) -> bytes:
+        return self.derive("names")
 
     def disk(self, salt: bytes) -> DiskCipher:
         """The cipher of a pool's disk, whose addresses were given out by the index with this salt."""

@@ -18,6 +18,7 @@ import re
 import struct
 from contextlib import contextmanager
 from itertools import takewhile
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias, TypeVar
 
 import lmdb
@@ -28,13 +29,15 @@ from nsfs.model.digest import Digest
 from nsfs.model.pool import Access, Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
 from nsfs.store.crypt import SALT_SIZE
 from nsfs.store.databases import mapped_errors
+from nsfs.store.sealed import PlainRecords, SealedRecords
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from lmdb import _Database
 
     from nsfs.store.crypt import DomainKey
+    from nsfs.store.sealed import Records
 
     _Transaction: TypeAlias = lmdb.Transaction[bytes]
 
@@ -67,6 +70,7 @@ _NAME = "the index"
 
 T = TypeVar("T")
 
+_DIGEST = 32
 _EXTENT = struct.Struct("<QQ")
 _SLAB = struct.Struct("<QB")
 _ADDRESS = struct.Struct(">Q")
@@ -82,7 +86,11 @@ def check_key(key: LayerKey) -> LayerKey:
 
 
 class _Databases(NamedTuple):
-    """The schema. Integers are little-endian, except in keys, where big-endian makes order."""
+    """The schema. Integers are little-endian, except in keys, where big-endian makes order.
+
+    Where the domain has a key, all but `about` and `slabs` is under it: keys and values of `by_content` block by block,
+    of the others the key's keyed hash and the value sealed (`store.sealed.SealedRecords`).
+    """
 
     about: _Database
     """b"version" -> decimal digits; b"salt" -> random bytes, of an index whose domain has a key."""
@@ -154,7 +162,7 @@ def open_index(path: str, key: DomainKey | None = None, *, readonly: bool = Fals
         environment = _open_environment(path, readonly=readonly)
         try:
             databases, salt = _open_databases(environment, path, key, readonly=readonly)
-            return DomainIndex(environment, path, databases, salt)
+            return DomainIndex(environment, path, databases, salt, SealedRecords(key, salt) if key else PlainRecords())
         except BaseException:
             environment.close()
             raise
@@ -180,12 +188,15 @@ def _open_databases(
 class DomainIndex:
     """An open `index.lmdb`. `close` it, or use it as a context manager."""
 
-    def __init__(self, environment: lmdb.Environment, path: str, databases: _Databases, salt: bytes) -> None:
+    def __init__(
+        self, environment: lmdb.Environment, path: str, databases: _Databases, salt: bytes, records: Records
+    ) -> None:
         self.salt = salt
         """What makes keystreams over its addresses its own; empty where the domain has no key."""
         self._environment = environment
         self._path = path
         self._db = databases
+        self._records = records
 
     def __enter__(self) -> Self:
         return self
@@ -237,14 +248,24 @@ class DomainIndex:
 
     def known(self, digest: bytes) -> Extent | None:
         """The extent of the content with this BLAKE3 hash, if the domain has one."""
-        with self._transaction(self._db.by_content) as txn:
-            value = txn.get(digest)
-        return None if value is None else Extent(*_EXTENT.unpack(value))
+        return self.contents_of([digest]).get(digest)
 
     def contents_of(self, digests: Iterable[bytes]) -> dict[bytes, Extent]:
         """The extents of those of `digests` (BLAKE3) that the domain has, in one transaction."""
+        wanted = list(digests)
+        hidden = dict(zip(self._hide(b"".join(wanted), _DIGEST), wanted, strict=True))
         with self._transaction(self._db.by_content) as txn:
-            return _get_extents(txn, sorted(digests))
+            found = txn.cursor().getmulti(sorted(hidden))
+        extents = self._shown([value for _, value in found])
+        return {hidden[key]: extent for (key, _), extent in zip(found, extents, strict=True)}
+
+    def _hide(self, values: bytes, size: int) -> list[bytes]:
+        """Values of `size` bytes each, one behind another, as they are kept."""
+        hidden = self._records.hide(values)
+        return [hidden[at : at + size] for at in range(0, len(hidden), size)]
+
+    def _shown(self, values: Sequence[bytes]) -> list[Extent]:
+        return [Extent(*numbers) for numbers in _EXTENT.iter_unpack(self._records.show(b"".join(values)))]
 
     # Layers
 
@@ -256,63 +277,91 @@ class DomainIndex:
         """
         check_key(record.key)
         with self._transaction(self._db.layers, write=True) as txn:
-            replaced = _put_contents(txn, self._db.by_content, new_contents)
+            replaced = self._put_contents(txn, new_contents)
             for slab in record.slabs:
                 txn.put(_ADDRESS.pack(slab.address), _SLAB.pack(slab.size, 1), db=self._db.slabs)
-            txn.put(_layer_key(record.key), _encode(record))
+            self._put(txn, _layer_key(record.key), _encode(record))
         return replaced
+
+    def _put_contents(self, txn: _Transaction, contents: list[tuple[bytes, int, int]]) -> dict[int, int]:
+        contents = sorted(contents, key=lambda content: content[1])
+        keys = self._hide(b"".join(digest for digest, _, _ in contents), _DIGEST)
+        values = self._hide(b"".join(_EXTENT.pack(address, size) for _, address, size in contents), _EXTENT.size)
+        cursor = txn.cursor(db=self._db.by_content)
+        _, added = cursor.putmulti(sorted(zip(keys, values, strict=True), key=itemgetter(0)), overwrite=False)
+        if added == len(contents):
+            return {}
+        found = cursor.getmulti(sorted(keys))
+        extents = dict(zip((key for key, _ in found), self._shown([value for _, value in found]), strict=True))
+        pairs = ((address, extents[key].address) for key, (_, address, _) in zip(keys, contents, strict=True))
+        return {address: earlier for address, earlier in pairs if earlier != address}
+
+    def _put(self, txn: _Transaction, name: bytes, value: bytes, suffix: bytes = b"") -> None:
+        """Keep a record in the transaction's database."""
+        kept = self._records.name(name, suffix)
+        txn.put(kept, self._records.seal(kept, value))
+
+    def _get(self, txn: _Transaction, name: bytes) -> bytes | None:
+        """What `_put` kept."""
+        kept = self._records.name(name)
+        value = txn.get(kept)
+        return None if value is None else self._records.unseal(kept, value)
 
     def update_layer(self, key: LayerKey, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
         """Replace a layer's record by what `change` makes of it, in one transaction; raises NotFoundError."""
         with self._transaction(self._db.layers, write=True) as txn:
-            value = txn.get(_layer_key(key))
+            value = self._get(txn, _layer_key(key))
             if value is None:
                 raise NotFoundError(f"no such layer: {key.blob} ({key.index})")
             record = change(_decode_layer(value))
-            txn.put(_layer_key(key), _encode(record))
+            self._put(txn, _layer_key(key), _encode(record))
         return record
 
     def layer(self, key: LayerKey) -> LayerRecord | None:
         """The record of a layer, if its index is complete."""
         with self._transaction(self._db.layers) as txn:
-            value = txn.get(_layer_key(key))
+            value = self._get(txn, _layer_key(key))
         return None if value is None else self._decoded(value, _decode_layer)
 
     def layers(self) -> list[LayerRecord]:
         """All layers, by blob digest."""
         with self._transaction(self._db.layers) as txn:
-            values = [value for _, value in txn.cursor()]
-        return [self._decoded(value, _decode_layer) for value in values]
+            values = [self._records.unseal(name, value) for name, value in txn.cursor()]
+        return sorted((self._decoded(value, _decode_layer) for value in values), key=lambda record: record.key)
 
     # Maps, and where blobs come from
 
     def map(self, map_id: str) -> MapRecord | None:
         """The record of a map."""
         with self._transaction(self._db.maps) as txn:
-            value = txn.get(map_id.encode())
+            value = self._get(txn, map_id.encode())
         return None if value is None else self._decoded(value, _decode_map)
 
     def put_map(self, record: MapRecord) -> None:
         """Store the record of a map."""
         with self._transaction(self._db.maps, write=True) as txn:
-            txn.put(record.id.encode(), _encode(record))
+            self._put(txn, record.id.encode(), _encode(record))
 
     def origins(self, blob: Digest, access: Access) -> list[tuple[str, str]]:
         """The repositories that are known to have a blob, the latest first, each with whose knowledge that is.
 
         Where several share the domain, and no owner is named, those that any of them knows.
         """
-        exact = not access.origin or access.owner
-        prefix = _origin_key(blob, access)
+        place, owner = _origin_key(blob, access)
+        first = self._records.name(place, owner)
         with self._transaction(self._db.origins) as txn:
-            if exact:
-                found = [(prefix, txn.get(prefix))]
+            if not access.origin or access.owner:
+                found = [(first, txn.get(first))]
             else:
                 cursor = txn.cursor()
-                cursor.set_range(prefix)
-                found = list(takewhile(lambda pair: pair[0].startswith(prefix), cursor))
-        lists = [(key[len(prefix) :].decode(), self._decoded(value, _decode_names)) for key, value in found if value]
-        return [(access.owner or owner, name) for owner, names in lists for name in names]
+                cursor.set_range(first)
+                found = list(takewhile(lambda pair: pair[0].startswith(first), cursor))
+        lists = [(kept, self._records.unseal(kept, value)) for kept, value in found if value]
+        return [
+            (access.owner or self._records.suffix(place, kept).decode(), name)
+            for kept, value in lists
+            for name in self._decoded(value, _decode_names)
+        ]
 
     def put_origin(self, blobs: Collection[Digest], repository: str, access: Access) -> None:
         """Remember that a repository has these blobs; the latest few of each are kept. Writes only what is new."""
@@ -322,19 +371,20 @@ class DomainIndex:
             with self._transaction(self._db.origins, write=True) as txn:
                 for blob, names in fresh.items():
                     latest = [repository, *(name for name in names if name != repository)]
-                    txn.put(_origin_key(blob, access), _encode(latest[:_ORIGINS]))
+                    place, owner = _origin_key(blob, access)
+                    self._put(txn, place, _encode(latest[:_ORIGINS]), owner)
 
     def image(self, key: str) -> ImageRecord | None:
         """What an image was when it was last resolved; `key` is its complete reference, a space and its platform."""
         with self._transaction(self._db.images) as txn:
-            value = txn.get(_image_key(key))
+            value = self._get(txn, _image_key(key))
         return None if value is None else self._decoded(value, _decode_image)
 
     def put_image(self, key: str, record: ImageRecord) -> None:
         """Remember an image. Writes only what is new."""
         if self.image(key) != record:
             with self._transaction(self._db.images, write=True) as txn:
-                txn.put(_image_key(key), _encode(record))
+                self._put(txn, _image_key(key), _encode(record))
 
     def _decoded(self, value: bytes, decode: Callable[[bytes], T]) -> T:
         try:
@@ -355,23 +405,10 @@ def _image_key(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def _origin_key(blob: Digest, access: Access) -> bytes:
-    return (f"{blob} {access.origin} {access.owner}" if access.origin else blob).encode()
+def _origin_key(blob: Digest, access: Access) -> tuple[bytes, bytes]:
+    """What the name of who knows where a blob is begins with, and ends with."""
+    return (f"{blob} {access.origin} ".encode(), access.owner.encode()) if access.origin else (blob.encode(), b"")
 
 
 def _layer_key(key: LayerKey) -> bytes:
     return f"{key.blob}/{key.index}{'@' + key.origin if key.origin else ''}".encode()
-
-
-def _get_extents(txn: _Transaction, digests: list[bytes]) -> dict[bytes, Extent]:
-    return {key: Extent(*_EXTENT.unpack(value)) for key, value in txn.cursor().getmulti(digests)}
-
-
-def _put_contents(txn: _Transaction, database: _Database, contents: list[tuple[bytes, int, int]]) -> dict[int, int]:
-    rows = sorted((digest, _EXTENT.pack(address, size)) for digest, address, size in contents)
-    cursor = txn.cursor(db=database)
-    _, added = cursor.putmulti(rows, overwrite=False)
-    if added == len(rows):
-        return {}
-    extents = {key: _EXTENT.unpack(value)[0] for key, value in cursor.getmulti([digest for digest, _ in rows])}
-    return {address: extents[digest] for digest, address, _ in contents if extents[digest] != address}

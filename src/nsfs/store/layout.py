@@ -75,11 +75,12 @@ class DomainLayout:
 
     def blob_dir(self, key: LayerKey) -> str:
         """What belongs to a layer's blob, whatever index it is read by."""
-        return os.path.join(self.layers, f"{key.blob.hex}@{key.origin}" if check_key(key).origin else key.blob.hex)
+        name = f"{key.blob.hex}@{key.origin}" if check_key(key).origin else key.blob.hex
+        return os.path.join(self.layers, self._name(name))
 
     def layer_dir(self, key: LayerKey) -> str:
         """A layer's index, tables and maps."""
-        return os.path.join(self.blob_dir(key), key.index)
+        return os.path.join(self.blob_dir(key), self._name(key.index))
 
     def spool(self, key: LayerKey) -> str:
         """The compressed bytes of a layer's blob while they are still needed."""
@@ -87,8 +88,12 @@ class DomainLayout:
 
     def map(self, key: LayerKey, map_id: str = "") -> str:
         """A layer's EROFS image; `map_id` where it depends on the layers below."""
-        name = f"map-{escape_component(map_id)}.erofs" if map_id else "map.erofs"
+        name = f"map-{self._name(escape_component(map_id))}.erofs" if map_id else "map.erofs"
         return os.path.join(self.layer_dir(key), name)
+
+    def _name(self, text: str) -> str:
+        """A digest tells which image it is of: where the domain has a key, names are made with it."""
+        return self.key.name(text) if self.key else text
 
 
 class RunLayout:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,12 +69,11 @@ def _judge_spools(layout: DomainLayout, records: list[LayerRecord]) -> list[Laye
     for record in records:
         if record.verified != "diff-id":
             continue
-        with suppress(FileNotFoundError):
-            size = os.stat(layout.spool(record.key)).st_size
-            if record.has_spans:
-                os.unlink(layout.spool(record.key))
-            elif size == record.blob_size:
-                waiting.append(record.key)
+        spool = Spool(layout.spool(record.key), layout.key)
+        if record.has_spans:
+            spool.remove()
+        elif spool.size() == record.blob_size:
+            waiting.append(record.key)
     return waiting
 
 

@@ -1,0 +1,235 @@
+"""Files and records under the key of their domain; plain ones where it has none.
+
+Owns the format of a sealed file: a header with 32 random bytes, which are the salt of its keystream, and ciphertext
+behind it, as long as the plaintext. So a file that is written anew has another keystream, and any part can be read
+alone. And the shape of sealed records: authenticated, each with a nonce of its own, bound to where it belongs; names
+and fixed small values are permuted by the key instead, since they are looked up.
+
+Refuses files and records that are not under the key, or plain where it should be. Any thread; nothing is kept open.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Final, Protocol
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESSIV
+
+from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
+from nsfs.store.crypt import UNIT
+from nsfs.store.files import replace_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from nsfs.store.crypt import DomainKey, Keystream
+
+VERSION: Final = 1
+"""Of the format of sealed files."""
+
+_HEADER: Final = struct.Struct("<8sI20x32s")
+"""Magic, version, zeros, salt."""
+_MAGIC: Final = b"nsfsseal"
+_SALT: Final = 32
+_NONCE: Final = 12
+_NAME: Final = 32
+HEADER_SIZE: Final = _HEADER.size
+
+
+# Files
+
+
+class SealedContent:
+    """What a sealed file says, decrypted slice by slice; it stays as it was opened."""
+
+    def __init__(self, data: memoryview, stream: Keystream, start: int, stop: int) -> None:
+        self._data = data
+        self._stream = stream
+        self._start = start
+        self._stop = stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        low, high, _ = part.indices(len(self))
+        low, high = self._start + low, self._start + max(low, high)
+        return apply_at(self._stream, low, self._data[low // UNIT * UNIT : high])
+
+    def part(self, start: int, stop: int) -> SealedContent:
+        """A slice, of which nothing is read yet."""
+        return SealedContent(self._data, self._stream, self._start + start, self._start + stop)
+
+
+def apply_at(stream: Keystream, offset: int, data: bytes | memoryview) -> bytes:
+    """`data`, which begins at the unit of the keystream that has `offset`, decrypted from `offset` on."""
+    return stream.apply(offset // UNIT * UNIT, data)[offset % UNIT :]
+
+
+def load_content(path: str, key: DomainKey | None) -> memoryview | SealedContent:
+    """A file of a domain, mapped. Raises NotFoundError, CorruptError, UnsupportedError."""
+    data = memoryview(_map_file(path))
+    if key is None:
+        return data
+    stream = open_stream(bytes(data[:HEADER_SIZE]), key, path)
+    return SealedContent(data[HEADER_SIZE:], stream, 0, len(data) - HEADER_SIZE)
+
+
+def part_of(content: memoryview | SealedContent, start: int, stop: int) -> memoryview | SealedContent:
+    """A slice, of which nothing is read yet."""
+    return content.part(start, stop) if isinstance(content, SealedContent) else content[start:stop]
+
+
+def _map_file(path: str) -> mmap.mmap | bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise NotFoundError(f"there is no such file: {path}: {error.strerror}") from error
+    try:
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ) if os.fstat(fd).st_size else b""
+    except OSError as error:
+        raise CorruptError(f"the file cannot be read: {path}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def make_header() -> bytes:
+    """The beginning of a new sealed file."""
+    return _HEADER.pack(_MAGIC, VERSION, os.urandom(_SALT))
+
+
+def open_stream(header: bytes, key: DomainKey, path: str) -> Keystream:
+    """The keystream of the sealed file that begins with `header`; raises CorruptError, UnsupportedError."""
+    if len(header) < HEADER_SIZE or header[:8] != _MAGIC:
+        raise CorruptError(f"the file is not under the key of its domain: {path}")
+    _, version, salt = _HEADER.unpack(header)
+    if version > VERSION:
+        raise UnsupportedError(
+            f"the file is sealed in a newer format: {path}: {version}",
+            hint=f"this nsfs reads format {VERSION}; use the release that wrote it",
+        )
+    return key.keystream("file", salt)
+
+
+def store_file(path: str, pieces: Iterable[bytes | bytearray | memoryview], key: DomainKey | None) -> None:
+    """Write a file whole and durably, under the key if there is one; raises NoSpaceError."""
+    replace_file(path, pieces if key is None else _sealed(pieces, key, path))
+
+
+def _sealed(pieces: Iterable[bytes | bytearray | memoryview], key: DomainKey, path: str) -> Iterator[bytes]:
+    header = make_header()
+    yield header
+    stream, at = open_stream(header, key, path), 0
+    for piece in pieces:
+        yield encrypt_at(stream, at, piece)
+        at += len(piece)
+
+
+def encrypt_at(stream: Keystream, offset: int, data: bytes | bytearray | memoryview) -> bytes:
+    """`data` as it belongs at any `offset`."""
+    skip = offset % UNIT
+    return stream.apply(offset - skip, b"".join((bytes(skip), data)) if skip else data)[skip:]
+
+
+# Records
+
+
+class Records(Protocol):
+    """How an index keeps what it is told."""
+
+    def name(self, name: bytes, suffix: bytes = b"") -> bytes:
+        """What `name` and then `suffix` is looked up by; it begins with what `name` alone gives."""
+
+    def suffix(self, name: bytes, kept: bytes) -> bytes:
+        """The suffix with which `name` gave `kept`."""
+
+    def seal(self, kept: bytes, value: bytes) -> bytes:
+        """`value`, to be kept under what `name` gave."""
+
+    def unseal(self, kept: bytes, value: bytes) -> bytes:
+        """What was kept there."""
+
+    def hide(self, values: bytes) -> bytes:
+        """Values of 16 bytes or multiples, one behind another, none of whose 16 bytes ever occur twice."""
+
+    def show(self, values: bytes) -> bytes:
+        """What `hide` hid."""
+
+
+class PlainRecords:
+    """As they are."""
+
+    def name(self, name: bytes, suffix: bytes = b"") -> bytes:
+        """See Records."""
+        return name + suffix
+
+    def suffix(self, name: bytes, kept: bytes) -> bytes:
+        """See Records."""
+        return kept[len(name) :]
+
+    def seal(self, kept: bytes, value: bytes) -> bytes:  # noqa: ARG002
+        """See Records."""
+        return value
+
+    def unseal(self, kept: bytes, value: bytes) -> bytes:  # noqa: ARG002
+        """See Records."""
+        return value
+
+    def hide(self, values: bytes) -> bytes:
+        """See Records."""
+        return values
+
+    def show(self, values: bytes) -> bytes:
+        """See Records."""
+        return values
+
+
+class SealedRecords:
+    """Under a key: AES-256-GCM (NIST SP 800-38D) with random nonces for what is read by name, which is a keyed hash.
+
+    What is looked for by the beginning of its name has the rest behind that hash, by AES-SIV (RFC 5297).
+
+    A write of each record of the largest domain, once a second for a hundred years, makes fewer than the 2^32 nonces
+    that one key may have. Values of whole blocks that never occur twice, such as digests, are blocks of AES by
+    themselves: equal ones could be told, and there are none.
+    """
+
+    def __init__(self, key: DomainKey, salt: bytes) -> None:
+        self._names = key.derive("record names", salt)
+        self._suffixes = AESSIV(key.derive("record suffixes", salt, 64))
+        self._aead = AESGCM(key.derive("records", salt))
+        self._blocks = Cipher(algorithms.AES(key.derive("blocks", salt)), modes.ECB())  # noqa: S305  see above
+
+    def name(self, name: bytes, suffix: bytes = b"") -> bytes:
+        """See Records."""
+        hidden = self._suffixes.encrypt(suffix, [name]) if suffix else b""
+        return blake2b(name, key=self._names, digest_size=_NAME).digest() + hidden
+
+    def suffix(self, name: bytes, kept: bytes) -> bytes:
+        """See Records."""
+        return self._suffixes.decrypt(kept[_NAME:], [name]) if len(kept) > _NAME else b""
+
+    def seal(self, kept: bytes, value: bytes) -> bytes:
+        """See Records."""
+        nonce = os.urandom(_NONCE)
+        return nonce + self._aead.encrypt(nonce, value, kept)
+
+    def unseal(self, kept: bytes, value: bytes) -> bytes:
+        """See Records; raises CorruptError."""
+        try:
+            return self._aead.decrypt(value[:_NONCE], value[_NONCE:], kept)
+        except (InvalidTag, ValueError):
+            raise CorruptError("a record is not under the key of its domain, or was changed") from None
+
+    def hide(self, values: bytes) -> bytes:
+        """See Records."""
+        return self._blocks.encryptor().update(values)
+
+    def show(self, values: bytes) -> bytes:
+        """See Records."""
+        return self._blocks.decryptor().update(values)
