@@ -157,7 +157,7 @@ def test_a_plain_key_is_wrapped_when_the_host_gets_one(layout: Layout) -> None:
         with opened(domains(layout, host_key=HOST_KEY), layout) as pool:
             assert pool.read_present(BASE, 4096) == SECRET
         assert before.read() == bytes(len(plain)), "its bytes are overwritten where they lie"
-    assert plain[16:] not in contents(layout.key(NAME))
+    assert plain[16:48] not in contents(layout.key(NAME))
     with opened(domains(layout, host_key=HOST_KEY), layout) as pool:
         assert pool.read_present(BASE, 4096) == SECRET
 
@@ -211,7 +211,8 @@ def test_the_hosts_key_comes_from_the_configuration_or_from_systemd(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("data", "error"), [(b"", CorruptError), (b"nsfskey\0\2" + bytes(47), UnsupportedError), (b"x" * 48, CorruptError)]
+    ("data", "error"),
+    [(b"", CorruptError), (b"nsfskey\0\2".ljust(8192, b"\0"), UnsupportedError), (b"x" * 8192, CorruptError)],
 )
 def test_a_damaged_key_is_said_to_be_one(layout: Layout, data: bytes, error: type[Exception]) -> None:
     with opened(domains(layout), layout):

@@ -39,6 +39,9 @@ CREDENTIAL: Final = "nsfs.key"
 _HEADER: Final = struct.Struct("<8sII")
 """Magic, version, whether what follows is wrapped."""
 _MAGIC: Final = b"nsfskey\0"
+_FILE: Final = 8192
+"""Bytes of a key's file: too many to be kept beside its inode, where overwriting it would leave copies in a journal."""
+_WRAPPED: Final = KEY_SIZE + 8
 _LEAST: Final = 32
 _MOST: Final = 1 << 20
 
@@ -117,7 +120,7 @@ class Keys:
 
     def _store(self, domain: str, key: DomainKey) -> None:
         os.makedirs(self._layout.keys, 0o700, exist_ok=True)
-        replace_file(self._layout.key(domain), [self._pack(domain, key)])
+        replace_file(self._layout.key(domain), [self._pack(domain, key).ljust(_FILE, b"\0")])
 
     def _pack(self, domain: str, key: DomainKey) -> bytes:
         if self._host_key is None:
@@ -125,17 +128,14 @@ class Keys:
         return _HEADER.pack(_MAGIC, VERSION, 1) + aes_key_wrap(_wrapping_key(self._host_key, domain), key.secret)
 
     def _unpack(self, domain: str, data: bytes) -> tuple[bytes, bool]:
-        if len(data) < _HEADER.size or data[:8] != _MAGIC:
+        if len(data) != _FILE or data[:8] != _MAGIC:
             raise CorruptError(f"the key of domain {domain} is damaged")
         _, version, wrapped = _HEADER.unpack_from(data)
         if version > VERSION:
             raise UnsupportedError(f"the key of domain {domain} has a newer format: {version}")
-        secret = data[_HEADER.size :]
         if wrapped:
-            secret = self._unwrap(domain, secret)
-        if len(secret) != KEY_SIZE:
-            raise CorruptError(f"the key of domain {domain} is damaged")
-        return secret, bool(wrapped)
+            return self._unwrap(domain, data[_HEADER.size : _HEADER.size + _WRAPPED]), True
+        return data[_HEADER.size : _HEADER.size + KEY_SIZE], False
 
     def _unwrap(self, domain: str, wrapped: bytes) -> bytes:
         if self._host_key is None:
