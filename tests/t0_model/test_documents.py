@@ -14,7 +14,7 @@ from nsfs.cli.app import nsfs
 from nsfs.cli.exits import EXITS
 from nsfs.serve.config import known_keys
 from nsfs.serve.doctor import FEATURES
-from nsfs.store import crypt, index, keys, layers, layout, pool
+from nsfs.store import crypt, index, keys, layers, layout, pool, sealed
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCE = REPOSITORY / "src/nsfs"
@@ -209,9 +209,12 @@ def test_the_index_is_described() -> None:
 
 
 def test_headers_are_described() -> None:
-    for magic in (pool._DISK_MAGIC, pool._BITS_MAGIC, layers._INDEX_MAGIC, layers._SEGMENTS_MAGIC, layers._SPANS_MAGIC):
+    magics = (pool._DISK_MAGIC, pool._BITS_MAGIC, layers._INDEX_MAGIC, layers._SEGMENTS_MAGIC, layers._SPANS_MAGIC)
+    for magic in (*magics, sealed._MAGIC):
         assert f"`{magic.decode()}`" in ON_DISK
     assert f"header of {layers._HEADER.size} bytes" in ON_DISK
+    assert f"begin with {sealed.HEADER_SIZE} bytes" in ON_DISK
+    assert f"up to {keys._FILE:,} bytes" in ON_DISK
     ends = [int(offset) + int(size) for offset, size, *_ in _rows(ON_DISK, "offset")]
     assert ends[-1] == pool._CHECK_AT + crypt.CHECK_SIZE
     for name in layers._COLUMNS:
@@ -219,6 +222,6 @@ def test_headers_are_described() -> None:
 
 
 def test_versions_are_described() -> None:
-    assert {pool.PLAIN_VERSION, layers.VERSION, index.PLAIN_VERSION, keys.VERSION} == {1}
+    assert {pool.PLAIN_VERSION, layers.VERSION, index.PLAIN_VERSION, keys.VERSION, sealed.VERSION} == {1}
     assert {pool.VERSION, index.VERSION} == {2}
     assert "a format version: 1, and 2 of a disk and an index under a key" in ON_DISK
