@@ -46,6 +46,7 @@ from nsfs.serve.hostfiles import HostFiles
 from nsfs.serve.keeping import Keeper
 from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
 from nsfs.serve.lending import Lending
+from nsfs.serve.lifecycle import End, Ending, Lifecycle, replace_us
 from nsfs.serve.policy_file import load_policy
 from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.sandbox import module_paths, plan_readable
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ServerProcess
     from nsfs.serve.keeping import Left
-    from nsfs.serve.supervisor import Terms
+    from nsfs.serve.supervisor import Supervisor, Terms
     from nsfs.store.meta import Meta
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ def run(config: Config, *, private: bool) -> None:
     forbid_core_dumps()
     with _owned(layout):
         zygote = launch_server(_WARM)
-        trio.run(_serve, config, layout, zygote, private)
+        how = trio.run(_serve, config, layout, zygote, private)
+    if how is End.REPLACE:
+        replace_us()
 
 
 def _allow_descriptors() -> None:
@@ -125,7 +128,7 @@ def _lock(fd: int, root: str) -> None:
         raise BusyError(f"another daemon owns {root}", hint="set another root, run and socket") from None
 
 
-async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private: bool) -> None:  # noqa: FBT001
+async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private: bool) -> End:  # noqa: FBT001
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(open_fork_server(zygote, partial(launch_server, _WARM)))
         meta = stack.enter_context(open_meta(layout.meta))
@@ -178,18 +181,29 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             ends.append(snapshots.end)
         namespaces = Namespaces(manual, snapshots, lowers, store, meta, keychain.forget)
         tenancy = Tenancy(scopes, config.policy, namespaces, supervisor, control)
-        services.append(control_service(control.handlers() | tenancy.handlers()))
+        ending = Ending()
+        lifecycle = Lifecycle(ending, namespaces, manual, keeper)
+        services.append(control_service(control.handlers() | tenancy.handlers() | lifecycle.handlers()))
         async with serve_rpc(config.socket, services):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             notifier.tell("READY=1")
             hangups = [] if private else [partial(_obey_hangups, config, scopes)]
-            by = await _wait_end(manual, control, [files.follow, *hangups], private=private)
-            notifier.tell("STOPPING=1")
-        if by == signal.SIGTERM and keeper is not None:
-            return
+            await _wait_end(ending, manual, control, [files.follow, *hangups])
+            notifier.tell("RELOADING=1" if ending.how is End.REPLACE else "STOPPING=1")
+        await _finish(ending, supervisor, ends, keeper)
+    return ending.how
+
+
+async def _finish(
+    ending: Ending, supervisor: Supervisor, ends: Sequence[Callable[[], Awaitable[None]]], keeper: Keeper | None
+) -> None:
+    """Take everything away by `ends`, or leave it as it is."""
+    if ending.how is End.TAKE_AWAY or keeper is None:
         supervisor.end_all()
         for end in ends:
             await end()
+    elif ending.how is End.REPLACE:
+        keeper.carry()
 
 
 def _complete(reference: str) -> str:
@@ -316,29 +330,33 @@ async def _obey_hangups(config: Config, scopes: Scopes) -> None:
 
 
 async def _wait_end(
-    manual: ManualMounts, control: Control, beside: Sequence[Callable[[], Awaitable[None]]], *, private: bool
-) -> signal.Signals | None:
-    """Until a signal, which is given, or until a private daemon is not needed; does what is `beside` meanwhile."""
+    ending: Ending, manual: ManualMounts, control: Control, beside: Sequence[Callable[[], Awaitable[None]]]
+) -> None:
+    """Until somebody asks for it, or until a private daemon is not needed; does what is `beside` meanwhile."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_obey_signals, ending)
+        nursery.start_soon(_tidy, ending, manual, control)
+        for each in beside:
+            nursery.start_soon(each)
+        await ending.asked.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def _obey_signals(ending: Ending) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_tidy, manual, control, private, nursery.cancel_scope)
-            for each in beside:
-                nursery.start_soon(each)
-            async for number in signals:
-                log.info("ends by %s", signal.Signals(number).name)
-                nursery.cancel_scope.cancel()
-                return signal.Signals(number)
-    return None
+        async for number in signals:
+            log.info("ends by %s", signal.Signals(number).name)
+            ending.ask(End.LEAVE if number == signal.SIGTERM else End.TAKE_AWAY)
 
 
-async def _tidy(manual: ManualMounts, control: Control, private: bool, scope: trio.CancelScope) -> None:  # noqa: FBT001
+async def _tidy(ending: Ending, manual: ManualMounts, control: Control) -> None:
     idle, handled = 0, 0
-    while not private or idle < _LINGER:
+    while not control.private or idle < _LINGER:
         await trio.sleep(_TIDY_EVERY)
         used = await _count_mounts(manual) > 0 or control.running > 0 or control.handled != handled
         idle, handled = 0 if used else idle + 1, control.handled
     log.info("ends, because nobody needs it")
-    scope.cancel()
+    ending.ask(End.TAKE_AWAY)
 
 
 async def _count_mounts(manual: ManualMounts) -> int:

@@ -47,8 +47,8 @@ from nsfs.serve.fuse import FuseOperations
 from nsfs.serve.lending import Borrowing, Uplink
 from nsfs.serve.logs import start_logging
 from nsfs.serve.session import Session
-from nsfs.serve.supervisor import Ready, WorkerArgs
 from nsfs.serve.wire import open_peer
+from nsfs.serve.worker_args import Ready, WorkerArgs
 from nsfs.store.crypt import load_key
 from nsfs.store.index import open_index
 from nsfs.store.layers import LayerTable, open_table
@@ -94,7 +94,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         index = stack.enter_context(open_index(layout.index, layout.key))
         pool = open_pool(layout, fds[1], index.salt)
         stack.callback(pool.close)
-        unfinished = await trio.to_thread.run_sync(_recover, layout, index, pool)
+        unfinished = [] if params.is_trial else await trio.to_thread.run_sync(_recover, layout, index, pool)
         uplink = Uplink()
         borrowing = Borrowing(uplink)
         remote = await stack.enter_async_context(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import nsfs
 from fakes import FakeRegistry
 from images import Image, file
 from mounting import swept
@@ -83,6 +85,15 @@ def _has_ended(pid: int) -> bool:
 def _command(pid: int) -> str:
     with open(f"/proc/{pid}/cmdline") as file:
         return file.read()
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package that daemons and commands run from; tests that want one ask for it before a daemon runs."""
+    copy = tmp_path / "installed"
+    shutil.copytree(os.path.dirname(nsfs.__file__), copy / "nsfs", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("PYTHONPATH", str(copy))
+    return copy
 
 
 @pytest.fixture
@@ -163,3 +174,50 @@ def test_where_nobody_is_left_who_has_the_descriptors_the_next_daemon_clears_up(
     for path, data in site.mount().items():
         assert Path(path).read_bytes() == data
     site.take_away()
+
+
+def test_an_upgrade_replaces_daemon_and_worker_while_readers_read(installed: Path, site: Site) -> None:
+    with reading(site.mount()) as seen:
+        worker = site.worker()
+        (installed / "nsfs/newer.py").write_text('"""Newer."""\n')
+        said = site.daemon.json("upgrade")
+        assert said["was"] != said["build"]
+        assert os.path.exists(f"/proc/{site.daemon.pid}")
+        assert site.worker() != worker
+        assert wait_until(lambda: _has_ended(worker))
+    seen.check(50)
+    site.take_away()
+
+
+def test_an_upgrade_to_code_that_does_not_start_is_refused(installed: Path, site: Site) -> None:
+    (installed / "nsfs/daemon.py").write_text("raise RuntimeError('broken')\n")
+    refused = site.daemon.nsfs("upgrade", check=False)
+    assert refused.returncode == 1
+    assert "broken" in refused.stderr
+    assert site.daemon.json("status")["mounts"] == []
+
+
+def test_where_a_new_worker_does_not_answer_the_old_one_goes_on(installed: Path, site: Site) -> None:
+    with reading(site.mount()) as seen:
+        worker = site.worker()
+        path = installed / "nsfs/worker.py"
+        path.write_text(
+            path.read_text().replace("def main(", "def unused(") + "\n\ndef main(args, fds):\n    return 1\n"
+        )
+        refused = site.daemon.nsfs("upgrade", check=False)
+        assert refused.returncode == 1
+        assert DOMAIN in refused.stderr
+        assert site.worker() == worker
+    seen.check(50)
+    site.take_away()
+
+
+def test_a_drain_takes_all_mounts_away_and_refuses_while_one_is_used(site: Site) -> None:
+    files = site.mount()
+    with Path(next(iter(files))).open("rb"):
+        refused = site.daemon.nsfs("drain", check=False)
+        assert refused.returncode == 8
+    site.daemon.nsfs("drain")
+    assert wait_until(lambda: _has_ended(site.daemon.pid))
+    assert [each.target for each in load_mounts() if each.target.startswith(site.top)] == []
+    assert not os.path.exists(f"{site.daemon.run}/holder.sock")

@@ -39,6 +39,8 @@ _COMMANDS = {
     "login": "nsfs.cli.accounts",
     "logout": "nsfs.cli.accounts",
     "serve": "nsfs.cli.host",
+    "upgrade": "nsfs.cli.lifecycle",
+    "drain": "nsfs.cli.lifecycle",
     "doctor": "nsfs.cli.host",
     "completion": "nsfs.cli.host",
     "man": "nsfs.cli.host",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from nsfs.cli.talk import Talk
+    from nsfs.serve.api import VersionReport
     from nsfs.serve.client import Control
 
 R = TypeVar("R", bound=Struct)
@@ -51,6 +52,11 @@ class Session:
         if self._control is None:
             self._control = click.get_current_context().with_resource(self._open())
         return self._control
+
+    def look(self) -> VersionReport:
+        """Who answers now, over a connection of its own; raises UnreachableError."""
+        with self._open() as control:
+            return control.version
 
     def _open(self) -> AbstractContextManager[Control]:
         from nsfs.cli.locate import open_daemon  # noqa: PLC0415  grpc takes 80 ms to import

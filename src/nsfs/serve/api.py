@@ -100,6 +100,33 @@ class VersionReport(Struct, kw_only=True):
     pid: int
     private: bool
     """A user's private daemon, which ends with its last mount."""
+    build: str = ""
+    """Of what code it is (`serve.build`)."""
+    outdated: list[str] = []
+    """Domains whose workers are of older code, and are about to be replaced."""
+    kept_back: list[str] = []
+    """Domains whose workers are of older code, and stay, since newer ones did not answer."""
+
+
+class DrainRequest(Struct, kw_only=True):
+    """End the daemon and all that it has mounted; `force` where somebody uses it, too."""
+
+    force: bool = False
+
+
+class Drained(Struct, kw_only=True):
+    """What ended."""
+
+    mounts: int
+    containers: int
+    """Whose snapshots lost their views."""
+
+
+class UpgradeReport(Struct, kw_only=True):
+    """Builds (`serve.build`): of the daemon that answered, and of what takes its place."""
+
+    was: str
+    build: str
 
 
 class MountReport(Struct, kw_only=True):
@@ -280,6 +307,8 @@ METHODS: dict[str, tuple[type, type]] = {
     "Namespaces": (Empty, NamespacesReport),
     "Namespace": (NamespaceRequest, NamespaceReport),
     "EndNamespace": (NamespaceRequest, NamespaceEnded),
+    "Drain": (DrainRequest, Drained),
+    "Upgrade": (Empty, UpgradeReport),
     "Login": (LoginRequest, LoginReport),
     "Logout": (LogoutRequest, Empty),
 }

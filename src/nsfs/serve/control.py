@@ -54,7 +54,7 @@ class Control:
         self._mounts = mounts
         self._supervisor = supervisor
         self._keychain = keychain
-        self._private = private
+        self.private = private
         self.running = 0
         """Calls under way, Status and Version aside."""
         self.handled = 0
@@ -90,7 +90,16 @@ class Control:
         return counted
 
     async def _version(self, _request: api.Empty, _report: Report) -> api.VersionReport:
-        return api.VersionReport(version=__version__, api=api.VERSION, pid=os.getpid(), private=self._private)
+        supervisor = self._supervisor
+        return api.VersionReport(
+            version=__version__,
+            api=api.VERSION,
+            pid=os.getpid(),
+            private=self.private,
+            build=supervisor.build,
+            outdated=supervisor.outdated(),
+            kept_back=supervisor.kept_back(),
+        )
 
     async def _mount(self, request: api.MountRequest, report: Report) -> api.MountReport:
         wish = Wish(
@@ -131,7 +140,7 @@ class Control:
 
     async def _index(self, request: api.ImageRequest, report: Report) -> ImageReport:
         """Before containerd asks for the image's snapshots."""
-        if self._private or not self._mounts.is_root:
+        if self.private or not self._mounts.is_root:
             raise UnsupportedError("this daemon serves no layers to containerd", hint="see nsfs doctor")
         return await self._report_image("Index", request, report)
 
@@ -195,7 +204,7 @@ class Control:
         )
         return api.StatusReport(
             version=__version__,
-            private=self._private,
+            private=self.private,
             root=self._config.root,
             mounts=[mounts[record.id] for record in records],
             domains=[domains[name] for name in sorted(pids)],

@@ -2,7 +2,7 @@
 
 Owns the protocols: sd_notify(3) with FDSTORE, FDSTOREREMOVE and READY, sd_listen_fds(3) for what comes back, and the
 holder's commands (`serve.holder`). systemd is believed to keep descriptors where it says so by $FDSTORE (systemd 254),
-since an older one forgets them when the unit is stopped.
+since an older one forgets them when the unit is stopped. A daemon that replaces itself by execve(2) takes them along.
 
 Concurrency: every call talks to a process that answers at once, or is given up after seconds; call those that block in
 a thread. Invariant: who took a descriptor from a store owns a copy of it.
@@ -11,6 +11,7 @@ a thread. Invariant: who took a descriptor from a store owns a copy of it.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from nsfs.errors import UnreachableError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
+_CARRIED: Final = "NSFS_FDS"
 _FIRST_LISTENED: Final = 3
 """SD_LISTEN_FDS_START."""
 _DEADLINE: Final = 5.0
@@ -42,6 +44,9 @@ class FdStore(Protocol):
 
     def drop(self, name: str) -> None:
         """Give it up."""
+
+    def carry(self) -> None:
+        """Hand over what execve(2), which comes next, would lose."""
 
     def close(self) -> None:
         """The daemon ends: what keeps nothing for a next one ends, too."""
@@ -68,29 +73,36 @@ class SystemdStore(FdStore):
 
     def __init__(self, notifier: Notifier, environ: MutableMapping[str, str]) -> None:
         self._notifier = notifier
-        self._names: set[str] = set()
         self._environ = environ
+        self._kept: dict[str, int] = {}
+        """Copies of our own, which an execve of ours can take along: systemd gives them back at a start alone."""
 
     def take(self) -> dict[str, int]:
         """See FdStore."""
-        found = dict(_listened(self._environ, os.getpid()))
-        self._names |= found.keys()
-        return found
+        carried = json.loads(self._environ.pop(_CARRIED, "{}"))
+        self._kept = {name: _raise_fd(fd) for name, fd in carried.items()} | dict(_listened(self._environ, os.getpid()))
+        return {name: _copy(fd) for name, fd in self._kept.items()}
 
     def keep(self, name: str, fd: int) -> None:
         """See FdStore."""
         self.drop(name)
         self._notifier.tell("FDSTORE=1", f"FDNAME={name}", fds=[fd])
-        self._names.add(name)
+        self._kept[name] = _copy(fd)
 
     def drop(self, name: str) -> None:
         """See FdStore."""
-        if name in self._names:
+        if name in self._kept:
             self._notifier.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
-            self._names.discard(name)
+            os.close(self._kept.pop(name))
+
+    def carry(self) -> None:
+        """See FdStore."""
+        for fd in self._kept.values():
+            os.set_inheritable(fd, True)  # noqa: FBT003
+        self._environ[_CARRIED] = json.dumps(self._kept)
 
     def close(self) -> None:
-        """See FdStore."""
+        """See FdStore. systemd ends with nothing; what it holds is for the next daemon."""
 
 
 def _listened(environ: MutableMapping[str, str], pid: int) -> Iterator[tuple[str, int]]:
@@ -146,6 +158,9 @@ class HolderStore(FdStore):
             self._forget(name)
             self._ensure()
             self._ask(f"drop {name}")
+
+    def carry(self) -> None:
+        """See FdStore. The holder has everything."""
 
     def close(self) -> None:
         """See FdStore."""

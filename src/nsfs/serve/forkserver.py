@@ -346,6 +346,8 @@ class Child:
 
 def find_process(pid: int, started: int) -> Child | None:
     """A process that somebody else had made for us, if it still is the one that began at `started`."""
+    if not pid:
+        return None
     try:
         child = Child(pid, os.pidfd_open(pid))
     except ProcessLookupError:
@@ -358,7 +360,7 @@ def find_process(pid: int, started: int) -> Child | None:
 
 
 def started_at(pid: int) -> int:
-    """When a process began, in clock ticks since the boot (proc_pid_stat(5)); 0 if there is none."""
+    """When a process began, in clock ticks since the boot (proc_pid_stat(5)); 0 if there is none, as for PID 0."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[19])

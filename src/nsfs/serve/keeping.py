@@ -51,9 +51,10 @@ class Memo(Struct, kw_only=True):
     """Of its FUSE connection."""
     init: bytes = b""
     """The connection's INIT request."""
-    pid: int = 0
-    """The worker's, and when that began (`started_at`)."""
-    started: int = 0
+    worker: tuple[int, int] = (0, 0)
+    """Its process, and when that began (`started_at`)."""
+    trial: tuple[int, int] = (0, 0)
+    """Of one that is being tried in its place."""
     views: list[str] = []
     trees: list[worker_api.Tree] = []
 
@@ -95,7 +96,7 @@ class Keeper:
         with suppress(FileNotFoundError):
             for domain in set(os.listdir(self._layout.domain_runs)).difference(known):
                 memo = self._load(domain)
-                orphan = find_process(memo.pid, memo.started) if memo is not None and memo.pid else None
+                orphan = find_process(*memo.worker) if memo is not None else None
                 if orphan is not None:
                     log.warning("a worker that cannot be reached is ended: domain %s, pid %d", domain, orphan.pid)
                     orphan.kill()
@@ -127,6 +128,10 @@ class Keeper:
             os.unlink(self._layout.domain_run(domain).kept)
         for what in names:
             await trio.to_thread.run_sync(self._store.drop, _name(what, domain))
+
+    def carry(self) -> None:
+        """The daemon replaces itself by execve(2)."""
+        self._store.carry()
 
     def close(self) -> None:
         """The daemon ends. Blocks for a moment."""

@@ -29,6 +29,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _THREADS = 1024
+_GRACE = 2.0
+"""Seconds for answers that are on their way when the daemon ends."""
 _PATIENT = _THREADS - 128
 """Calls that may wait at one time."""
 
@@ -115,7 +117,7 @@ async def serve_rpc(path: str, services: Sequence[Callable[[Bridge], grpc.Generi
                 yield
             finally:
                 nursery.cancel_scope.cancel()
-                stopped = server.stop(grace=0.2)
+                stopped = server.stop(grace=_GRACE)
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(stopped.wait)
                 threads.shutdown(wait=False)

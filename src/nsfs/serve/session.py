@@ -177,6 +177,14 @@ class Session:
             log.warning("reads that the last worker had taken stay unanswered, because the kernel is older than 6.9")
 
 
+def ask_again(fuse_fd: int) -> None:
+    """Have the kernel queue again what a process took and did not answer (Linux 6.9); raises UnreachableError."""
+    try:
+        os.write(fuse_fd, _NOTIFY_RESEND)
+    except OSError as error:
+        raise UnreachableError(f"what was taken cannot be asked again: {error.strerror}") from error
+
+
 def _guard_session_loop() -> None:
     """Make pyfuse3's loop go on after EAGAIN, which it takes for the end of the session.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,8 +32,11 @@ from nsfs.model.policy import owner_of
 from nsfs.serve.config import Config, pack_config
 from nsfs.serve.forkserver import find_process, started_at
 from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
+from nsfs.serve.line import Line, make_line, send_over
+from nsfs.serve.renewal import try_beside
 from nsfs.serve.session import is_connected
 from nsfs.serve.wire import Peer, open_peer
+from nsfs.serve.worker_args import Ready, WorkerArgs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -82,33 +86,6 @@ class DomainStore(Protocol):
         """Delete it."""
 
 
-class WorkerArgs(Struct, kw_only=True):
-    """What a worker is started with.
-
-    Its descriptors: the socket to the daemon, the bitmap, the key, where `fuse` the FUSE connection, and where `line`
-    the end of a pair over which it gets its next socket, to the next daemon; without, it ends with its daemon.
-    """
-
-    domain: str
-    config: bytes
-    """`serve.config.pack_config`."""
-    build: str
-    """Of what code the daemon is (`serve.build`), which started the worker from the same."""
-    fuse: bool
-    line: bool = False
-    init: bytes = b""
-    """The connection's INIT request."""
-    views: list[str] = msgspec.field(default_factory=list)
-    trees: list[worker_api.Tree] = msgspec.field(default_factory=list)
-
-
-class Ready(Struct, kw_only=True):
-    """Worker to daemon: requests are being served."""
-
-    build: str = ""
-    """As it was told when it was started."""
-
-
 @dataclass(frozen=True, slots=True)
 class Connection:
     """A domain's FUSE connection, as the daemon opened it."""
@@ -147,36 +124,6 @@ def plan_pause(deaths: int, *, has_answered: bool) -> float:
     return 0.0 if deaths <= 1 else min(0.5 if has_answered else 5.0, 0.01 * 2 ** min(deaths, 10))
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A pair of sockets over which a domain's worker is sent its next socket."""
-
-    near: int
-    """The daemon's end."""
-    far: int
-    """The workers' end: each gets a copy."""
-
-    def close(self) -> None:
-        """Give up both."""
-        os.close(self.near)
-        os.close(self.far)
-
-
-def make_line() -> Line:
-    """A new pair; SOCK_SEQPACKET."""
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return Line(near.detach(), far.detach())
-
-
-def send_over(line: Line, sock: socket.socket) -> None:
-    """Give the worker at the other end a socket; raises UnreachableError where it takes none."""
-    with socket.socket(fileno=os.dup(line.near)) as near:
-        try:
-            socket.send_fds(near, [b"s"], [sock.fileno()], socket.MSG_DONTWAIT)
-        except OSError as error:
-            raise UnreachableError(f"a worker takes no socket: {error.strerror}") from None
-
-
 @dataclass(slots=True)
 class _Kept:
     """What outlives the workers of a domain, and the worker of now."""
@@ -188,9 +135,13 @@ class _Kept:
     connection: Connection | None
     line: Line | None
     survivor: Child | None = None
-    """A worker of an earlier daemon that nobody has greeted yet."""
-    started: int = 0
-    """When the worker of now began."""
+    """A worker that waits for a socket over the line: of an earlier daemon, or one that was tried."""
+    trial: Child | None = None
+    """A worker that is being tried beside the one of now."""
+    is_outdated: bool = False
+    """The worker of now is of other code than we."""
+    is_kept_back: bool = False
+    """And stays, since a new one did not answer."""
     is_over: bool = False
     """It does not outlive us, though others may."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -231,13 +182,15 @@ class _Kept:
     def memo(self) -> Memo:
         """What the next daemon must know."""
         connection = self.connection
+        pid = self.survivor.pid if self.survivor else self.pid
+        trial = self.trial.pid if self.trial else 0
         return Memo(
             domain=self.domain,
             owner=self.owner,
             mountpoint=connection.mountpoint if connection else "",
             init=connection.init if connection else b"",
-            pid=self.pid,
-            started=self.started,
+            worker=(pid, started_at(pid)),
+            trial=(trial, started_at(trial)),
             views=sorted(self.views),
             trees=list(self.trees.values()),
         )
@@ -274,11 +227,13 @@ class Supervisor:
         self._store = store
         self._terms = terms
         self._keeper = terms.keeper
-        self._build = terms.keeper.build if terms.keeper else ""
+        self.build = terms.keeper.build if terms.keeper else ""
+        """Of what code we are, and so the workers that we start (`serve.build`)."""
         self.is_ending = False
         """Set by `open_supervisor`: what ends from now on ends because we do."""
         self._kept: dict[str, _Kept] = {}
         self._lock = trio.Lock()
+        self._renewing = trio.Lock()
 
     async def call(
         self,
@@ -343,7 +298,8 @@ class Supervisor:
             connection = Connection(each.fds[FUSE], each.memo.mountpoint, each.memo.init)
             kept = _Kept(each.memo.domain, each.memo.owner, each.fds[BITMAP], each.fds[KEY], connection, line)
             kept.views, kept.trees = set(each.memo.views), {tree.id: tree for tree in each.memo.trees}
-            kept.survivor = find_process(each.memo.pid, each.memo.started) if each.memo.pid else None
+            kept.survivor = find_process(*each.memo.worker)
+            _end_trial(kept.survivor, find_process(*each.memo.trial))
             self._kept[kept.domain] = kept
             self._nursery.start_soon(self._run, kept)
             adopted.add(kept.domain)
@@ -353,6 +309,14 @@ class Supervisor:
         """Leave nothing to a next daemon: all workers and connections end with us."""
         for kept in self._kept.values():
             kept.is_over = True
+
+    def outdated(self) -> list[str]:
+        """Domains whose workers are of other code than we, and will be replaced."""
+        return [name for name, kept in self._kept.items() if kept.is_outdated and not kept.is_kept_back]
+
+    def kept_back(self) -> list[str]:
+        """Domains whose workers are of other code than we, and stay, since new ones did not answer."""
+        return [name for name, kept in self._kept.items() if kept.is_kept_back]
 
     def pids(self) -> dict[str, int]:
         """The worker of each domain that has one; 0 while it is being started."""
@@ -495,7 +459,7 @@ class Supervisor:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
             with theirs:
                 child, limit = await self._begin(kept, theirs)
-            kept.pid, kept.started = child.pid, started_at(child.pid)
+            kept.pid = child.pid
             self._note(kept)
             try:
                 has_answered = await self._serve(kept, stream, child, limit)
@@ -519,15 +483,38 @@ class Supervisor:
                 await _end(survivor, 0)
                 raise
             return survivor, _ADOPTED
+        return await self._spawn(kept, theirs, is_trial=False), _STUCK
+
+    async def _spawn(self, kept: _Kept, theirs: socket.socket, *, is_trial: bool) -> Child:
         fds = [theirs.fileno(), kept.bitmap, kept.key]
         fds += [kept.connection.fd] if kept.connection else []
         fds += [kept.line.far] if kept.line else []
         outlives = kept.line is not None
         confinement = await self._terms.confinement(kept.domain, kept.owner)
-        child = await self._zygote.spawn(
-            _ENTRY, self._args(kept), fds, session=outlives, tied=not outlives, confinement=confinement
-        )
-        return child, _STUCK
+        args = msgspec.structs.replace(self._args(kept), is_trial=is_trial)
+        return await self._zygote.spawn(_ENTRY, args, fds, session=outlives, tied=not outlives, confinement=confinement)
+
+    async def _renew(self, kept: _Kept, old: Child) -> None:
+        """Replace a worker of other code than ours by one of ours, one domain after the other."""
+
+        async def start(theirs: socket.socket) -> Child:
+            child = kept.trial = await self._spawn(kept, theirs, is_trial=True)
+            self._note(kept)
+            return child
+
+        async with self._renewing:
+            if kept.peer is None:
+                return
+            log.info("the worker of domain %s runs other code than we do: pid %d", kept.domain, old.pid)
+            try:
+                fuse_fd = kept.connection.fd if kept.connection else None
+                kept.survivor = await try_beside(old, fuse_fd, start, self._terms.lent(kept.domain, kept.owner))
+            except NsfsError as error:
+                kept.is_kept_back = True
+                log.warning("the worker of domain %s stays as it is: %s", kept.domain, error)
+            finally:
+                kept.trial = None
+                self._note(kept)
 
     async def _serve(self, kept: _Kept, stream: trio.SocketStream, child: Child, limit: float) -> bool:
         """Be the worker's other side until it is gone, or does not answer in time; whether it came to answer."""
@@ -535,10 +522,9 @@ class Supervisor:
         with trio.move_on_after(limit) as starting, suppress(UnreachableError):
 
             async def ready(params: Ready, _report: object) -> worker_api.Empty:
-                if params.build != self._build:
-                    log.info("the worker of domain %s runs other code than we do: pid %d", kept.domain, child.pid)
-                    child.kill()
-                    return worker_api.Empty()
+                kept.is_outdated = params.build != self.build
+                if kept.is_outdated:
+                    self._nursery.start_soon(self._renew, kept, child)
                 starting.deadline = math.inf
                 self._terms.started(kept.domain, kept.owner, child.pid)
                 kept.trouble = ""
@@ -562,13 +548,22 @@ class Supervisor:
         return WorkerArgs(
             domain=kept.domain,
             config=pack_config(msgspec.structs.replace(self._config, namespace={})),  # others' are not its business
-            build=self._build,
+            build=self.build,
             fuse=connection is not None,
             line=kept.line is not None,
             init=connection.init if connection else b"",
             views=sorted(kept.views),
             trees=list(kept.trees.values()),
         )
+
+
+def _end_trial(survivor: Child | None, trial: Child | None) -> None:
+    """Where a daemon was killed while it tried a worker beside another, which it had stopped: that one goes on."""
+    if trial is not None:
+        trial.kill()
+        trial.close()
+    if survivor is not None:
+        survivor.kill(signal.SIGCONT)
 
 
 async def _cancel_when_gone(child: Child, scope: trio.CancelScope) -> None:

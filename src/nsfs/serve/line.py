@@ -1,0 +1,44 @@
+"""The line to a domain's workers: a pair of sockets over which each is sent its next socket, to its next daemon.
+
+Both ends outlive the daemon in the descriptor store, so that whoever has the one end is a daemon, and whoever has the
+other a worker of that domain: nothing else need be checked. What lies in the line unread when a worker dies is a socket
+that nobody has the other end of.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from nsfs.errors import UnreachableError
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A pair of sockets over which a domain's worker is sent its next socket."""
+
+    near: int
+    """The daemon's end."""
+    far: int
+    """The workers' end: each gets a copy."""
+
+    def close(self) -> None:
+        """Give up both."""
+        os.close(self.near)
+        os.close(self.far)
+
+
+def make_line() -> Line:
+    """A new pair; SOCK_SEQPACKET."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return Line(near.detach(), far.detach())
+
+
+def send_over(line: Line, sock: socket.socket) -> None:
+    """Give the worker at the other end a socket; raises UnreachableError where it takes none."""
+    with socket.socket(fileno=os.dup(line.near)) as near:
+        try:
+            socket.send_fds(near, [b"s"], [sock.fileno()], socket.MSG_DONTWAIT)
+        except OSError as error:
+            raise UnreachableError(f"a worker takes no socket: {error.strerror}") from None

@@ -1,0 +1,37 @@
+"""What a daemon and its workers say to each other at a worker's start; all else is in `core.worker_api`."""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Struct
+
+from nsfs.core import worker_api  # noqa: TC001  msgspec looks it up
+
+
+class WorkerArgs(Struct, kw_only=True):
+    """What a worker is started with.
+
+    Its descriptors: the socket to the daemon, the bitmap, the key, where `fuse` the FUSE connection, and where `line`
+    the end of a pair over which it gets its next socket, to the next daemon; without, it ends with its daemon.
+    """
+
+    domain: str
+    config: bytes
+    """`serve.config.pack_config`."""
+    build: str
+    """Of what code the daemon is (`serve.build`), which started the worker from the same."""
+    fuse: bool
+    line: bool = False
+    init: bytes = b""
+    """The connection's INIT request."""
+    is_trial: bool = False
+    """The last worker is still there, stopped, with its jobs: nothing of theirs is cleared up."""
+    views: list[str] = msgspec.field(default_factory=list)
+    trees: list[worker_api.Tree] = msgspec.field(default_factory=list)
+
+
+class Ready(Struct, kw_only=True):
+    """Worker to daemon: requests are being served."""
+
+    build: str = ""
+    """As it was told when it was started."""
