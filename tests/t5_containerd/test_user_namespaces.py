@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pathlib
+import struct
 import subprocess
 import tarfile
 import tempfile
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 ONE = ("--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536")
 SEVERAL = ("--uidmap", "0:1000:1", "--uidmap", "1:100000:65535", "--gidmap", "0:5:70000")
 LARGE = sample_content(4_000_000)
+BIND_PORTS = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)
+"""CAP_NET_BIND_SERVICE, permitted and effective (struct vfs_cap_data, include/uapi/linux/capability.h)."""
 LOOK = "stat -c '%u %g' / /etc/motd /middle /home/user/file"
 INSIDE = "0 0\n0 0\n7 8\n1000 1001\n"
 CHANGE = "echo x > /etc/x; echo y >> /home/user/file; rm /middle; sha256sum /data/large; "
@@ -38,9 +41,11 @@ def image() -> Image:
     made = published.estargz_layer([file("middle", b"middle", uid=7, gid=8)])
     middle = Layer(made.tar, made.blob, made.media_type, {published.TOC_DIGEST: f"sha256:{'0' * 64}"})
     mine = {"uid": 1000, "gid": 1001}
+    with open("/usr/bin/busybox", "rb") as program:
+        capable = file("bin/busybox-capable", program.read(), 0o755, xattrs={"security.capability": BIND_PORTS})
     top = gzip_layer(
         [
-            *(directory("data"), file("data/large", LARGE)),
+            *(directory("data"), file("data/large", LARGE), directory("bin"), capable),
             *(directory("home"), directory("home/user", **mine), file("home/user/file", b"mine\n", **mine)),
         ]
     )
@@ -93,6 +98,9 @@ def test_nothing_is_copied_and_owners_are_right_inside_and_outside(place: str, r
         assert len(clones(node)) == 3
         assert node.run(reference, "b", "/bin/sh", "-c", LOOK, options=("--remap-labels", *ONE)) == INSIDE
         assert len(clones(node)) == 3
+        options = ("--remap-labels", "--user", "1000", *ONE)
+        look = ("/bin/busybox-capable", "grep", "CapEff", "/proc/self/status")
+        assert node.run(reference, "e", *look, options=options) == "CapEff:\t0000000000000400\n"
         start(node, reference, "c", "", *SEVERAL)
         assert node.ask("c", LOOK) == INSIDE
         assert len(clones(node)) == 6
