@@ -22,6 +22,7 @@ import trio
 
 from nsfs import __version__
 from nsfs.core.clones import Clones
+from nsfs.core.deletions import Deletions
 from nsfs.core.lazy import LazyConfig, LazyLayers
 from nsfs.core.manual import Lowers, ManualMounts
 from nsfs.core.namespaces import Namespaces, NoSnapshots
@@ -35,7 +36,7 @@ from nsfs.remote.hosts import HostsDirectory
 from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
 from nsfs.serve.build import identify
-from nsfs.serve.containerd import Runtime
+from nsfs.serve.containerd import Runtime, open_containerd
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
 from nsfs.serve.credentials import Keychain, forbid_core_dumps
@@ -187,8 +188,8 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         async with serve_rpc(config.socket, services):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             notifier.tell("READY=1")
-            hangups = [] if private else [partial(_obey_hangups, config, scopes)]
-            await _wait_end(ending, manual, control, [files.follow, *hangups])
+            beside = [] if private else list(_besides(config, scopes, namespaces))
+            await _wait_end(ending, manual, control, [files.follow, *beside])
             notifier.tell("RELOADING=1" if ending.how is End.REPLACE else "STOPPING=1")
         await _finish(ending, supervisor, ends, keeper)
     return ending.how
@@ -316,6 +317,14 @@ def _open_fuse() -> int:
         raise UnsupportedError(
             f"cannot open /dev/fuse: {error.strerror}", hint="modprobe fuse; see nsfs doctor"
         ) from None
+
+
+def _besides(config: Config, scopes: Scopes, namespaces: Namespaces) -> Iterator[Callable[[], Awaitable[None]]]:
+    """What the system's daemon does beside serving."""
+    yield partial(_obey_hangups, config, scopes)
+    if address := config.containerd.address:
+        connect = partial(open_containerd, address.removeprefix("unix://"), "default")
+        yield Deletions(connect, config.socket, namespaces).watch
 
 
 async def _obey_hangups(config: Config, scopes: Scopes) -> None:

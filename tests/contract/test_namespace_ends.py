@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with run_daemon(str(tmp_path_factory.mktemp("daemon"))) as running:
+    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {"prepare_wait": "20s"}) as running:
         yield running
 
 

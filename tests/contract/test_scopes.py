@@ -42,7 +42,7 @@ scope = "guest"
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     path = tmp_path_factory.mktemp("daemon")
     (path / "policy.toml").write_text(RULES)
-    with run_daemon(str(path / "d"), {"policy": str(path / "policy.toml")}) as running:
+    with run_daemon(str(path / "d"), {"policy": str(path / "policy.toml"), "prepare_wait": "20s"}) as running:
         yield running
 
 
@@ -214,7 +214,7 @@ def test_strict_proves_what_no_pull_proved(registry: FakeRegistry, tmp_path: Pat
     reference = published.publish(registry, lie, "guests/lie")
     policy = tmp_path / "policy.toml"
     policy.write_text(RULES)
-    settings = {"policy": str(policy), "prepare": "strict"}
+    settings = {"policy": str(policy), "prepare": "strict", "prepare_wait": "20s"}
     with run_daemon(str(tmp_path / "d"), settings) as daemon, Backend(daemon.socket, "nsfs", "red") as backend:
         names = backend.pull("red", lie, reference)
     policy.write_text("")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nsfs.model.snapshot import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from nsfs.model.mounts import MountRecord
     from nsfs.model.policy import Domain
@@ -77,6 +77,11 @@ def _namespace_of(domain: str) -> str:
     """Whose alone a domain is, "" where it is nobody's or a pod's."""
     kind, _, rest = domain.partition("/")
     return rest.partition("/")[0] if kind == "ns" else ""
+
+
+def plan_gone(came: Iterable[str], there: Collection[str]) -> list[str]:
+    """Those that came by containerd and that it has no more; none where it has none at all: it may be a new one."""
+    return sorted(set(came).difference(there)) if there else []
 
 
 def plan_drop(snapshots: Iterable[Record]) -> list[Record]:

@@ -110,7 +110,8 @@ class Containerd(Struct, frozen=True, kw_only=True):
     """The containerd whose snapshotter this is."""
 
     address: str = "/run/containerd/containerd.sock"
-    """Its socket: images whose layers turn out not to be what they say are taken back there; `nsfs pull` uses it."""
+    """Its socket: images whose layers turn out not to be what they say are taken back there, namespaces that are
+    deleted there end here; `nsfs pull` uses it. Empty for none."""
 
 
 class Namespace(Struct, frozen=True, kw_only=True):

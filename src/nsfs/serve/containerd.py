@@ -1,7 +1,8 @@
-"""A client of containerd's own gRPC API, as far as nsfs needs it to pull and to take back (containerd 1.6 to 2.x).
+"""A client of containerd's own gRPC API, as far as nsfs needs it (containerd 1.6 to 2.x).
 
-Translates only: requests to messages, statuses to NsfsError by their code. Everything is done in one namespace, and
-under one lease while `lease` lasts, so that garbage collection leaves alone what nothing refers to yet.
+Translates only: requests to messages, statuses to NsfsError by their code. Everything is done in one namespace, but for
+`namespaces` and `deletions`, and under one lease while `lease` lasts, so that garbage collection leaves alone what
+nothing refers to yet.
 
 For trio; any number of calls at a time. A call that is cancelled is cancelled in containerd, too.
 """
@@ -9,16 +10,19 @@ For trio; any number of calls at a time. A call that is cancelled is cancelled i
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import secrets
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import trio
 
 from nsfs.core.pull import Mounts
+from nsfs.core.tasks import running
 from nsfs.errors import ERRORS, BusyError, CorruptError, ExistsError, NotFoundError, NsfsError, UnreachableError
 from nsfs.model.digest import Digest
 from nsfs.serve.client import probe
@@ -33,9 +37,11 @@ from nsfs.serve.proto import (
     content_pb2,
     descriptor_pb2,
     diff_pb2,
+    events_pb2,
     images_pb2,
     introspection_pb2,
     leases_pb2,
+    namespaces_pb2,
     snapshots_pb2,
 )
 
@@ -58,6 +64,8 @@ _OPTIONS = [
 ]
 _SERVICES = "/containerd.services."
 _SNAPSHOTTER = "io.containerd.snapshotter.v1"
+_DELETED = "/namespaces/delete"
+"""The topic of the events."""
 _LEASE_LIFE = timedelta(hours=24)
 """After which a lease whose owner was killed holds nothing any more."""
 _LOCKED_PAUSE = 0.2
@@ -80,10 +88,18 @@ class Containerd:
 
     async def snapshotter_address(self, name: str) -> str | None:
         """The unix socket of a proxied snapshotter, "" for one of containerd's own, None where there is none."""
+        found = [address for found, address in await self._snapshotters() if found == name]
+        return found[0] if found else None
+
+    async def has_snapshotter_at(self, socket: str) -> bool:
+        """Whether a snapshotter of its is served at the unix socket `socket`."""
+        return any(_is_same_path(address, socket) for _, address in await self._snapshotters() if address)
+
+    async def _snapshotters(self) -> list[tuple[str, str]]:
+        """Name and unix socket of each; the latter is "" for containerd's own."""
         request = introspection_pb2.PluginsRequest(filters=[f"type=={_SNAPSHOTTER}"])
         said = await self._call("introspection.v1.Introspection/Plugins", request, introspection_pb2.PluginsResponse)
-        found = [plugin.exports.get("address", "") for plugin in said.plugins if plugin.id == name]
-        return found[0].removeprefix("unix://") if found else None
+        return [(plugin.id, plugin.exports.get("address", "").removeprefix("unix://")) for plugin in said.plugins]
 
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[None]:
@@ -212,6 +228,39 @@ class Containerd:
         """Delete an image record, if there is one."""
         with suppress(NotFoundError):
             await self._call("images.v1.Images/Delete", images_pb2.DeleteImageRequest(name=name), Empty)
+
+    async def namespaces(self) -> set[str]:
+        """All that this containerd has."""
+        request = namespaces_pb2.ListNamespacesRequest()
+        said = await self._call("namespaces.v1.Namespaces/List", request, namespaces_pb2.ListNamespacesResponse)
+        return {each.name for each in said.namespaces}
+
+    @asynccontextmanager
+    async def deletions(self) -> AsyncIterator[trio.MemoryReceiveChannel[str]]:
+        """Names of namespaces as they are deleted, whichever; raises UnreachableError where containerd ends that."""
+        subscribe: grpc.UnaryStreamMultiCallable[Message, events_pb2.Envelope] = self._channel.unary_stream(
+            _SERVICES + "events.v1.Events/Subscribe",
+            events_pb2.SubscribeRequest.SerializeToString,
+            events_pb2.Envelope.FromString,
+        )
+        call = subscribe(events_pb2.SubscribeRequest(filters=[f'topic=="{_DELETED}"']), metadata=tuple(self._metadata))
+        send, receive = trio.open_memory_channel[str](math.inf)
+        try:
+            async with running(partial(self._hand_on, call, send)):
+                yield receive
+        finally:
+            call.cancel()
+
+    async def _hand_on(self, events: Iterator[events_pb2.Envelope], send: trio.MemorySendChannel[str]) -> None:
+        while (event := await trio.to_thread.run_sync(self._next, events, abandon_on_cancel=True)) is not None:
+            send.send_nowait(events_pb2.NamespaceDelete.FromString(event.event.value).name)
+        raise UnreachableError(f"containerd ended its events: {self._path}")
+
+    def _next(self, events: Iterator[events_pb2.Envelope]) -> events_pb2.Envelope | None:
+        try:
+            return next(events, None)
+        except grpc.RpcError as error:
+            raise _translate(error, self._path) from None
 
     async def _give_up(self, method: str, request: Message) -> None:
         """Clean up, also where the caller is cancelled; what fails here garbage collection makes good."""
@@ -356,6 +405,11 @@ async def open_containerd(path: str, namespace: str) -> AsyncIterator[Containerd
         yield Containerd(channel, path, namespace)
     finally:
         channel.close()
+
+
+def _is_same_path(one: str, other: str) -> bool:
+    """Also where one of them is by way of a symlink, as /var/run is."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _tell(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
