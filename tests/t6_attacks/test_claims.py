@@ -99,20 +99,10 @@ def run(directory: str, settings: dict[str, str]) -> contextlib.AbstractContextM
     return run_node(directory, NEWER, plugins=("nsfs-a", "nsfs-b"), settings=settings)
 
 
-@contextlib.contextmanager
-def cleared(node: Node) -> Iterator[Node]:
-    try:
-        yield node
-    finally:
-        for namespace in node.containerd.ctr("namespaces", "ls", "-q").stdout.split():
-            node.clear(namespace)
-    assert node.is_clean()
-
-
 @pytest.fixture(scope="module", params=["isolated", "shared"])
 def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """In each scope that layers of images can have."""
-    with run(str(tmp_path_factory.mktemp("node")), {"isolation": request.param}) as running, cleared(running):
+    with run(str(tmp_path_factory.mktemp("node")), {"isolation": request.param}) as running:
         yield running
 
 
@@ -122,7 +112,7 @@ isolated = pytest.mark.parametrize("node", ["isolated"], indirect=True)
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     settings = {"prepare": "strict", "prepare_wait": "10s"}
-    with run(str(tmp_path_factory.mktemp("node")), settings) as running, cleared(running):
+    with run(str(tmp_path_factory.mktemp("node")), settings) as running:
         yield running
 
 
