@@ -33,6 +33,7 @@ def serve(session: Session, path: str | None, *, check: bool, private: bool, as_
     if as_json:
         click.echo(render_json(config))
     if check:
+        _check_host(config, private=private)
         policy = load_policy(config)
         session.talk.note(f"the configuration is right: {path or SYSTEM_CONFIG}")
         if config.policy:
@@ -42,6 +43,15 @@ def serve(session: Session, path: str | None, *, check: bool, private: bool, as_
 
     start_logging(config.log_format, config.log_level)
     daemon.run(config, private=private)
+
+
+def _check_host(config: Config, *, private: bool) -> None:
+    """What the file says of this host; raises NsfsError."""
+    from nsfs.serve.terms import check_namespaces, check_uids  # noqa: PLC0415  trio, which no other command needs
+
+    if not private:
+        check_uids(config)
+        check_namespaces(config)
 
 
 def _load(path: str | None, *, private: bool) -> Config:

@@ -430,6 +430,7 @@ class Supervisor:
         try:
             if not self._is_left(kept):
                 await self._take_away(kept)
+                await self._terms.ended(kept.domain)
             elif kept.connection is not None:
                 os.close(kept.connection.fd)
         finally:
