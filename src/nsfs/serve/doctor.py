@@ -27,6 +27,8 @@ from msgspec import Struct
 
 from nsfs.format.erofs import render_erofs
 from nsfs.model.layer import Kind, Node
+from nsfs.serve import landlock, seccomp
+from nsfs.serve.cgroups import plan_parents
 from nsfs.serve.idmap import cloned, shift_owners, user_namespace
 from nsfs.serve.mounts import OPEN_HINT, loop_device
 from nsfs.serve.syscalls import FSCONFIG, FSMOUNT, FSOPEN, syscall
@@ -94,6 +96,10 @@ FEATURES = (
     Feature("memfd", "3.17", "nothing works: presence bitmaps live there", needed=True),
     Feature("sparse 16 TiB file", "", "nothing works: the pool does not fit this filesystem", needed=True),
     Feature("punched holes", "2.6.38", "evicted content keeps its disk space"),
+    Feature("seccomp", "3.5", "a worker that is taken over may call all of the kernel"),
+    Feature("Landlock", "5.13", "a worker that is taken over is held by its uid and root alone"),
+    Feature("network namespaces", "", "no namespace's worker has a network of its own", who="root"),
+    Feature("cgroups", "", "no namespace's worker counts for a cgroup of its own", who="root"),
     Feature("shared run directory", "", "other mount namespaces do not see new mounts", who="root"),
     Feature("XDG_RUNTIME_DIR", "", "the socket lies in /tmp", who="user"),
     Feature("open files", "", "fewer than 4,096: many mounts at once fail"),
@@ -387,6 +393,27 @@ _DISK_SIZE = (16 << 40) - 4096
 """Of a pool's sparse file."""
 
 
+def _probe_seccomp(_host: _Host) -> Finding:
+    if platform.machine() not in seccomp.ARCHITECTURES:
+        return Finding(present=False, detail=f"its numbers are not known here: {platform.machine()}")
+    return Finding(os.path.exists("/proc/sys/kernel/seccomp/actions_avail"))
+
+
+def _probe_landlock(_host: _Host) -> Finding:
+    version = landlock.abi()
+    return Finding(version > 0, f"ABI {version}" if version else "not in this kernel, or turned off")
+
+
+def _probe_netns(_host: _Host) -> Finding:
+    return Finding(os.path.exists("/proc/self/ns/net"))
+
+
+def _probe_cgroups(_host: _Host) -> Finding:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        found = plan_parents(file.read(), "")
+    return Finding(bool(found), ", ".join(found))
+
+
 def _probe_sparse(host: _Host) -> Finding:
     descriptor = os.open(host.state, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -464,6 +491,10 @@ PROBES: dict[str, Callable[[_Host], Finding]] = {
     "memfd": _probe_memfd,
     "sparse 16 TiB file": _probe_sparse,
     "punched holes": _probe_punch,
+    "seccomp": _probe_seccomp,
+    "Landlock": _probe_landlock,
+    "network namespaces": _probe_netns,
+    "cgroups": _probe_cgroups,
     "shared run directory": _probe_shared,
     "XDG_RUNTIME_DIR": _probe_xdg,
     "open files": _probe_files,

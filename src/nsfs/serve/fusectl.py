@@ -7,12 +7,12 @@ path leads to, for a moment, so that the host's need not be mounted. Blocks, som
 
 from __future__ import annotations
 
-import ctypes
 import os
 from contextlib import suppress
 
-_FSOPEN, _FSCONFIG, _FSMOUNT, _CREATE, _CLOEXEC = 430, 431, 432, 6, 1
-_libc = ctypes.CDLL(None, use_errno=True)
+from nsfs.serve.syscalls import FSCONFIG, FSMOUNT, FSOPEN, syscall
+
+_CREATE, _CLOEXEC = 6, 1
 
 
 def raise_background(device: int, most: int, congested: int) -> None:
@@ -31,17 +31,9 @@ def raise_background(device: int, most: int, congested: int) -> None:
 
 
 def _open_fusectl() -> int:
-    context = _call(_FSOPEN, b"fusectl", _CLOEXEC)
+    context = syscall(FSOPEN, b"fusectl", _CLOEXEC)
     try:
-        _call(_FSCONFIG, context, _CREATE, None, None, 0)
-        return _call(_FSMOUNT, context, _CLOEXEC, 0)
+        syscall(FSCONFIG, context, _CREATE, None, None, 0)
+        return syscall(FSMOUNT, context, _CLOEXEC, 0)
     finally:
         os.close(context)
-
-
-def _call(number: int, *arguments: int | bytes | None) -> int:
-    result: int = _libc.syscall(ctypes.c_long(number), *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result

@@ -7,12 +7,13 @@ truncation (2, 3), TCP (4), devices' ioctl (5), signals and abstract sockets to 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from nsfs.serve.syscalls import syscall
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,30 +62,33 @@ def plan_rights(abi: int) -> Rights:
     )
 
 
-def abi(libc: ctypes.CDLL) -> int:
+def abi() -> int:
     """The kernel's; 0 where there is no Landlock, or it is turned off."""
-    return max(0, int(libc.syscall(ctypes.c_long(_CREATE), None, ctypes.c_size_t(0), ctypes.c_uint(_GET_VERSION))))
+    try:
+        return syscall(_CREATE, None, 0, _GET_VERSION)
+    except OSError:
+        return 0
 
 
-def restrict(libc: ctypes.CDLL, paths: Iterable[tuple[str, bool]]) -> None:
+def restrict(paths: Iterable[tuple[str, bool]]) -> None:
     """Hold the calling process and its children to `paths`, writable ones by True; what is not there is left out.
 
     It must have no_new_privs, or be root's. Raises OSError; does nothing without Landlock.
     """
-    version = abi(libc)
+    version = abi()
     if not version:
         return
     rights = plan_rights(version)
-    ruleset = _checked(libc.syscall(ctypes.c_long(_CREATE), rights.ruleset, ctypes.c_size_t(24), ctypes.c_uint(0)))
+    ruleset = syscall(_CREATE, rights.ruleset, len(rights.ruleset), 0)
     try:
         for path, writable in paths:
-            _grant(libc, ruleset, path, rights.write if writable else rights.read)
-        _checked(libc.syscall(ctypes.c_long(_RESTRICT), ctypes.c_int(ruleset), ctypes.c_uint(0)))
+            _grant(ruleset, path, rights.write if writable else rights.read)
+        syscall(_RESTRICT, ruleset, 0)
     finally:
         os.close(ruleset)
 
 
-def _grant(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
+def _grant(ruleset: int, path: str, rights: int) -> None:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -92,13 +96,6 @@ def _grant(libc: ctypes.CDLL, ruleset: int, path: str, rights: int) -> None:
     try:
         granted = rights if stat.S_ISDIR(os.fstat(fd).st_mode) else rights & _ON_FILES
         rule = struct.pack("=Qi", granted, fd)  # struct landlock_path_beneath_attr is packed
-        _checked(libc.syscall(ctypes.c_long(_ADD_RULE), ctypes.c_int(ruleset), ctypes.c_int(_PATH_BENEATH), rule, 0))
+        syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0)
     finally:
         os.close(fd)
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"landlock: {os.strerror(code)}")
-    return result

@@ -134,7 +134,7 @@ def confine(confinement: Confinement) -> None:
             _become(confinement.uid)
         _prctl(_SET_DUMPABLE, 0)
         _prctl(_SET_NO_NEW_PRIVS, 1)
-        landlock.restrict(_libc, [(place.path, place.writable) for place in confinement.places])
+        landlock.restrict([(place.path, place.writable) for place in confinement.places])
         seccomp.deny_calls(_libc)
     except OSError as error:
         raise NsfsError(f"a worker cannot be confined: {error}") from error
