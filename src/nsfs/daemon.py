@@ -181,7 +181,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             services.append(snapshots_service(snapshots))
             ends.append(snapshots.end)
         namespaces = Namespaces(manual, snapshots, lowers, store, meta, keychain.forget)
-        tenancy = Tenancy(scopes, config.policy, namespaces, supervisor, control)
+        tenancy = Tenancy(config, scopes, namespaces, supervisor, control)
         ending = Ending()
         lifecycle = Lifecycle(ending, namespaces, manual, keeper)
         services.append(control_service(control.handlers() | tenancy.handlers() | lifecycle.handlers()))

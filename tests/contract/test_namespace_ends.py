@@ -62,6 +62,8 @@ def test_a_namespace_ends_whole_and_alone(daemon: Daemon, registry: FakeRegistry
         assert [domain["name"] for domain in report["domains"]] == ["ns/red", "ns/red/tenant"]
         assert report["own"] == sum(domain["disk"] for domain in report["domains"]) > 100_000
         assert report["shared"] == 0
+        assert all(domain["encrypted"] for domain in report["domains"])
+        assert len({domain["uid"] for domain in report["domains"]} | {0}) == 3
         assert keys(daemon) >= {"ns%2Fred", "ns%2Fred%2Ftenant", "ns%2Fblue"}
 
         ended = daemon.json("ns", "rm", "red")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from nsfs.errors import NotFoundError, UsageError
+from nsfs.model.encryption import Encrypt
 from nsfs.model.explain import follows_of, sharers_of
 from nsfs.model.policy import Isolation, Policy, Rule, ScopeRequest, decide_scope
 from nsfs.serve.config import parse_config
@@ -88,4 +89,14 @@ def test_who_else_shares_is_said() -> None:
 @pytest.mark.parametrize("scope", Isolation)
 def test_every_scope_says_what_follows(scope: Isolation) -> None:
     request = ScopeRequest(namespace="a", references=("docker.io/library/x",), mount_id="m")
-    assert follows_of(decide_scope(Policy(scope), request)).keys() == {"disk", "memory", "process", "seen", "ends"}
+    follows = follows_of(decide_scope(Policy(scope), request), Encrypt.ISOLATED)
+    assert follows.keys() == {"disk", "memory", "process", "seen", "ends", "key"}
+    assert (
+        follows["key"]
+        == {
+            Isolation.SHARED: "not encrypted",
+            Isolation.ISOLATED: "encrypted on disk, under a key of its own that goes with it",
+            Isolation.POD: "encrypted on disk, under a key of its own that is in memory alone",
+            Isolation.GUEST: "nothing to encrypt",
+        }[scope]
+    )

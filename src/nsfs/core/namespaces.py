@@ -32,14 +32,30 @@ _NAMED = 10
 """Users that a refusal names."""
 
 
+class Footprint(Protocol):
+    """What a domain is on disk."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def uid(self) -> int:
+        """Whose it is: its worker's."""
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Under a key of its own."""
+
+
 class Disks(Protocol):
     """What domains have on disk. Blocks."""
 
     def names(self) -> list[str]:
         """The domains that have anything there."""
 
-    def measure(self, domain: str) -> int:
-        """Bytes that one takes there, its indexes included."""
+    def measure(self, domain: str) -> Footprint:
+        """What one is there, its indexes included."""
 
 
 class Memory(Protocol):
@@ -124,8 +140,8 @@ class Namespaces:
             raise NotFoundError(f"nothing is here on behalf of namespace {namespace}", hint="nsfs ns ls lists them")
         return found
 
-    async def measure(self, domain: str) -> int:
-        """Bytes that a domain takes on disk."""
+    async def measure(self, domain: str) -> Footprint:
+        """What a domain is on disk."""
         return await trio.to_thread.run_sync(self._disks.measure, domain)
 
     async def came_by_containerd(self) -> set[str]:
@@ -162,7 +178,7 @@ class Namespaces:
         domains = own_domains(namespace, await trio.to_thread.run_sync(self._disks.names))
         freed = 0
         for name in domains:
-            freed += await self.measure(name)
+            freed += (await self.measure(name)).size
             await self._lowers.end(Domain(name, Isolation.ISOLATED))
             await self._forget_credentials(name.removeprefix("ns/"))
         await self._forget_credentials(namespace)

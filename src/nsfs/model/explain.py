@@ -7,30 +7,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nsfs.model.encryption import KeyPlace, plan_key
 from nsfs.model.policy import Isolation
 
 if TYPE_CHECKING:
+    from nsfs.model.encryption import Encrypt
     from nsfs.model.policy import Decision, Policy
 
 _FOLLOWS: dict[Isolation, dict[str, str]] = {
     Isolation.SHARED: {
         "disk": "one pool, with one copy of what any of its namespaces reads",
         "memory": "one page cache: what one namespace read is quick for all",
-        "process": "one worker and one fuse connection for all of its namespaces",
+        "process": "one worker, with a uid of its own and no privileges, and one fuse connection for all of them",
         "seen": "by timing, its namespaces can tell what others of them have read",
         "ends": "with nobody: it stays until it is evicted or deleted",
     },
     Isolation.ISOLATED: {
         "disk": "a pool of its own; the same content elsewhere on this host is fetched and kept again",
         "memory": "a page cache of its own",
-        "process": "a worker and a fuse connection of its own",
+        "process": "a worker with a uid of its own and no privileges, and a fuse connection of its own",
         "seen": "nobody else can tell what is in it, nor what is read",
         "ends": "with its namespace: nsfs ns rm",
     },
     Isolation.POD: {
         "disk": "a pool of this mount's own; every mount fetches anew",
         "memory": "a page cache of this mount's own",
-        "process": "a worker and a fuse connection of this mount's own",
+        "process": "a worker with a uid and no privileges, and a fuse connection, of this mount's own",
         "seen": "nobody else, of the same namespace neither, can tell what is in it, nor what is read",
         "ends": "with its mount, and the pool with it",
     },
@@ -44,9 +46,17 @@ _FOLLOWS: dict[Isolation, dict[str, str]] = {
 }
 
 
-def follows_of(decision: Decision) -> dict[str, str]:
-    """What the decision means for the disk, memory, processes, what others see, and when it ends."""
-    return dict(_FOLLOWS[decision.scope])
+_KEYS: dict[KeyPlace, str] = {
+    KeyPlace.DISK: "encrypted on disk, under a key of its own that goes with it",
+    KeyPlace.MEMORY: "encrypted on disk, under a key of its own that is in memory alone",
+    KeyPlace.NOWHERE: "not encrypted",
+}
+
+
+def follows_of(decision: Decision, encrypt: Encrypt) -> dict[str, str]:
+    """What the decision means for the disk, its key, memory, processes, what others see, and when it ends."""
+    key = "nothing to encrypt" if decision.domain is None else _KEYS[plan_key(decision.domain.name, encrypt)]
+    return {**_FOLLOWS[decision.scope], "key": key}
 
 
 def sharers_of(policy: Policy, decision: Decision) -> list[str]:

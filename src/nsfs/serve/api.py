@@ -211,6 +211,9 @@ class NamespaceDomain(Struct, kw_only=True):
     """Nobody else's, and ends with the namespace."""
     pid: int
     """Of its worker; 0 if none runs."""
+    uid: int
+    """Whose its files are, and as whom its worker runs."""
+    encrypted: bool
     disk: int
     """Bytes that it takes on disk, its indexes included."""
     fetched: int

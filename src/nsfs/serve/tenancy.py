@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from nsfs.core.namespaces import Namespaces
     from nsfs.core.scopes import Scopes
     from nsfs.model.namespaces import Holding
+    from nsfs.serve.config import Config
     from nsfs.serve.control import Control
     from nsfs.serve.control_rpc import Handler, Report
     from nsfs.serve.supervisor import Supervisor
 
 
 class Tenancy:
-    """Its handlers; `policy` is the path of the file of rules, "" for none."""
+    """Its handlers."""
 
     def __init__(
-        self, scopes: Scopes, policy: str, namespaces: Namespaces, supervisor: Supervisor, control: Control
+        self, config: Config, scopes: Scopes, namespaces: Namespaces, supervisor: Supervisor, control: Control
     ) -> None:
+        self._config = config
         self._scopes = scopes
-        self._policy = policy
         self._namespaces = namespaces
         self._supervisor = supervisor
         self._control = control
@@ -59,8 +60,8 @@ class Tenancy:
             domain=decision.domain.name if decision.domain else "",
             rule=decision.rule,
             reasons=list(decision.reasons),
-            policy=self._policy,
-            follows=follows_of(decision),
+            policy=self._config.policy,
+            follows=follows_of(decision, self._config.encrypt),
             sharers=sharers_of(self._scopes.policy, decision),
         )
 
@@ -98,5 +99,14 @@ class Tenancy:
     async def _domain(self, name: str, *, own: bool) -> api.NamespaceDomain:
         pid = self._supervisor.pids().get(name, 0)
         report = await self._control.domain_report(name, pid)
-        disk = await self._namespaces.measure(name)
-        return api.NamespaceDomain(name=name, own=own, pid=pid, disk=disk, fetched=report.fetched, state=report.state)
+        found = await self._namespaces.measure(name)
+        return api.NamespaceDomain(
+            name=name,
+            own=own,
+            pid=pid,
+            uid=found.uid,
+            encrypted=found.is_encrypted,
+            disk=found.size,
+            fetched=report.fetched,
+            state=report.state,
+        )

@@ -17,14 +17,14 @@ from urllib.parse import unquote
 from nsfs.errors import NsfsError
 from nsfs.model.encryption import KeyPlace, plan_key
 from nsfs.store.crypt import DomainKey, make_key_file
-from nsfs.store.pool import create_bitmap
+from nsfs.store.pool import create_bitmap, is_encrypted
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from nsfs.model.encryption import Encrypt
     from nsfs.store.keys import Keys
-    from nsfs.store.layout import Layout
+    from nsfs.store.layout import DomainLayout, Layout
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,16 @@ class Opened(NamedTuple):
     """The live bitmap."""
     key: int
     """`store.crypt.load_key` reads it."""
+
+
+class Footprint(NamedTuple):
+    """What a domain is on disk."""
+
+    size: int
+    """Bytes."""
+    uid: int
+    """Whose it is: its worker's."""
+    is_encrypted: bool
 
 
 class Domains:
@@ -79,14 +89,17 @@ class Domains:
         except FileNotFoundError:
             return []
 
-    def measure(self, name: str) -> int:
-        """Bytes of disk that a domain takes, its indexes included; what goes away meanwhile does not count."""
+    def measure(self, name: str) -> Footprint:
+        """What a domain has on disk, its indexes included; what goes away meanwhile does not count."""
+        layout = self._layout.domain(name)
         size = 0
-        for directory, _, files in os.walk(self._layout.domain(name).path):
+        for directory, _, files in os.walk(layout.path):
             for file in files:
                 with suppress(FileNotFoundError):
                     size += os.lstat(os.path.join(directory, file)).st_blocks * _BLOCK
-        return size
+        with suppress(FileNotFoundError):
+            return Footprint(size, os.lstat(layout.path).st_uid, _is_encrypted(layout))
+        return Footprint(0, os.geteuid(), is_encrypted=False)
 
     def destroy_key(self, name: str) -> None:
         """From now on nobody can read what the domain has on disk, but who has the key in memory."""
@@ -110,3 +123,11 @@ class Domains:
         except NsfsError as error:
             log.warning("what domain %s has cannot be looked at: %s", name, error)
             return False
+
+
+def _is_encrypted(layout: DomainLayout) -> bool:
+    """As far as that can be told of a pool that may be damaged."""
+    try:
+        return is_encrypted(layout)
+    except NsfsError:
+        return False
