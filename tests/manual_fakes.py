@@ -218,7 +218,7 @@ class Site:
 
     def follow(self) -> None:
         """As after the death of the daemon alone."""
-        lowers = Lowers(self.kernel, self.workers, self.records)
+        self.lowers = lowers = Lowers(self.kernel, self.workers, self.records)
         scopes = Scopes(Policy(), str, root=self.host.root)
         self.manual = ManualMounts(self.records, self.workers, self.kernel, self.host, scopes, lowers)
 

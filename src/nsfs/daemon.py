@@ -154,10 +154,10 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
                 terms=terms,
             )
         )
-        kernel = HostKernel(layout, config, server)
+        kernel = HostKernel(layout, host, server)
         if not host.root:
             fronts = await stack.enter_async_context(open_fronts(server))
-            kernel = UserKernel(layout, config, server, supervisor.bitmap, fronts)
+            kernel = UserKernel(layout, host, server, supervisor.bitmap, fronts)
         lowers = Lowers(kernel, supervisor, meta)
         scopes = Scopes(load_policy(config), _complete, root=host.root)
         manual = ManualMounts(meta, supervisor, kernel, host, scopes, lowers)
@@ -250,6 +250,7 @@ def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
         root=uid == 0,
         erofs=erofs,
         file_backed="erofs from files" in used,
+        directio=config.kernel.directio and not used.isdisjoint({"erofs directio", "loop devices"}),
         idmap=erofs and {"idmapped mounts", "user namespaces"} <= used,
     )
 

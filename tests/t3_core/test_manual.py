@@ -297,6 +297,19 @@ def test_a_new_daemon_takes_away_what_the_dead_one_mounted(caplog: pytest.LogCap
     run(body)
 
 
+def test_a_pods_domain_of_which_nothing_is_mounted_ends_with_its_daemon() -> None:
+    async def body() -> None:
+        site = Site()
+        mounted = await site.mount("/a", 1, isolation="pod")
+        site.workers.pods |= {"pod/snapshot-7", "pod/pull-1"}
+        await site.lowers.acquire([Lower("pod/snapshot-7", "0" * 32, Driver.EROFS)], "snapshot 7")
+        site.follow()
+        await site.manual.resume(("shared", mounted.domain, "pod/snapshot-7", "pod/pull-1"))
+        assert site.workers.pods == {mounted.domain, "pod/snapshot-7"}
+
+    run(body)
+
+
 def test_a_dead_mount_that_stays_can_be_unmounted_later() -> None:
     async def body() -> None:
         site = Site()

@@ -26,7 +26,7 @@ import trio
 from nsfs.core import worker_api
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError
 from nsfs.model.mounts import Bind, Driver, Host, Lower, MountRecord, Overlay, choose_driver, plan_rootfs, unique_maps
-from nsfs.model.policy import Domain, Isolation, ScopeRequest, parse_patience
+from nsfs.model.policy import Domain, Isolation, ScopeRequest, domain_named, parse_patience
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
@@ -412,7 +412,8 @@ class ManualMounts:
     async def resume(self, domains: Collection[str]) -> None:
         """At start: go on with an earlier daemon's mounts in `domains`; take all others and their records away.
 
-        A mount that cannot be taken away keeps its record, so that it can be tried again by `umount`.
+        A pod's domain of which nothing is mounted ends, too: what it was made for was begun and never done. A mount
+        that cannot be taken away keeps its record, so that it can be tried again by `umount`.
         """
         names = self._lowers.adopt(domains)
         for record in self._records.mounts():
@@ -427,6 +428,10 @@ class ManualMounts:
             await self._forget_dead(record)
             log.warning("took away a mount of a daemon that died: %s", record.target)
         await _do_quietly(partial(self._kernel.sweep, domains, names))
+        used = {record.domain for record in self._records.mounts()} | set(self._lowers.users().values())
+        for domain in map(domain_named, sorted(set(domains) - used)):
+            if domain.transient:
+                await _do_quietly(partial(self._lowers.end, domain))
 
     async def _forget_dead(self, record: MountRecord) -> None:
         """As `_forget`, of a mount whose worker died with its daemon."""

@@ -38,6 +38,8 @@ class Host:
     file_backed: bool
     idmap: bool = False
     """Owners can be shifted."""
+    directio: bool = True
+    """EROFS, or the loop device below it, reads past the page cache of its files."""
 
 
 def choose_driver(wish: str, host: Host) -> Driver:

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from nsfs.core import worker_api
-    from nsfs.model.mounts import MountRecord, Overlay
+    from nsfs.model.mounts import Host, MountRecord, Overlay
     from nsfs.model.shift import Shift
-    from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ForkServer
     from nsfs.store.layout import Layout
 
@@ -46,9 +45,9 @@ _EMPTY = "empty"
 class HostKernel(Kernel):
     """The kernel of a host where we are root."""
 
-    def __init__(self, layout: Layout, config: Config, server: ForkServer) -> None:
+    def __init__(self, layout: Layout, host: Host, server: ForkServer) -> None:
         self._layout = layout
-        self._config = config
+        self._host = host
         self._server = server
         self._checks = trio.CapacityLimiter(_CHECKS)
         os.makedirs(self.empty, 0o755, exist_ok=True)
@@ -135,7 +134,7 @@ class HostKernel(Kernel):
             target=path,
             image=run.fuse_map(lower.view),
             device=run.fuse_disk(lower.view),
-            direct=self._config.kernel.directio,
+            direct=self._host.directio,
             loop=lower.driver is Driver.EROFS_LOOP,
             read_ahead_kb=READ_AHEAD_KB,
         )
@@ -193,9 +192,9 @@ class UserKernel(HostKernel):
     """The kernel of a host where we are somebody: one FUSE mount per image, by fusermount3, and nothing else."""
 
     def __init__(
-        self, layout: Layout, config: Config, server: ForkServer, bitmap: Callable[[str], int], fronts: Fronts
+        self, layout: Layout, host: Host, server: ForkServer, bitmap: Callable[[str], int], fronts: Fronts
     ) -> None:
-        super().__init__(layout, config, server)
+        super().__init__(layout, host, server)
         self._bitmap = bitmap
         self._fronts = fronts
 
