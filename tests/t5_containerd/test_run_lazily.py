@@ -200,6 +200,25 @@ def test_without_erofs_layers_are_trees_of_their_own(
         assert node.is_clean()
 
 
+def test_with_pods_isolation_each_container_reads_for_itself(
+    meter: Meter, images: dict[str, Image], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """On the release that does not say for whom it asks."""
+    reference = f"{meter.host}/estargz:latest"
+    with run_node(str(tmp_path_factory.mktemp("node")), RELEASES[0], settings={"isolation": "pod"}) as node:
+        assert pull(node, reference, "red") == ["lazy", "lazy"]
+        assert sum(meter.served(layer.digest) for layer in images["estargz"].layers) == 0
+        for container in ("a", "b"):
+            before = meter.served()
+            node.start(reference, container, "cat /etc/motd > /etc/copy", "red")
+            assert node.ask(container, "cat /etc/copy", "red") == "lazy\n"
+            assert 0 < meter.served() - before < size(images["estargz"]) / 3
+        assert len(node.daemon.workers()) == 2
+        node.clear("red")
+        assert node.is_clean()
+        assert node.daemon.workers() == {}
+
+
 def test_twenty_containers_share_the_views(node: Node, meter: Meter, namespace: str) -> None:
     reference = f"{meter.host}/plain:latest"
     pull(node, reference, namespace)
