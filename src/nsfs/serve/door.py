@@ -6,7 +6,8 @@ bytes relayed to the socket that gRPC listens on, which has no name. Refuses who
 own user, whatever the modes of socket and folder have become, with a line in the log.
 
 Concurrency: a task for each direction of each connection, and one buffer, so that who reads slowly is waited for. It
-costs a call 0.1 ms (Stat 0.66 before, 0.77 after; Prepare 2.2 and 2.2: medians, two busy processors, Linux 6.18).
+costs a call 0.1 ms (Stat over one channel, median of 2,000: 0.66 ms without, 0.77 with; two processors, Linux 6.18),
+and `nsfs cat` of 300 MiB nothing that could be told from noise.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 _CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred."""
-_BUFFER: Final = 1 << 16
+_BUFFER: Final = 1 << 18
+"""All that a unix socket holds at a time by default (net.core.wmem_default): so a stream is passed on in few steps."""
 _WAITING: Final = 128
 """Connections that nobody accepted yet."""
 _TELL_EVERY: Final = 60.0
