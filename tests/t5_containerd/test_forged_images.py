@@ -15,7 +15,7 @@ import busybox
 import published
 from containerd import NEWER
 from fakes import FakeRegistry
-from images import Image, Layer, file, gzip_layer, sample_content
+from images import OCI_INDEX, Image, Layer, file, gzip_layer, image_index, sample_content
 from nodes import Node, run_node, wait_until
 
 if TYPE_CHECKING:
@@ -79,10 +79,15 @@ def test_a_forged_image_is_refused_by_name_taken_back_and_in_nobodys_way(node: N
 
 
 def test_who_starts_it_while_it_is_read_is_told_what_is_wrong(node: Node, registry: FakeRegistry) -> None:
-    """Meanwhile the container's snapshot stands on it, so it is taken back only after."""
-    forged = published.publish(registry, Image((busybox.base(), FORGED)), "forged")
+    """Meanwhile the container's snapshot stands on it, so it is taken back only after; here from behind an index."""
+    platforms = [Image((busybox.base(), FORGED)), Image((busybox.base(),), architecture="arm64")]
+    for image in platforms:
+        published.publish(registry, image, "forged", image.architecture)
+    registry.add_document("forged", "latest", image_index(platforms), OCI_INDEX)
+    forged = f"{registry.host}/forged:latest"
     registry.script, registry.faults_on = "H", str(FORGED.digest)
     pull(node, forged)
+    node.containerd.ctr("images", "tag", forged, "another:name", namespace="red")
     with ThreadPoolExecutor(1) as pool:
         started = pool.submit(start, node, forged, "a")
         assert wait_until(lambda: len(node.snapshots("red")) == 3)
