@@ -11,12 +11,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsfs.errors import CorruptError
-from nsfs.store.crypt import BLOCK, DomainKey, load_key, make_key_file
+from nsfs.store.crypt import BLOCK, PIECE, DomainKey, load_key, make_key_file
 
 KEY = DomainKey(bytes(range(32)))
 SALT = b"sixteen bytes of"
 PLAIN = b"".join(b"block %10d" % number for number in range(4096))
 BASE = 9 << 40
+
+
+class Disk:
+    """What is stored from BASE on."""
+
+    def __init__(self) -> None:
+        self.stored = bytearray()
+        self._cipher = KEY.disk(SALT)
+
+    def store(self, address: int, data: bytes) -> None:
+        self._cipher.store(address, memoryview(data), self._write)
+
+    def load(self, address: int, size: int) -> bytes:
+        return self._cipher.load(address, size, self._read)
+
+    def _write(self, data: memoryview, address: int) -> None:
+        self.stored[address - BASE : address - BASE + len(data)] = data
+
+    def _read(self, buffer: memoryview, address: int) -> None:
+        buffer[:] = self.stored[address - BASE :][: len(buffer)]
 
 
 def at_once(offset: int, data: bytes) -> bytes:
@@ -57,22 +77,33 @@ def test_threads_do_not_disturb_each_other() -> None:
 @settings(max_examples=30)
 @given(holes=st.sets(st.integers(0, 15)))
 def test_blocks_that_were_never_written_are_zeros(holes: set[int]) -> None:
-    cipher = KEY.disk(SALT)
-    stored = bytearray(cipher.encrypt(BASE, memoryview(PLAIN)))
+    disk = Disk()
+    disk.store(BASE, PLAIN)
     wanted = bytearray(PLAIN)
     for number in holes:
-        stored[number * BLOCK : (number + 1) * BLOCK] = bytes(BLOCK)
+        disk.stored[number * BLOCK : (number + 1) * BLOCK] = bytes(BLOCK)
         wanted[number * BLOCK : (number + 1) * BLOCK] = bytes(BLOCK)
-    assert cipher.decrypt(BASE, bytes(stored)) == wanted
+    assert disk.load(BASE, len(PLAIN)) == wanted
+
+
+@settings(max_examples=30)
+@given(start=st.integers(0, 3 * PIECE - 1), size=st.integers(0, 3 * PIECE))
+def test_any_part_of_a_disk(start: int, size: int) -> None:
+    disk, data = Disk(), PLAIN * 12
+    disk.store(BASE, data)
+    assert disk.stored == at_once(BASE, data)
+    assert disk.load(BASE + start, min(size, len(data) - start)) == data[start : start + size]
 
 
 def test_a_block_that_only_begins_with_zeros_is_no_hole() -> None:
-    cipher = KEY.disk(SALT)
-    stored = bytes(64) + os.urandom(BLOCK - 64)
-    assert cipher.encrypt(BASE, memoryview(cipher.decrypt(BASE, stored))) == stored
-    zeros = cipher.encrypt(BASE, memoryview(bytes(BLOCK)))
-    assert zeros != bytes(BLOCK)
-    assert cipher.decrypt(BASE, zeros) == bytes(BLOCK)
+    disk = Disk()
+    disk.stored = bytearray(bytes(64) + os.urandom(BLOCK - 64))
+    before = bytes(disk.stored)
+    disk.store(BASE, disk.load(BASE, BLOCK))
+    assert disk.stored == before
+    disk.store(BASE, bytes(BLOCK))
+    assert disk.stored != bytes(BLOCK)
+    assert disk.load(BASE, BLOCK) == bytes(BLOCK)
 
 
 def test_what_is_derived_depends_on_key_purpose_and_salt() -> None:

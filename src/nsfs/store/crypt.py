@@ -25,6 +25,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from nsfs.errors import CorruptError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cryptography.hazmat.primitives.ciphers import AEADEncryptionContext, CipherContext
 
     Context = CipherContext | AEADEncryptionContext
@@ -37,6 +39,9 @@ UNIT: Final = 16
 
 BLOCK: Final = 4096
 """Of a disk."""
+
+PIECE: Final = 256 << 10
+"""Bytes of a disk that are turned at once: what the processor's caches hold beside others."""
 
 _ZEROS: Final = bytes(BLOCK)
 
@@ -82,7 +87,7 @@ class DomainKey:
         """The cipher of a pool's disk, whose addresses were given out by the index with this salt."""
         if len(salt) != SALT_SIZE:
             raise ValueError(f"not the salt of an index: {len(salt)} bytes")
-        return DiskCipher(self.keystream("disk", salt))
+        return DiskCipher(self.derive("disk", salt))
 
 
 def load_key(fd: int) -> DomainKey | None:
@@ -121,34 +126,59 @@ class Keystream:
         return context.update(data)
 
 
+class _Scratch(threading.local):
+    """A context and buffers for each thread: fresh memory of this size would cost twice what the cipher does."""
+
+    def __init__(self, key: bytes) -> None:
+        self.context: Context = Cipher(algorithms.AES(key), modes.CTR(bytes(UNIT))).encryptor()
+        self.stored = memoryview(bytearray(PIECE))
+        self.turned = memoryview(bytearray(PIECE + UNIT))
+        """The interface asks for room beyond what it writes."""
+
+
 class DiskCipher:
     """The keystream of a pool's disk, block by block: a block without ciphertext is a hole, and reads as zeros.
 
-    That a block of ciphertext is all zeros by itself has a chance of 1 in 2^32768.
+    That a block of ciphertext is all zeros by itself has a chance of 1 in 2^32768. Bytes pass through buffers of each
+    thread's own: a hit of 128 KiB takes 30 us of one processor, where one of a plain disk takes 9.
     """
 
-    def __init__(self, keystream: Keystream) -> None:
-        self._keystream = keystream
+    def __init__(self, key: bytes) -> None:
+        self._scratch = _Scratch(key)
 
-    def encrypt(self, address: int, blocks: memoryview) -> bytes:
-        """What to write at `address`: whole blocks."""
-        return self._keystream.apply(address, blocks)
+    def store(self, address: int, blocks: memoryview, write: Callable[[memoryview, int], None]) -> None:
+        """Have whole blocks encrypted and written: `write(ciphertext, address)`, which may not keep it."""
+        for start in range(0, len(blocks), PIECE):
+            piece = blocks[start : start + PIECE]
+            write(self._turn(address + start, piece), address + start)
 
-    def decrypt(self, address: int, blocks: bytes) -> bytes:
-        """What was written at `address`: whole blocks."""
-        data = self._keystream.apply(address, blocks)
-        holes = _holes(blocks)
-        if not holes:
-            return data
-        filled = bytearray(data)
-        for start in holes:
-            filled[start : start + BLOCK] = _ZEROS
-        return bytes(filled)
+    def load(self, address: int, size: int, read: Callable[[memoryview, int], None]) -> bytes:
+        """`size` bytes at `address`; `read(buffer, address)` fills a buffer with whole blocks of what is stored."""
+        first, end = address // BLOCK * BLOCK, -(-(address + size) // BLOCK) * BLOCK
+        if end - first <= PIECE:
+            return bytes(self._load_blocks(first, end - first, read)[address - first :][:size])
+        starts = range(first, end, PIECE)
+        whole = b"".join([bytes(self._load_blocks(at, min(PIECE, end - at), read)) for at in starts])
+        return whole[address - first :][:size]
+
+    def _load_blocks(self, address: int, size: int, read: Callable[[memoryview, int], None]) -> memoryview:
+        stored = self._scratch.stored[:size]
+        read(stored, address)
+        plain = self._turn(address, stored)
+        for start in _holes(stored):
+            plain[start : start + BLOCK] = _ZEROS
+        return plain
+
+    def _turn(self, address: int, blocks: memoryview) -> memoryview:
+        """Encrypt or decrypt up to PIECE bytes; what is returned is good until the thread's next call."""
+        self._scratch.context.reset_nonce((address // UNIT).to_bytes(UNIT, "big"))
+        size = self._scratch.context.update_into(blocks, self._scratch.turned)
+        return self._scratch.turned[:size]
 
 
-def _holes(blocks: bytes) -> list[int]:
+def _holes(blocks: memoryview) -> list[int]:
     """Where blocks of zeros begin; looks at the first 8 bytes of each before it looks at all."""
-    firsts = memoryview(blocks).cast("Q")[:: BLOCK // 8].tolist()
+    firsts = blocks.cast("Q")[:: BLOCK // 8].tolist()
     if 0 not in firsts:
         return []
     starts = (number * BLOCK for number, first in enumerate(firsts) if not first)

@@ -61,9 +61,6 @@ _HEADER = struct.Struct("<8sII16sI")
 _CHECK_AT = _HEADER.size
 """Of an encrypted disk: the check value of its key, with the pool's id as salt, behind the header."""
 
-_WRITE = 1 << 20
-"""Bytes encrypted and written at once: ciphertext that the processor's caches still have."""
-
 _DISK_MAGIC = b"nsfsdisk"
 _BITS_MAGIC = b"nsfsbits"
 _EPOCH_AT = 512
@@ -404,14 +401,9 @@ class Pool:
             self._set(address, size)
 
     def _load(self, address: int, size: int) -> bytes:
-        if self._cipher is None:
-            return self._load_raw(address, size)
-        first, count = _blocks(address, size)
-        data = self._cipher.decrypt(first * BLOCK, self._load_raw(first * BLOCK, count * BLOCK))
-        skip = address - first * BLOCK
-        return data if size == len(data) else data[skip : skip + size]
-
-    def _load_raw(self, address: int, size: int) -> bytes:
+        if self._cipher is not None:
+            with _mapped_errors("cannot read the pool"):
+                return self._cipher.load(address, size, self._fill)
         with _mapped_errors("cannot read the pool"):
             data = os.pread(self._disk, size, address)
             while len(data) < size:
@@ -421,19 +413,25 @@ class Pool:
                 data += more
         return data
 
-    def _store(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        if self._cipher is None:
-            self._store_raw(address, data)
-            return
-        view = memoryview(data)
-        for start in range(0, len(view), _WRITE):
-            self._store_raw(address + start, self._cipher.encrypt(address + start, view[start : start + _WRITE]))
+    def _fill(self, buffer: memoryview, address: int) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._disk, [buffer[done:]], address + done)
+            if not count:
+                raise CorruptError(f"the pool ends early: {address + done}")
+            done += count
 
-    def _store_raw(self, address: int, data: bytes | bytearray | memoryview) -> None:
+    def _store(self, address: int, data: bytes | bytearray | memoryview) -> None:
         with _mapped_errors("cannot write to the pool"):
-            done = os.pwrite(self._disk, data, address)
-            while done < len(data):
-                done += os.pwrite(self._disk, memoryview(data)[done:], address + done)
+            if self._cipher is None:
+                self._write(memoryview(data), address)
+            else:
+                self._cipher.store(address, memoryview(data), self._write)
+
+    def _write(self, data: memoryview, address: int) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._disk, data[done:], address + done)
 
     # Durability
 
