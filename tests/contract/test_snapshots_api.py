@@ -16,6 +16,7 @@ import pytest
 import published
 from fakes import FakeRegistry
 from images import Image, Layer, directory, file, gzip_layer, hardlink, sample_content, whiteout
+from nodes import wait_until
 from nsfs_daemon import run_daemon
 from snapshots_api import REF, Backend, mounted, offers
 
@@ -327,6 +328,20 @@ def test_a_pending_layer_that_turns_out_wrong_is_fenced_off(registry: FakeRegist
         backend.prepare(backend.name("red", "another"), name)
     labels = offers(forged, f"{registry.host}/fenced:latest")[0]
     assert not backend.offer("red", "", labels)
+
+
+def test_a_pending_layer_that_came_damaged_once_is_read_again(tmp_path: Path, registry: FakeRegistry) -> None:
+    made = image("damaged")
+    registry.script, registry.faults_on = "C", str(made.layers[0].digest)
+    with run_daemon(str(tmp_path / "d"), {"prepare_wait": "0s"}) as daemon, Backend(daemon.socket) as backend:
+        names = backend.pull("red", made, published.publish(registry, made, "damaged"))
+        assert wait_until(lambda: "is read again" in daemon.tail(), 20)
+        key = backend.name("red", "c")
+        backend.prepare(key, names[-1])
+        with mounted(backend.mounts(key), tmp_path / "mnt") as root:
+            assert (root / "big").read_bytes() == sample_content(MB, 7)
+        assert "fenced" not in daemon.tail()
+        empty(backend)
 
 
 def test_statuses(backend: Backend) -> None:

@@ -134,11 +134,16 @@ class LazyLayers:
     async def settle(self, request: ScopeRequest, layer: LazyLayer) -> LazyLayer:
         """What became of a pending layer: ready or fenced; raises NsfsError where that is still open.
 
+        What is wrong is read once more before it is fenced: it may have been the registry that sent something else.
         What would be a pod's is read in a domain that ends with the question, and stays unread or is fenced.
         """
         domain = self._domain(replace(request, mount_id=f"doubt-{secrets.token_hex(8)}"))
         try:
-            await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
+            try:
+                await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
+            except CorruptError as error:
+                log.warning("layer %s of %s is read again: %s", layer.blob, layer.reference, error)
+                await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
         except CorruptError as error:
             return msgspec.structs.replace(layer, state=State.FENCED, reason=error.message)
         finally:
