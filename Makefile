@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 
-.PHONY: help demo test quick lint conformance bench proto wheel pages clean
+.PHONY: help demo test quick soak lint conformance bench proto wheel pages clean
 
 help:
 	@echo 'make demo         mount a real image lazily from a real registry, and print what it cost'
 	@echo 'make test         lint, types, import contracts and the whole test suite'
 	@echo 'make quick        the same without what mounts, runs containers or is slow: a minute'
+	@echo 'make soak         the long forms of the tests of faults, which print figures; SOAK=0.1 is a tenth of them'
 	@echo 'make conformance  the suite of containerd for snapshotters, against a daemon of ours; needs Go'
 	@echo 'make lint         lint, types and import contracts alone'
 	@echo 'make bench        the figures, as JSON and plots, in bench/results'
@@ -24,6 +25,10 @@ test: lint
 
 quick: lint
 	@$(BIN)/pytest -m 'not slow' $(addprefix tests/,t0_model t1_format t2_store t3_core)
+
+soak:
+	@contrib/setup.sh
+	@$(BIN)/pytest -s -m soak
 
 lint:
 	@contrib/setup.sh

@@ -14,6 +14,7 @@ PACKAGES=(
     gcc libc6-dev pkg-config libfuse3-dev fuse3 python3-dev python3-venv # pyfuse3
     ca-certificates docker-registry                                      # a real registry
     debootstrap                                                          # real images
+    systemd-container                                                    # a machine that boots with our units
     erofs-utils umoci                                                    # other opinions on what we write
     containerd runc runsc busybox-static                                 # real containers, of a small image
 )

@@ -88,6 +88,7 @@ def run(config: Config, *, private: bool) -> None:
     layout = Layout(config.root, config.run)
     if os.geteuid() == 0:
         check_uids(config)
+    os.umask(0o022)  # what is nobody else's business says so by itself; workers must reach what is made for them
     _allow_descriptors()
     forbid_core_dumps()
     with _owned(layout):

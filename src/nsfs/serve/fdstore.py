@@ -164,10 +164,14 @@ class HolderStore(FdStore):
 
     def close(self) -> None:
         """See FdStore."""
-        with self._lock, suppress(UnreachableError):
+        with self._lock:
             if not self._kept:
-                self._ask("end")
-                os.unlink(self._path)
+                with suppress(UnreachableError):
+                    self._ask("end")
+                    os.unlink(self._path)
+            self._hang_up()
+            for name in list(self._kept):
+                self._forget(name)
 
     def fileno(self) -> int:
         """Readable when the holder is gone."""
@@ -203,14 +207,17 @@ class HolderStore(FdStore):
 
     def _open(self) -> bool:
         """Connect twice; whether there is somebody."""
-        for sock in (self._line, self._watch):
-            if sock is not None:
-                sock.close()
+        self._hang_up()
         try:
             self._line, self._watch = _connect(self._path), _connect(self._path)
         except OSError:
             return False
         return True
+
+    def _hang_up(self) -> None:
+        for sock in (self._line, self._watch):
+            if sock is not None:
+                sock.close()
 
     def _start(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
