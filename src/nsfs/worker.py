@@ -219,18 +219,21 @@ async def _serve_daemons(
 async def _sockets(control: trio.SocketStream, line: int | None) -> AsyncIterator[trio.SocketStream]:
     """The one that we were started with; and where there is a line, all that come over it."""
     yield control
-    while line is not None:
-        yield await _next_socket(line)
+    while line is not None and (stream := await _next_socket(line)) is not None:
+        yield stream
 
 
-async def _next_socket(line: int) -> trio.SocketStream:
-    """What a new daemon sends; where nobody can send any more, reads go on without one."""
+async def _next_socket(line: int) -> trio.SocketStream | None:
+    """What a new daemon sends, or None for an end; where nobody can send any more, reads go on without one."""
     with trio.socket.fromfd(line, socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         data, ancillary, _, _ = await sock.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
     if not data:
         log.warning("no daemon will come any more")
         await trio.sleep_forever()
-    (fd,) = received_fds(ancillary)
+    fds = received_fds(ancillary)
+    if not fds:
+        return None
+    (fd,) = fds
     return trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
 
 

@@ -37,8 +37,17 @@ def make_line() -> Line:
 
 def send_over(line: Line, sock: socket.socket) -> None:
     """Give the worker at the other end a socket; raises UnreachableError where it takes none."""
+    _send(line, b"s", [sock.fileno()])
+
+
+def send_end(line: Line) -> None:
+    """Tell the worker at the other end that no other socket comes; raises UnreachableError where it does not hear."""
+    _send(line, b"e", [])
+
+
+def _send(line: Line, what: bytes, fds: list[int]) -> None:
     with socket.socket(fileno=os.dup(line.near)) as near:
         try:
-            socket.send_fds(near, [b"s"], [sock.fileno()], socket.MSG_DONTWAIT)
+            socket.send_fds(near, [what], fds, socket.MSG_DONTWAIT)
         except OSError as error:
             raise UnreachableError(f"a worker takes no socket: {error.strerror}") from None

@@ -32,7 +32,7 @@ from nsfs.model.policy import owner_of
 from nsfs.serve.config import Config, pack_config
 from nsfs.serve.forkserver import find_process, started_at
 from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
-from nsfs.serve.line import Line, make_line, send_over
+from nsfs.serve.line import Line, make_line, send_end, send_over
 from nsfs.serve.renewal import try_beside
 from nsfs.serve.session import is_connected
 from nsfs.serve.wire import Peer, open_peer
@@ -470,6 +470,9 @@ class Supervisor:
                 if self._is_left(kept):
                     child.close()
                 else:
+                    if kept.line is not None:
+                        with suppress(UnreachableError):
+                            send_end(kept.line)
                     await _end(child, 0 if kept.scope.cancel_called else _GRACE)
         return has_answered
 
