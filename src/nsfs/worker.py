@@ -46,7 +46,7 @@ from nsfs.serve.forkserver import fork_server, open_fork_server, received_fds
 from nsfs.serve.fuse import FuseOperations
 from nsfs.serve.lending import Borrowing, Uplink
 from nsfs.serve.logs import start_logging
-from nsfs.serve.session import Session
+from nsfs.serve.session import Session, widen_descriptors
 from nsfs.serve.wire import open_peer
 from nsfs.serve.worker_args import Ready, WorkerArgs
 from nsfs.store.crypt import load_key
@@ -83,6 +83,7 @@ def main(args: bytes, fds: list[int]) -> int:
     config = unpack_config(params.config)
     start_logging(config.log_format, config.log_level)
     forks = fork_server()
+    widen_descriptors()
     trio.run(_run, params, config, fds, forks)
     return 0
 
