@@ -55,7 +55,7 @@ def choose_driver(wish: str, host: Host) -> Driver:
     if driver is not Driver.FUSE and not host.root:
         raise DeniedError(f"the {driver} driver needs root", hint="only root may mount erofs; use --driver fuse")
     if driver is not Driver.FUSE and not host.erofs:
-        raise UsageError(f"the {driver} driver needs a kernel with erofs", hint="use --driver fuse; see nsfs doctor")
+        raise UsageError("this kernel or configuration mounts no erofs", hint="use --driver fuse; see nsfs doctor")
     if driver is Driver.EROFS and not host.file_backed:
         raise UsageError(
             "this kernel or configuration does not mount erofs from files",
