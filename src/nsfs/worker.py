@@ -188,7 +188,7 @@ async def _serve(
         nursery.start_soon(drop_often, pool)
         if params.fuse:
             ready = trio.Event()
-            session = Session(FuseOperations(worker.shown.files), fds[3], resend=config.kernel.resend)
+            session = Session(FuseOperations(worker.shown.files), fds[3], clone=fds[4] if params.clone else None)
             nursery.start_soon(_serve_fuse, session, params.init, ready, nursery.cancel_scope)
             await ready.wait()
         else:

@@ -101,7 +101,7 @@ class Kernel(Struct, frozen=True, kw_only=True):
     directio: bool = True
     """Read EROFS past the page cache of the files below it (Linux 6.13); else every page is kept twice."""
     resend: bool = True
-    """Have the kernel repeat what a dead worker left unanswered (Linux 6.9); else these reads wait for an abort."""
+    """Have the kernel repeat what a dead worker left unanswered (Linux 6.9); else these reads fail, once."""
     idmap: bool = True
     """Shift owners by idmapped mounts (Linux 5.19), for containers in user namespaces; else these are refused."""
 

@@ -88,9 +88,7 @@ FEATURES = (
     Feature("overlayfs", "4.0", "layers are merged in the FUSE tree; no --rw", who="root"),
     Feature("overlay on a view, twice", "6.12", "no containers inside containers (docker in docker)", who="root"),
     Feature("trusted xattrs", "", "no --rw", who="root"),
-    Feature(
-        "FUSE_NOTIFY_RESEND", "6.9", "reads that a killed worker had taken are never answered", who="root", key="resend"
-    ),
+    Feature("FUSE_NOTIFY_RESEND", "6.9", "reads that a killed worker had taken fail once", who="root", key="resend"),
     Feature("idmapped mounts", "5.19", "no containers in user namespaces without a copy", who="root", key="idmap"),
     Feature("user namespaces", "3.8", "no containers in user namespaces", who="root", key="idmap"),
     Feature("memfd", "3.17", "nothing works: presence bitmaps live there", needed=True),

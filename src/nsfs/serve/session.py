@@ -8,8 +8,9 @@ which drops it (ENOENT) if a predecessor has answered.
 Concurrency: one session per process, because pyfuse3 keeps it in module globals, in the calling trio run. The
 descriptor does not block: a request that is withdrawn between poll and read must not stop the loop.
 
-Invariants: no request is lost when this process dies after the INIT was recorded (Linux 6.9, by FUSE_NOTIFY_RESEND;
-else what was taken stays unanswered). File handles are inode numbers, since a successor must understand them.
+Invariants: no request is lost when this process dies after the INIT was recorded (Linux 6.9, by FUSE_NOTIFY_RESEND).
+Where that cannot be, requests are taken by a device of this process's own (`clone_device`): when it dies, what it had
+taken fails once, and can be asked again. File handles are inode numbers, since a successor must understand them.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ max_pages, map_alignment, flags2, max_stack_depth."""
 _CACHE_SYMLINKS: Final = 1 << 23
 _ANY_READAHEAD: Final = 0xFFFFFFFF
 """The kernel takes the lower one of this and the mount's read_ahead_kb, which somebody may have raised already."""
+_INIT_FLAGS2: Final = struct.Struct("<16xI")
+"""Of the request: major, minor, max_readahead, flags; flags2."""
+_HAS_RESEND_2: Final = 1 << 7
+_CLONE: Final = 0x8004E500
 _NOTIFY_RESEND: Final = struct.pack("<IiQ", 16, 7, 0)
 
 
@@ -74,6 +79,26 @@ def plan_reply(reply: bytes, request: bytes, limits: Limits) -> bytes:
     fields[6] |= offered & _CACHE_SYMLINKS
     fields[7], fields[8] = limits.max_background, limits.congestion_threshold
     return _INIT_REPLY.pack(*fields) + reply[_INIT_REPLY.size :]
+
+
+def offers_resend(init: bytes) -> bool:
+    """Whether the kernel that sent this INIT repeats what was taken and not answered."""
+    end = _IN_HEADER.size + _INIT_FLAGS2.size
+    return len(init) >= end and bool(_INIT_FLAGS2.unpack_from(init, _IN_HEADER.size)[0] & _HAS_RESEND_2)
+
+
+def clone_device(fuse_fd: int) -> int:
+    """Another descriptor of a connection, with requests of its own: when its last copy is closed they fail.
+
+    FUSE_DEV_IOC_CLONE, Linux 4.2; what was taken ends with ECONNABORTED (fs/fuse/dev.c, fuse_dev_release).
+    """
+    clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(clone, _CLONE, struct.pack("=I", fuse_fd))
+    except OSError as error:
+        os.close(clone)
+        raise UnreachableError(f"no fuse connection: {error.strerror}") from error
+    return clone
 
 
 def is_connected(fuse_fd: int) -> bool:
@@ -109,14 +134,17 @@ def widen_descriptors() -> None:
 
 
 class Session:
-    """A session of `operations` over `fuse_fd`. There is one per process."""
+    """A session of `operations` over `fuse_fd`. There is one per process.
+
+    With a `clone` of the descriptor requests are taken by that, and nothing is asked again of a predecessor's.
+    """
 
     def __init__(
-        self, operations: pyfuse3.Operations, fuse_fd: int, limits: Limits | None = None, *, resend: bool = True
+        self, operations: pyfuse3.Operations, fuse_fd: int, limits: Limits | None = None, *, clone: int | None = None
     ) -> None:
         self._fuse_fd = fuse_fd
         self._limits = limits or Limits()
-        self._resend = resend
+        self._clone = clone
         ours, self._shim = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             self._session_fd = fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
@@ -142,9 +170,10 @@ class Session:
             if on_init is not None:
                 await on_init(init)
         taken_over = self._answer(plan_reply(await self._negotiate(init), init, self._limits))
-        os.set_blocking(self._fuse_fd, False)
-        os.dup2(self._fuse_fd, self._session_fd, inheritable=False)
-        if taken_over:
+        device = self._fuse_fd if self._clone is None else self._clone
+        os.set_blocking(device, False)
+        os.dup2(device, self._session_fd, inheritable=False)
+        if taken_over and self._clone is None:
             self._ask_again()
         if on_ready is not None:
             on_ready()
@@ -174,16 +203,13 @@ class Session:
         return False
 
     def _ask_again(self) -> None:
-        """Have the kernel queue again what a predecessor took and did not answer, unless that is not wanted."""
-        if not self._resend:
-            log.warning("reads that the last worker had taken stay unanswered: resending is turned off")
-            return
+        """Have the kernel queue again what a predecessor took and did not answer."""
         try:
             os.write(self._fuse_fd, _NOTIFY_RESEND)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise UnreachableError(f"no fuse connection: {error.strerror}") from error
-            log.warning("reads that the last worker had taken stay unanswered, because the kernel is older than 6.9")
+            log.warning("reads that the last process had taken stay unanswered, because the kernel is older than 6.9")
 
 
 def ask_again(fuse_fd: int) -> None:

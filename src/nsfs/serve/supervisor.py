@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import socket
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
@@ -34,7 +34,7 @@ from nsfs.serve.forkserver import find_process, started_at
 from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
 from nsfs.serve.line import Line, make_line, send_end, send_over
 from nsfs.serve.renewal import try_beside
-from nsfs.serve.session import is_connected
+from nsfs.serve.session import clone_device, is_connected, offers_resend
 from nsfs.serve.wire import Peer, open_peer
 from nsfs.serve.worker_args import Ready, WorkerArgs
 
@@ -490,13 +490,26 @@ class Supervisor:
         return await self._spawn(kept, theirs, is_trial=False), _STUCK
 
     async def _spawn(self, kept: _Kept, theirs: socket.socket, *, is_trial: bool) -> Child:
-        fds = [theirs.fileno(), kept.bitmap, kept.key]
-        fds += [kept.connection.fd] if kept.connection else []
-        fds += [kept.line.far] if kept.line else []
         outlives = kept.line is not None
         confinement = await self._terms.confinement(kept.domain, kept.owner)
-        args = msgspec.structs.replace(self._args(kept), is_trial=is_trial)
-        return await self._zygote.spawn(_ENTRY, args, fds, session=outlives, tied=not outlives, confinement=confinement)
+        with ExitStack() as stack:
+            fds = [theirs.fileno(), kept.bitmap, kept.key]
+            clones = self._clones(kept, stack)
+            fds += [kept.connection.fd, *clones] if kept.connection else []
+            fds += [kept.line.far] if kept.line else []
+            args = msgspec.structs.replace(self._args(kept), is_trial=is_trial, clone=bool(clones))
+            return await self._zygote.spawn(
+                _ENTRY, args, fds, session=outlives, tied=not outlives, confinement=confinement
+            )
+
+    def _clones(self, kept: _Kept, stack: ExitStack) -> list[int]:
+        """A device of the worker's own, where the kernel does not repeat what it takes; our copy goes with `stack`."""
+        connection = kept.connection
+        if connection is None or (self._config.kernel.resend and offers_resend(connection.init)):
+            return []
+        clone = clone_device(connection.fd)
+        stack.callback(os.close, clone)
+        return [clone]
 
     async def _renew(self, kept: _Kept, old: Child) -> None:
         """Replace a worker of other code than ours by one of ours, one domain after the other."""

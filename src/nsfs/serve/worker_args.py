@@ -11,8 +11,9 @@ from nsfs.core import worker_api  # noqa: TC001  msgspec looks it up
 class WorkerArgs(Struct, kw_only=True):
     """What a worker is started with.
 
-    Its descriptors: the socket to the daemon, the bitmap, the key, where `fuse` the FUSE connection, and where `line`
-    the end of a pair over which it gets its next socket, to the next daemon; without, it ends with its daemon.
+    Its descriptors: the socket to the daemon, the bitmap, the key, where `fuse` the FUSE connection, where `clone`
+    another one of its own, and where `line` the end of a pair over which it gets its next socket, to the next daemon;
+    without, it ends with its daemon.
     """
 
     domain: str
@@ -21,6 +22,8 @@ class WorkerArgs(Struct, kw_only=True):
     build: str
     """Of what code the daemon is (`serve.build`), which started the worker from the same."""
     fuse: bool
+    clone: bool = False
+    """Requests are taken by a device of its own, since the kernel does not repeat, or shall not, what it took."""
     line: bool = False
     init: bytes = b""
     """The connection's INIT request."""
