@@ -21,8 +21,8 @@ from published import TOC_DIGEST
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from containerd import Containerd
     from fakes import FakeRegistry
-    from nodes import Node
 
 Files = dict[str, bytes]
 
@@ -127,9 +127,9 @@ def _rows(tar: bytes) -> list[dict[str, Any]]:
 
 @dataclass
 class Tenants:
-    """A node's tenants, each in a namespace of containerd's and with a plugin name."""
+    """A containerd's tenants, each in a namespace and with a plugin name."""
 
-    node: Node
+    containerd: Containerd
     seats: Mapping[str, tuple[str, str]]
     """Namespace and plugin name of each tenant."""
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -138,7 +138,7 @@ class Tenants:
         namespace, plugin = self.seats[tenant]
         local = ("--local",) if plugin == "overlayfs" else ()
         command = ("images", "pull", *local, "--plain-http", "--snapshotter", plugin, reference)
-        done = self.node.containerd.ctr(*command, namespace=namespace, check=False)
+        done = self.containerd.ctr(*command, namespace=namespace, check=False)
         if done.returncode != 0:
             raise RefusedError(done.stderr)
 
@@ -146,7 +146,7 @@ class Tenants:
         namespace, plugin = self.seats[tenant]
         name = f"c{next(self._numbers)}"
         command = ("run", "--rm", "--snapshotter", plugin, reference, name, "/bin/cat", path)
-        done = self.node.containerd.ctr(*command, namespace=namespace, check=False)
+        done = self.containerd.ctr(*command, namespace=namespace, check=False)
         if done.returncode != 0:
             raise RefusedError(done.stderr)
         return done.stdout.encode()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import busybox
-from containerd import NEWER
+from containerd import NEWER, run_containerd
 from fakes import FakeRegistry
 from images import Image, Layer, file, gzip_layer
 from nodes import Node, run_node
@@ -20,6 +20,7 @@ from worlds import Naive, RefusedError, Tenants, World, pretending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 APART = {"a": ("team-a", "nsfs"), "b": ("team-b", "nsfs")}
 """Tenants in namespaces of their own."""
@@ -125,7 +126,7 @@ def test_the_attacks_work_where_everything_is_believed(registry: FakeRegistry, o
 
 @pytest.mark.parametrize("seats", [APART, NAMED], ids=["namespaces", "plugin-names"])
 def test_nobody_steals_by_diff_ids(node: Node, registry: FakeRegistry, seats: dict[str, tuple[str, str]]) -> None:
-    world = Tenants(node, seats)
+    world = Tenants(node.containerd, seats)
     seed = seats["a"][1]
     with pytest.raises(RefusedError, match=r"wrong diff id|diff ID"):
         steal(world, registry, "plain", f"steal-plain-{seed}")
@@ -137,27 +138,37 @@ def test_nobody_steals_by_diff_ids(node: Node, registry: FakeRegistry, seats: di
 def test_nobody_poisons_by_being_first(
     node: Node, registry: FakeRegistry, seats: dict[str, tuple[str, str]], kind: str
 ) -> None:
-    assert poison(Tenants(node, seats), registry, kind, f"poison-{kind}-{seats['a'][1]}") == GENUINE
+    assert poison(Tenants(node.containerd, seats), registry, kind, f"poison-{kind}-{seats['a'][1]}") == GENUINE
 
 
 @isolated
 def test_nobody_reads_blobs_by_naming_them(node: Node, registry: FakeRegistry, other: FakeRegistry) -> None:
-    assert name_blobs(Tenants(node, OVERLAYFS), other, registry, "over") == SECRET
+    assert name_blobs(Tenants(node.containerd, OVERLAYFS), other, registry, "over") == SECRET
     with pytest.raises(RefusedError, match="not found"):
-        name_blobs(Tenants(node, APART), other, registry, "apart")
+        name_blobs(Tenants(node.containerd, APART), other, registry, "apart")
+
+
+def test_containerd_can_be_told_to_share_no_blobs(registry: FakeRegistry, other: FakeRegistry, tmp_path: Path) -> None:
+    """As the threat model says: its content store is not ours."""
+    policy = '[plugins."io.containerd.metadata.v1.bolt"]\n  content_sharing_policy = "isolated"\n'
+    with (
+        run_containerd(str(tmp_path), release=NEWER, more=policy) as containerd,
+        pytest.raises(RefusedError, match="not found"),
+    ):
+        name_blobs(Tenants(containerd, OVERLAYFS), other, registry, "over")
 
 
 @isolated
 def test_what_nothing_tells_apart_is_containerds_to_share(node: Node, registry: FakeRegistry) -> None:
     """containerd does not ask for a chain that a namespace has through that plugin name: nsfs is not even told."""
-    world = Tenants(node, TOGETHER)
+    world = Tenants(node.containerd, TOGETHER)
     assert steal(world, registry, "plain", "together") == SECRET
     assert poison(world, registry, "estargz", "together-poison") == POISON
 
 
 @isolated
 def test_together_a_plain_layer_is_not_poisoned(node: Node, registry: FakeRegistry) -> None:
-    assert poison(Tenants(node, TOGETHER), registry, "plain", "together-plain") == GENUINE
+    assert poison(Tenants(node.containerd, TOGETHER), registry, "plain", "together-plain") == GENUINE
 
 
 @isolated
@@ -166,7 +177,7 @@ def test_together_a_plain_layer_that_comes_late_is_not_poisoned(node: Node, regi
     real = public("late")
     forged = pretending(real, own_layer("plain", "tool", POISON))
     registry.script, registry.faults_on = "H", str(forged.layers[1].digest)
-    world = Tenants(node, TOGETHER)
+    world = Tenants(node.containerd, TOGETHER)
     lie = publish(registry, forged, "late/forged")
     world.pull("b", lie)
     genuine = publish(registry, real, "late/public")
@@ -179,4 +190,4 @@ def test_together_a_plain_layer_that_comes_late_is_not_poisoned(node: Node, regi
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_strict_lets_nothing_be_poisoned(strict: Node, registry: FakeRegistry, kind: str) -> None:
-    assert poison(Tenants(strict, TOGETHER), registry, kind, f"strict-{kind}") == GENUINE
+    assert poison(Tenants(strict.containerd, TOGETHER), registry, kind, f"strict-{kind}") == GENUINE

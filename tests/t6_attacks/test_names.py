@@ -65,7 +65,7 @@ def annotated(canary: FakeRegistry, private: str, content: bytes) -> Image:
 
 
 def test_annotations_are_wishes_that_nobody_grants(node: Node, registry: FakeRegistry) -> None:
-    world = Tenants(node, SEATS)
+    world = Tenants(node.containerd, SEATS)
     private = publish(registry, Image((busybox.base(), gzip_layer([file("secret", SECRET)]))), "private")
     world.pull("a", private)
     with FakeRegistry() as canary:
