@@ -5,8 +5,10 @@ Translates requests and reports; decides nothing and owns nothing.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from nsfs.core.tasks import run_all
 from nsfs.model.explain import follows_of, sharers_of
 from nsfs.model.policy import ScopeRequest
 from nsfs.serve import api
@@ -66,8 +68,15 @@ class Tenancy:
         )
 
     async def _all(self, _request: api.Empty, _report: Report) -> api.NamespacesReport:
+        """All at once: a worker that does not answer holds up nobody else."""
         holdings = await self._namespaces.holdings()
-        return api.NamespacesReport(namespaces=[await self._report(found) for found in holdings.values()])
+        reports: dict[str, api.NamespaceReport] = {}
+
+        async def ask(name: str, found: Holding) -> None:
+            reports[name] = await self._report(found)
+
+        await run_all([partial(ask, name, found) for name, found in holdings.items()])
+        return api.NamespacesReport(namespaces=[reports[name] for name in holdings])
 
     async def _one(self, request: api.NamespaceRequest, _report: Report) -> api.NamespaceReport:
         return await self._report(await self._namespaces.holding(request.namespace))
