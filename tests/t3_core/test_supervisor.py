@@ -24,6 +24,8 @@ from trio_tests import run
 
 SHARED = Domain("shared", Isolation.SHARED)
 EMPTY = worker_api.Empty()
+INIT = bytes(56) + (1 << 7).to_bytes(4, "little")
+"""Of a kernel that repeats what a worker had taken."""
 
 
 class Worker:
@@ -132,7 +134,7 @@ class Fuse:
             raise self.error
         ends = os.pipe()
         self.opened.append(ends)
-        return Connection(ends[1], f"/run/{domain}/{len(self.opened)}", b"init")
+        return Connection(ends[1], f"/run/{domain}/{len(self.opened)}", INIT)
 
     async def disconnect(self, connection: Connection) -> None:
         await trio.lowlevel.checkpoint()
@@ -235,7 +237,7 @@ def test_a_worker_starts_with_the_first_call_and_serves_all() -> None:
             await ask(supervisor)
             assert supervisor.pids() == {"shared": 1}
             (worker,) = zygote.workers
-            assert (worker.args.fuse, worker.args.init, zygote.closed) == (True, b"init", 0)
+            assert (worker.args.fuse, worker.args.init, zygote.closed) == (True, INIT, 0)
         assert fuse.closed == ["/run/shared/1"]
         assert zygote.closed == 1
 

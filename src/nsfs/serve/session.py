@@ -8,9 +8,8 @@ which drops it (ENOENT) if a predecessor has answered.
 Concurrency: one session per process, because pyfuse3 keeps it in module globals, in the calling trio run. The
 descriptor does not block: a request that is withdrawn between poll and read must not stop the loop.
 
-Invariants: no request is lost when this process dies after the INIT was recorded (Linux 6.9, by FUSE_NOTIFY_RESEND).
-Where that cannot be, requests are taken by a device of this process's own (`clone_device`): when it dies, what it had
-taken fails once, and can be asked again. File handles are inode numbers, since a successor must understand them.
+Invariants: what this process had taken when it dies after the INIT was recorded is not lost (Linux 6.9) or fails once,
+where it takes requests by a device of its own (`clone_device`). File handles are inode numbers, for a successor.
 """
 
 from __future__ import annotations
