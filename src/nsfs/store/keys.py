@@ -93,7 +93,8 @@ class Keys:
     def ensure(self, domain: str, *, wanted: bool) -> DomainKey | None:
         """The key of a domain; a new one for a domain that begins now and is `wanted` encrypted."""
         key = self.load(domain)
-        if key is not None or not wanted or os.path.exists(self._layout.domain(domain).disk):
+        domain_layout = self._layout.domain(domain)
+        if key is not None or not wanted or any(map(os.path.exists, (domain_layout.disk, domain_layout.index))):
             return key
         key = DomainKey.generate()
         self._store(domain, key)
