@@ -50,7 +50,7 @@ from nsfs.serve.lending import Lending
 from nsfs.serve.lifecycle import End, Ending, Lifecycle, replace_us
 from nsfs.serve.policy_file import load_policy
 from nsfs.serve.rpc import serve_rpc
-from nsfs.serve.sandbox import module_paths, plan_readable
+from nsfs.serve.sandbox import module_paths, plan_front_sandbox, plan_readable
 from nsfs.serve.session import read_init
 from nsfs.serve.snapshots_rpc import snapshots_service
 from nsfs.serve.supervisor import Connection, open_supervisor
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ServerProcess
     from nsfs.serve.keeping import Left
+    from nsfs.serve.sandbox import Place
     from nsfs.serve.supervisor import Supervisor, Terms
     from nsfs.store.meta import Meta
 
@@ -157,7 +158,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         )
         kernel = HostKernel(layout, host, server)
         if not host.root:
-            fronts = await stack.enter_async_context(open_fronts(server))
+            fronts = await stack.enter_async_context(open_fronts(server, partial(plan_front_sandbox, _readable())))
             kernel = UserKernel(layout, host, server, supervisor.bitmap, fronts)
         lowers = Lowers(kernel, supervisor, meta)
         scopes = Scopes(load_policy(config), _complete, root=host.root)
@@ -256,6 +257,11 @@ def host_of(config: Config, environ: Mapping[str, str], uid: int) -> Host:
     )
 
 
+def _readable() -> tuple[Place, ...]:
+    """What workers and fronts may read beside what is theirs."""
+    return plan_readable(module_paths(sys.path, sys.argv[0]), os.environ)
+
+
 def _make_terms(
     config: Config,
     layout: Layout,
@@ -266,7 +272,7 @@ def _make_terms(
     keeper: Keeper | None,
 ) -> Terms:
     """On what terms workers are started here."""
-    readable = plan_readable(module_paths(sys.path, sys.argv[0]), os.environ)
+    readable = _readable()
     lender = Lender(Lending(HostsDirectory(config.registry.config_path), meta), keychain)
     if not host.root:
         return UserTerms(layout, readable, lender)

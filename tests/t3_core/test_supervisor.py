@@ -550,3 +550,38 @@ def test_workers_that_serve_and_are_killed_are_replaced_without_delay() -> None:
                 assert trio.current_time() - before < 0.1
 
     run(body)
+
+
+def test_who_calls_first_is_told_why_there_can_be_no_worker() -> None:
+    fuse, terms = Fuse(), Terms(NotFoundError("namespace.a.netns: no such network namespace: /x"))
+
+    async def body() -> None:
+        async with supervised(fuse, terms=terms) as (supervisor, zygote):
+            with pytest.raises(NotFoundError, match="no such network namespace"):
+                await ask(supervisor)
+            assert (fuse.opened, zygote.workers, supervisor.pids()) == ([], [], {})
+            await ask(supervisor)
+            assert ("started", ("shared", "", 1)) in terms.told
+            assert ("asked", ("shared", EMPTY)) in terms.told
+            await supervisor.end(SHARED)
+            assert terms.told[-1] == ("ended", "shared")
+
+    run(body)
+
+
+def test_who_waits_for_a_worker_that_cannot_follow_is_told_why() -> None:
+    gone = NotFoundError("namespace.a.netns: no such network namespace: /x")
+    terms = Terms(None, None, *([gone] * 1000))
+
+    async def body() -> None:
+        async with supervised(terms=terms) as (supervisor, zygote):
+            await ask(supervisor)
+            zygote.workers[0].kill()
+            await zygote.workers[0].ended.wait()
+            with pytest.raises(UnreachableError, match="does not start") as caught:
+                await ask(supervisor)
+            assert "no such network namespace" in str(caught.value.hint)
+            terms.refusals.clear()
+            await ask(supervisor)
+
+    run(body)

@@ -22,9 +22,10 @@ from nsfs.errors import NsfsError
 from nsfs.serve.session import is_connected, read_init
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from nsfs.serve.forkserver import Child, ForkServer
+    from nsfs.serve.sandbox import Confinement
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,9 @@ class _Kept:
 class Fronts:
     """The service. Made by `open_fronts`."""
 
-    def __init__(self, server: ForkServer, nursery: trio.Nursery) -> None:
+    def __init__(self, server: ForkServer, nursery: trio.Nursery, confine: Callable[[str], Confinement]) -> None:
         self._server = server
+        self._confine = confine
         self._nursery = nursery
         self._kept: dict[str, _Kept] = {}
         """By target."""
@@ -116,7 +118,8 @@ class Fronts:
         receive, send = os.pipe2(os.O_CLOEXEC)
         async with trio.lowlevel.FdStream(receive) as line:
             try:
-                front = await self._server.spawn(_ENTRY, args, [fuse_fd, bitmap_fd, send])
+                confinement = self._confine(args.domain)
+                front = await self._server.spawn(_ENTRY, args, [fuse_fd, bitmap_fd, send], confinement=confinement)
             finally:
                 os.close(send)
             if not await line.receive_some(1):
@@ -135,7 +138,10 @@ async def _wait_end(front: Child) -> None:
 
 
 @asynccontextmanager
-async def open_fronts(server: ForkServer) -> AsyncIterator[Fronts]:
-    """Fronts that end with the block, if their mounts have not ended before."""
+async def open_fronts(server: ForkServer, confine: Callable[[str], Confinement]) -> AsyncIterator[Fronts]:
+    """Fronts that end with the block, if their mounts have not ended before.
+
+    `confine` says what the front of a mount is held to that reads a domain's directory.
+    """
     async with open_tasks() as nursery:
-        yield Fronts(server, nursery)
+        yield Fronts(server, nursery, confine)

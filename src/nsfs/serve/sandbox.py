@@ -112,6 +112,11 @@ def plan_user_sandbox(readable: Sequence[Place], directory: str, run: str) -> Co
     return Confinement(places=(*readable, *host, Place(directory, writable=True), Place(run, writable=True)))
 
 
+def plan_front_sandbox(readable: Sequence[Place], directory: str) -> Confinement:
+    """The confinement of the process of a user's mount, which reads the domain's `directory`. Pure."""
+    return Confinement(places=(*readable, *(Place(path) for path in _HOST_OF_USER), Place(directory)))
+
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
