@@ -85,6 +85,15 @@ class FakeRegistry:
     blobs: dict[str, bytes] = field(default_factory=dict)
     extra_headers: dict[str, str] = field(default_factory=dict)
     """Sent with every document and blob."""
+    rights: dict[str, set[str]] = field(default_factory=dict)
+    """With "basic": who, as `user:password`, may pull which repositories. Empty: ann, all of them."""
+    members: dict[str, set[str]] = field(default_factory=dict)
+    """Which blobs a repository has, by digest. Empty: each has all."""
+    lies: bool = False
+    """Says of every blob that it has it, in the `claimed` size, and gives zeros."""
+    claimed: int = 0
+    honest: set[str] = field(default_factory=set)
+    """Digests of which it does not lie."""
     challenge: str | None = None
     """WWW-Authenticate, instead of the one that `auth` means."""
     certificate: str | None = None
@@ -200,7 +209,10 @@ class FakeRegistry:
             self._tokens.add(token)
             return token
 
-    def lets_in(self, authorization: str | None) -> bool:
+    def lets_in(self, authorization: str | None, path: str) -> bool:
+        if self.rights:
+            said = base64.b64decode((authorization or "").removeprefix("Basic ")).decode()
+            return repository_of(path) in self.rights.get(said, set())
         if self.auth is None and self.challenge is None:
             return True
         if self.auth == "basic":
@@ -211,12 +223,17 @@ class FakeRegistry:
     def find_document(self, path: str, authorization: str | None) -> tuple[bytes, str] | None:
         return self.documents.get(path)
 
+    def has(self, path: str) -> bool:
+        """Whether the repository that `path` names has the blob that it names."""
+        digest, repository = path.rpartition("/")[2], repository_of(path)
+        return digest in self.blobs and (not self.members or digest in self.members.get(repository, set()))
+
     def challenge_for(self, path: str) -> str:
         if self.challenge is not None:
             return self.challenge
         if self.auth == "basic":
             return 'Basic realm="fake"'
-        repository = path.removeprefix("/v2/").partition("/blobs/")[0].partition("/manifests/")[0]
+        repository = repository_of(path)
         realm = f"http://{self.host_of('token')}/token"
         return f'Bearer realm="{realm}",service="fake",scope="repository:{repository}:pull"'
 
@@ -229,6 +246,11 @@ class FakeRegistry:
     def signature_is_valid(self, query: str) -> bool:
         with self._lock:
             return parse_qs(query).get("signature") == [str(self._signature)]
+
+
+def repository_of(path: str) -> str:
+    """The repository in the path of a request."""
+    return path.removeprefix("/v2/").partition("/blobs/")[0].partition("/manifests/")[0]
 
 
 def basic() -> str:
@@ -324,18 +346,29 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(403, b"<Error>Request has expired</Error>")
 
     def _serve_registry(self, path: str) -> None:
-        if not self.registry.lets_in(self.headers["Authorization"]):
+        if not self.registry.lets_in(self.headers["Authorization"], path):
             self._answer(401, b"{}", {"WWW-Authenticate": self.registry.challenge_for(path)})
         elif (found := self.registry.find_document(path, self.headers["Authorization"])) is not None:
             data, kind = found
             headers = {"Content-Type": kind, "Docker-Content-Digest": f"sha256:{hashlib.sha256(data).hexdigest()}"}
             self._send_body(200, data, headers | self.registry.extra_headers)
-        elif path.rpartition("/")[2] not in self.registry.blobs:
+        elif self.registry.lies and "/blobs/" in path and path.rpartition("/")[2] not in self.registry.honest:
+            self._send_zeros()
+        elif not self.registry.has(path):
             self._answer(404, b'{"errors":[{"code":"BLOB_UNKNOWN","message":"blob unknown to registry"}]}')
         elif self.registry.redirect or self.registry.redirect_to is not None:
             self._answer(307, b"moved", {"Location": self.registry.location_of(path.rpartition("/")[2])})
         else:
             self._serve_blob(path.rpartition("/")[2])
+
+    def _send_zeros(self) -> None:
+        """Whatever was asked for, of whatever size: a lie that is as good as one can be."""
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "bytes=0-0")
+        first, last = (int(wanted[1]), int(wanted[2])) if wanted else (0, 0)
+        size = self.registry.claimed
+        body = bytes(last - first + 1 if self.headers["Range"] else size)
+        headers = {"Content-Range": f"bytes {first}-{last}/{size}"} if self.headers["Range"] else {}
+        self._send_body(206 if headers else 200, body, headers)
 
     def _serve_blob(self, digest: str) -> None:
         data = self.registry.blobs[digest]

@@ -49,6 +49,7 @@ from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
 from nsfs.serve.lending import Lending
 from nsfs.serve.lifecycle import End, Ending, Lifecycle, replace_us
 from nsfs.serve.policy_file import load_policy
+from nsfs.serve.relay import Broker
 from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.sandbox import module_paths, plan_front_sandbox, plan_readable
 from nsfs.serve.session import read_init
@@ -141,11 +142,11 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         left: list[Left] = []
         if host.root and not private:
             keeper, left = await stack.enter_async_context(_open_keeper(layout, notifier))
-        domains = _Domains(layout)
-        store = _open_store(config, layout, host)
-        keychain = Keychain(config, layout, os.environ, private=private)
+        domains, store = _Domains(layout), _open_store(config, layout, host)
+        keychain, broker = Keychain(config, layout, os.environ, private=private), Broker(config)
         files = HostFiles()
-        terms = _make_terms(config, layout, meta, host, keychain, files, keeper)
+        lending = Lending(HostsDirectory(config.registry.config_path), meta)
+        terms = _make_terms(config, layout, meta, host, Lender(lending, keychain, broker), files, keeper)
         supervisor = await stack.enter_async_context(
             open_supervisor(
                 config,
@@ -163,6 +164,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         lowers = Lowers(kernel, supervisor, meta)
         scopes = Scopes(load_policy(config), _complete, root=host.root)
         manual = ManualMounts(meta, supervisor, kernel, host, scopes, lowers)
+        broker.connect(supervisor)
         adopted = supervisor.adopt(left)
         await manual.resume(adopted)
         await trio.to_thread.run_sync(store.drop_lost, adopted)
@@ -182,7 +184,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             )
             services.append(snapshots_service(snapshots))
             ends.append(snapshots.end)
-        namespaces = Namespaces(manual, snapshots, lowers, store, meta, keychain.forget)
+        namespaces = Namespaces(manual, snapshots, lowers, store, meta, partial(_forget_owner, keychain, broker))
         tenancy = Tenancy(config, scopes, namespaces, supervisor, control)
         ending = Ending()
         lifecycle = Lifecycle(ending, namespaces, manual, keeper)
@@ -207,6 +209,12 @@ async def _finish(
             await end()
     elif ending.how is End.REPLACE:
         keeper.carry()
+
+
+async def _forget_owner(keychain: Keychain, broker: Broker, owner: str) -> None:
+    """Nobody of that name is left: one who comes later has neither the credentials nor the grants."""
+    await keychain.forget(owner)
+    await broker.forget(owner)
 
 
 def _complete(reference: str) -> str:
@@ -267,13 +275,12 @@ def _make_terms(
     layout: Layout,
     meta: Meta,
     host: Host,
-    keychain: Keychain,
+    lender: Lender,
     files: HostFiles,
     keeper: Keeper | None,
 ) -> Terms:
     """On what terms workers are started here."""
     readable = _readable()
-    lender = Lender(Lending(HostsDirectory(config.registry.config_path), meta), keychain)
     if not host.root:
         return UserTerms(layout, readable, lender)
     terms = RootTerms(config, layout, meta, readable, lender, files, keeper)

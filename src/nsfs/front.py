@@ -58,7 +58,7 @@ class WorkerLine:
     async def fetch(self, view: str, address: int, size: int) -> None:
         """Have blocks made present. Raises what the worker raises; while there is no worker, waits as `view` says."""
         request = worker_api.Fetch(view=view, address=address, size=size)
-        patience = parse_view_name(view)[1].seconds
+        patience = parse_view_name(view).patience.seconds
         give_up = trio.current_time() + (float("inf") if patience is None else patience)
         pause = _FIRST_PAUSE
         while True:
@@ -123,7 +123,7 @@ class FrontState:
 
     def __init__(self, args: FrontArgs) -> None:
         self._info = args.info
-        self._maps = [parse_view_name(view)[0] for view in args.views]
+        self._maps = [parse_view_name(view).map_id for view in args.views]
         self._usage = worker_api.UsageReport(local=0, fetched=0, state="starts")
 
     def files(self) -> dict[str, Callable[[], bytes]]:

@@ -31,12 +31,13 @@ from nsfs.core.layers import Layers
 from nsfs.core.looking import Looking
 from nsfs.core.maps import Maps
 from nsfs.core.pinned import Pinned
+from nsfs.core.tasks import open_tasks
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import DomainFs
 from nsfs.core.views import Views
 from nsfs.errors import NotFoundError, NsfsError
 from nsfs.model.oci import Platform
-from nsfs.model.policy import parse_view_name
+from nsfs.model.policy import parse_view_name, view_name
 from nsfs.remote.reference import LayoutReference, parse_reference
 from nsfs.remote.source import open_remote
 from nsfs.remote.transport import Timeouts
@@ -46,8 +47,9 @@ from nsfs.serve.forkserver import fork_server, open_fork_server, received_fds
 from nsfs.serve.fuse import FuseOperations
 from nsfs.serve.lending import Borrowing, Uplink
 from nsfs.serve.logs import start_logging
+from nsfs.serve.relay import OwnReach, SharedReach
 from nsfs.serve.session import Session, widen_descriptors
-from nsfs.serve.wire import open_peer
+from nsfs.serve.wire import PassingStream, open_peer
 from nsfs.serve.worker_args import Ready, WorkerArgs
 from nsfs.store.crypt import load_key
 from nsfs.store.index import open_index
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from nsfs.remote.source import Remote
     from nsfs.serve.config import Config, Fetch
     from nsfs.serve.forkserver import ServerProcess
+    from nsfs.serve.relay import Reach
     from nsfs.serve.wire import Methods
     from nsfs.store.index import DomainIndex
     from nsfs.store.layout import DomainLayout
@@ -89,7 +92,7 @@ def main(args: bytes, fds: list[int]) -> int:
 
 
 async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: ServerProcess) -> None:
-    control = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fds[0])))
+    control = PassingStream(socket.socket(fileno=fds[0]))
     layout = Layout(config.root, config.run).domain(params.domain, load_key(fds[2]))
     async with AsyncExitStack() as stack:
         index = stack.enter_context(open_index(layout.index, layout.key))
@@ -107,7 +110,11 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
                 connections=config.registry.connections,
             )
         )
-        worker = await _compose(stack, layout, config, pool, index, fds[1:3], forks, remote)
+        nursery = await stack.enter_async_context(open_tasks())
+        reach: Reach = OwnReach(RemoteSources(remote), nursery)
+        if params.is_shared:
+            reach = SharedReach(reach.sources, borrowing, uplink, nursery, config.grant_ttl)
+        worker = await _compose(stack, layout, config, pool, index, fds[1:3], forks, reach)
         worker.layers.finish(unfinished)
         worker.shown.show_again(params.views, params.trees)
         await _serve(params, config, fds, control, pool, worker, uplink)
@@ -116,11 +123,10 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
 class _Worker:
     """What `_compose` made."""
 
-    def __init__(self, domain: Domain, pinned: Pinned, layers: Layers, views: Views, shown: ShownTree) -> None:
+    def __init__(self, domain: Domain, methods: Methods, layers: Layers, shown: ShownTree) -> None:
         self.domain = domain
-        self.pinned = pinned
+        self.methods = methods
         self.layers = layers
-        self.views = views
         self.shown = shown
 
 
@@ -132,14 +138,13 @@ async def _compose(
     index: DomainIndex,
     shared: Sequence[int],
     forks: ServerProcess,
-    remote: Remote,
+    reach: Reach,
 ) -> _Worker:
     spawner = await stack.enter_async_context(open_fork_server(forks))
     nursery = await stack.enter_async_context(trio.open_nursery())
     stack.callback(nursery.cancel_scope.cancel)
     fetcher = await stack.enter_async_context(open_fetcher(pool, fetch_config(config.fetch)))
-    sources = RemoteSources(remote)
-    blobs = Blobs(sources, index)
+    blobs = Blobs(reach.sources, index)
     cores = os.cpu_count() or 1
     jobs = Jobs(spawner, limit=max(2, cores), fed_limit=max(4, 2 * cores))
 
@@ -158,11 +163,13 @@ async def _compose(
     maps = Maps(partial(load_content, key=layout.key))
 
     views = Views(index, table, blobs, layers, pool, fetcher)
-    images = Images(sources, index, host_platform())
+    images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)
     domain = Domain(images, layers, blobs, views, looking, index, shown)
-    return _Worker(domain, Pinned(images, layers, maps, index), layers, views, shown)
+    pinned = Pinned(images, layers, maps, index, views)
+    methods = {**domain.methods(), **pinned.methods(), **reach.methods(blobs)}
+    return _Worker(domain, methods, layers, shown)
 
 
 def _recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[LayerKey]:
@@ -178,7 +185,7 @@ async def _serve(
     params: WorkerArgs,
     config: Config,
     fds: list[int],
-    control: trio.SocketStream,
+    control: PassingStream,
     pool: Pool,
     worker: _Worker,
     uplink: Uplink,
@@ -194,15 +201,14 @@ async def _serve(
         else:
             run = Layout(config.root, config.run).domain_run(params.domain)
             await nursery.start(_serve_fronts, run.socket, worker.domain)
-        methods = worker.domain.methods() | worker.pinned.methods()
         sockets = _sockets(control, fds[-1] if params.line else None)
-        await _serve_daemons(params, sockets, methods, uplink)
+        await _serve_daemons(params, sockets, worker.methods, uplink)
         nursery.cancel_scope.cancel()
     _flush(pool)
 
 
 async def _serve_daemons(
-    params: WorkerArgs, sockets: AsyncIterator[trio.SocketStream], methods: Methods, uplink: Uplink
+    params: WorkerArgs, sockets: AsyncIterator[PassingStream], methods: Methods, uplink: Uplink
 ) -> None:
     """Answer our daemon, and then those that follow it; return when no other can come."""
     async for stream in sockets:
@@ -217,14 +223,14 @@ async def _serve_daemons(
         log.info("the daemon is gone")
 
 
-async def _sockets(control: trio.SocketStream, line: int | None) -> AsyncIterator[trio.SocketStream]:
+async def _sockets(control: PassingStream, line: int | None) -> AsyncIterator[PassingStream]:
     """The one that we were started with; and where there is a line, all that come over it."""
     yield control
     while line is not None and (stream := await _next_socket(line)) is not None:
         yield stream
 
 
-async def _next_socket(line: int) -> trio.SocketStream | None:
+async def _next_socket(line: int) -> PassingStream | None:
     """What a new daemon sends, or None for an end; where nobody can send any more, reads go on without one."""
     with trio.socket.fromfd(line, socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         data, ancillary, _, _ = await sock.recvmsg(16, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
@@ -235,7 +241,7 @@ async def _next_socket(line: int) -> trio.SocketStream | None:
     if not fds:
         return None
     (fd,) = fds
-    return trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=fd)))
+    return PassingStream(socket.socket(fileno=fd))
 
 
 async def _serve_fuse(session: Session, init: bytes, ready: trio.Event, scope: trio.CancelScope) -> None:
@@ -345,7 +351,7 @@ class ShownTree:
         self._views.close(gone)
 
     def _open_map(self, view: str) -> Content:
-        map_id, _ = parse_view_name(view)
+        map_id = parse_view_name(view).map_id
         record = self._index.map(map_id)
         if record is None:
             raise NotFoundError(f"no such map in this domain: {map_id}")
@@ -354,7 +360,7 @@ class ShownTree:
     def show_tree(self, tree: worker_api.Tree) -> None:
         """See core.domain.Shown."""
         images = [self._maps.open(info.path) for info in tree.maps]
-        views = [info.id + tree.suffix for info in tree.maps]
+        views = [view_name(info.id, tree.suffix, info.reader) for info in tree.maps]
         self.files.add_tree(tree.id, UnionTree(images), views, {"mount.json": partial(self._describe, tree)})
         self._show(f"tree/{tree.id}", views)
 

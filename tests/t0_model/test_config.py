@@ -63,6 +63,7 @@ def test_every_key_can_be_changed() -> None:
     prepare = "strict"
     prepare_wait = "3s"
     uid_range = "7-9"
+    grant_ttl = "5m"
     [registry]
     config_path = "/d"
     docker_config = "/e"

@@ -268,18 +268,23 @@ def test_other_patience_is_refused(text: str) -> None:
         parse_patience(text)
 
 
-@given(st.from_regex(r"[0-9a-f]{32}", fullmatch=True), st.none() | st.integers(0, 999_999))
-def test_view_names_carry_map_and_patience(map_id: str, seconds: int | None) -> None:
-    assert parse_view_name(view_name(map_id, Patience(seconds))) == (map_id, Patience(seconds))
+@given(
+    st.from_regex(r"[0-9a-f]{32}", fullmatch=True),
+    st.none() | st.integers(0, 999_999),
+    st.sampled_from(["", "team-a", "k8s.io", "k8s.io/team_a", "a_b/c"]),
+)
+def test_view_names_carry_map_patience_and_reader(map_id: str, seconds: int | None, reader: str) -> None:
+    patience = Patience(seconds)
+    assert parse_view_name(view_name(map_id, patience.suffix, reader)) == (map_id, patience, reader)
 
 
 @given(st.text(max_size=60))
 def test_no_other_text_is_a_view_name(text: str) -> None:
     try:
-        map_id, patience = parse_view_name(text)
+        map_id, patience, reader = parse_view_name(text)
     except UsageError:
         return
-    assert parse_view_name(view_name(map_id, patience)) == (map_id, patience)
+    assert parse_view_name(view_name(map_id, patience.suffix, reader)) == (map_id, patience, reader)
 
 
 @pytest.mark.parametrize("plugin", ["", "nsfs", "nsfs-gold"])

@@ -12,7 +12,7 @@ import pytest
 from nsfs.core.blobs import NOBODY
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
-from nsfs.model.pool import Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
+from nsfs.model.pool import Extent, GrantRecord, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
 from nsfs.store import index as index_module
 from nsfs.store.crypt import DomainKey
 from nsfs.store.index import END_ADDRESS, FIRST_ADDRESS, DomainIndex, open_index
@@ -189,3 +189,26 @@ def test_fifty_thousand_contents_are_committed_quickly(index: DomainIndex) -> No
     begun = time.process_time()
     index.commit_layer(record(), rows)
     assert time.process_time() - begun < 0.4, "0.08 s on two cores of 2026"
+
+
+def test_grants_are_one_owner_s(index: DomainIndex) -> None:
+    def granted(owner: str, repository: str = "r/x") -> GrantRecord:
+        return GrantRecord(owner=owner, repository=repository, blob=BLOB, proved=1.0, expires=5.0)
+
+    for owner in ("a", "a/b", "ab"):
+        index.put_grant(granted(owner))
+        index.put_grant(granted(owner, "r/y"))
+    assert index.grant("a", "r/x", BLOB) == granted("a")
+    assert index.grant("a", "r/z", BLOB) is index.grant("b", "r/x", BLOB) is None
+    index.delete_grant("a", "r/y", BLOB)
+    index.delete_grant("a", "r/y", BLOB)
+    assert index.grant("a", "r/y", BLOB) is None
+    assert [index.delete_grants("a"), index.delete_grants("a")] == [1, 0]
+    assert index.grant("a/b", "r/x", BLOB) == granted("a/b")
+    assert index.grant("ab", "r/y", BLOB) == granted("ab", "r/y")
+
+
+@pytest.mark.parametrize(("now", "holds"), [(0.5, False), (1.0, True), (4.9, True), (5.0, False)])
+def test_a_grant_holds_for_a_time_and_not_where_the_clock_was_set_back(now: float, *, holds: bool) -> None:
+    record = GrantRecord(owner="a", repository="r", blob=BLOB, proved=1.0, expires=5.0)
+    assert record.holds(now) is holds

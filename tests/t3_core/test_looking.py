@@ -106,7 +106,7 @@ class Site:
             layers=tuple(Layer(each, DiffId(each.digest), layer_format(LAYER)) for each in descriptors),
         )
 
-    async def read(self, map_id: str, address: int, size: int) -> bytes:
+    async def read(self, map_id: str, _owner: str, address: int, size: int) -> bytes:
         self.asked.append((map_id, address, size))
         return bytes(address // 4096 % 251 for _ in range(size))
 

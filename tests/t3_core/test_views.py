@@ -13,7 +13,7 @@ from nsfs.core.fetchview import View
 from nsfs.core.views import Views, map_of
 from nsfs.errors import NotFoundError, NsfsError, UsageError
 from nsfs.model.digest import Digest
-from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+from nsfs.model.pool import Access, LayerKey, LayerRecord, MapRecord
 from trio_tests import run
 
 BLOCK = 4096
@@ -117,7 +117,7 @@ class FakeBlobs:
     def __init__(self) -> None:
         self.fetched = {key(number).blob: number for number in range(10)}
 
-    def blob(self, digest: Digest, size: int) -> tuple[Digest, int]:
+    def blob(self, digest: Digest, size: int, access: Access) -> tuple[Digest, int]:
         return digest, size
 
 
@@ -141,7 +141,7 @@ def test_a_views_name_says_which_layers_and_how_long() -> None:
         site = Site(FakeCatalog({3: (2, 1)}))
         assert await site.views.read(name(3), 4096, 10) == bytes(10)
         await site.views.make_present(name(3) + "~60", 4096, 10)
-        await site.views.look(name(3), 4096, 10)
+        await site.views.look(name(3), "", 4096, 10)
         assert [(view.name, patience) for view, _, _, patience in site.fetcher.asked] == [
             (name(3), None),
             (name(3) + "~60", 60),
@@ -204,12 +204,12 @@ def test_views_that_nobody_closes_make_room_for_others() -> None:
     async def body() -> None:
         site = Site()
         for number in range(1, 5001):
-            await site.views.look(name(number), 4096, 1)
+            await site.views.look(name(number), "", 4096, 1)
             site.fetcher.asked.clear()
         gc.collect()
         assert len(site.views._views) <= 4096
         assert len(site.views._sources) <= 4096
-        await site.views.look(name(1), 4096, 1)
+        await site.views.look(name(1), "", 4096, 1)
         assert site.opened.count(key(1)) == 2
 
     run(body)
@@ -223,7 +223,7 @@ def test_who_reads_what_nobody_shows_any_more_hears_so_until_it_is_shown_again()
         assert site.fetcher.abandoned == [name(1)]
         with pytest.raises(NsfsError, match="nobody shows"):
             await site.views.read(name(1), 4096, 1)
-        await site.views.look(name(1), 4096, 1)
+        await site.views.look(name(1), "", 4096, 1)
         site.views.reopen([name(1)])
         await site.views.read(name(1), 4096, 1)
 

@@ -2,6 +2,9 @@
 
 import logging
 import math
+import os
+import socket
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
@@ -325,3 +329,98 @@ def test_frames_survive_any_cut(sent: list[wire.Message], size: int) -> None:
     parser = wire.FrameParser()
     got = [message for i in range(0, len(data), size) for message in parser.feed(data[i : i + size])]
     assert list(map(wire.render_frame, got)) == list(map(wire.render_frame, sent))
+
+
+class Files(wire.Passing):
+    name: str
+
+
+@asynccontextmanager
+async def passing_pair(methods: wire.Methods) -> AsyncIterator[tuple[wire.Peer, wire.PassingStream]]:
+    """A peer that sends descriptors, and the stream of one that serves `methods`."""
+    ours, theirs = socket.socketpair()
+    near, far = wire.PassingStream(ours, only_sends=True), wire.PassingStream(theirs)
+
+    async def serve(task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        async with wire.open_peer(far, methods, name="server") as peer:
+            await peer.wait_closed()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve)
+        async with wire.open_peer(near, {}, name="client") as peer:
+            yield peer, far
+
+
+def test_descriptors_go_with_their_requests() -> None:
+    async def read(params: Files, _report: wire.Report) -> Piece:
+        (fd,) = params.fds
+        try:
+            await trio.lowlevel.checkpoint()
+            return Piece(f"{params.name} {os.pread(fd, 100, 0).decode()}".encode())
+        finally:
+            os.close(fd)
+
+    async def body() -> None:
+        async with passing_pair({"Read": (Files, read), "Double": (Number, double)}) as (peer, _):
+            before = len(os.listdir("/proc/self/fd"))
+
+            async def ask(number: int) -> None:
+                with tempfile.TemporaryFile() as file:
+                    file.write(str(number).encode() * 10)
+                    file.flush()
+                    found = await peer.call("Read", Files(name=f"{number}"), Piece, fds=[file.fileno()])
+                    assert found.data == f"{number} {str(number) * 10}".encode()
+                    assert (await peer.call("Double", Number(number), Number)).value == 2 * number
+
+            async with trio.open_nursery() as nursery:
+                for number in range(50):
+                    nursery.start_soon(ask, number)
+            assert len(os.listdir("/proc/self/fd")) == before
+
+    run(body)
+
+
+def test_descriptors_that_nobody_takes_are_closed() -> None:
+    async def refuse(_params: Number, _report: wire.Report) -> Number:
+        raise NotFoundError("nothing")
+
+    async def body() -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        async with passing_pair({"Refuse": (Number, refuse)}) as (peer, far):
+            with tempfile.TemporaryFile() as file:
+                with pytest.raises(NotFoundError):
+                    await peer.call("Refuse", Number(1), Number, fds=[file.fileno()])
+                with pytest.raises(UnsupportedError):
+                    await peer.call("Unknown", Files(name=""), Number, fds=[file.fileno(), file.fileno()])
+            assert far.take(5) == []
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    run(body)
+
+
+def test_who_only_sends_descriptors_gets_none() -> None:
+    async def body() -> None:
+        ours, theirs = socket.socketpair()
+        async with wire.PassingStream(ours, only_sends=True) as near, wire.PassingStream(theirs) as far:
+            before = len(os.listdir("/proc/self/fd"))
+            await far.send_with(b"x", [0, 0])
+            assert await near.receive_some() == b"x"
+            assert near.take(2) == []
+            assert len(os.listdir("/proc/self/fd")) == before
+
+    run(body)
+
+
+def test_a_request_whose_descriptors_did_not_come_breaks_the_protocol(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        ours, theirs = socket.socketpair()
+        near = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        await near.send_all(wire.render_frame(wire.Hello(wire.VERSION, wire.OLDEST, "client")))
+        await near.send_all(wire.render_frame(wire.Request(1, "Read", Raw(b"\xc0"), 0, 3)))
+        async with near, wire.open_peer(wire.PassingStream(theirs), {}, name="server") as peer:
+            await peer.wait_closed()
+
+    with caplog.at_level(logging.ERROR):
+        run(body)
+    assert "descriptors that did not come" in caplog.text

@@ -103,7 +103,8 @@ def run(directory: str, settings: dict[str, str]) -> contextlib.AbstractContextM
 @pytest.fixture(scope="module", params=["isolated", "shared"])
 def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """In each scope that layers of images can have."""
-    with run(str(tmp_path_factory.mktemp("node")), {"isolation": request.param}) as running:
+    settings = {"isolation": request.param, "prepare_wait": "10s"}
+    with run(str(tmp_path_factory.mktemp("node")), settings) as running:
         yield running
 
 

@@ -157,7 +157,7 @@ class TwoFaced(FakeRegistry):
             for blob in image.blobs():
                 self.add_blob(blob)
 
-    def lets_in(self, authorization: str | None) -> bool:
+    def lets_in(self, authorization: str | None, path: str) -> bool:
         return authorization in self._manifests
 
     def find_document(self, path: str, authorization: str | None) -> tuple[bytes, str] | None:

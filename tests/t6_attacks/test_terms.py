@@ -24,7 +24,7 @@ from nsfs.store.meta import Meta, open_meta
 FIRST = 1_879_048_192
 
 
-class NoKeys:
+class Nothing:
     def methods(self, _owner: str) -> dict[str, Any]:
         return {}
 
@@ -37,7 +37,9 @@ class Site:
         self.meta = meta
         self.lending = Lending(HostsDirectory(), meta)
         config = Config(root=self.layout.root, run=self.layout.run, socket="/s", **settings)
-        self.terms = RootTerms(config, self.layout, meta, (), Lender(self.lending, NoKeys()), HostFiles(), None)
+        self.terms = RootTerms(
+            config, self.layout, meta, (), Lender(self.lending, Nothing(), Nothing()), HostFiles(), None
+        )
 
     def uid(self, domain: str, owner: str = "") -> int:
         found = trio.run(self.terms.confinement, domain, owner).uid

@@ -106,7 +106,7 @@ class Domain:
 
     async def _resolve(self, params: worker_api.Prepare | worker_api.Name, report: Report) -> Image:
         """The image that is meant; whoever asks hears where that is no news."""
-        image = await self._images.resolve(params.reference, params.platform)
+        image = await self._images.resolve(params.reference, params.platform, params.owner)
         if image.stale:
             await report(Note(text=f"{image.reference} is as it was known before: {image.stale}"))
         return image
@@ -128,9 +128,13 @@ class Domain:
             platform=str(image.config.platform),
             files=sum(record.files for record in records),
             size=sum(record.content_bytes for record in records),
-            maps=[worker_api.MapInfo(id=each.id, path=each.path, marks=each.marks) for each in visible(maps)],
+            maps=[self._info(each, image) for each in visible(maps)],
             config=image.config.config,
         )
+
+    def _info(self, record: MapRecord, image: Image) -> worker_api.MapInfo:
+        reader = self._views.reader_of(record, image.access.owner)
+        return worker_api.MapInfo(id=record.id, path=record.path, marks=record.marks, reader=reader)
 
     async def _tell(self, image: Image, report: Report) -> None:
         """Report how far the layers of `image` are."""
@@ -219,7 +223,7 @@ class Domain:
         freed = 0
         for key in keys:
             await report(Progress(stage="evict", what=short(key.blob)))
-            await self._layers.ensure_spans(key)
+            await self._layers.ensure_spans(key, image.access.owner)
             freed += await self._views.evict(key)
         return worker_api.Evicted(layers=len(keys), freed=freed)
 

@@ -24,7 +24,7 @@ from nsfs.core.pods import PodImages
 from nsfs.errors import CorruptError, UnreachableError, UnsupportedError
 from nsfs.model.lazy import State
 from nsfs.model.mounts import Host, Lower, choose_driver
-from nsfs.model.policy import domain_named
+from nsfs.model.policy import domain_named, view_name
 from nsfs.model.snapshot import Stacked
 
 if TYPE_CHECKING:
@@ -98,11 +98,11 @@ class LazyLayers:
         with trio.move_on_after(limit) as looking:
             if domain.transient:
                 return await self._offer_to_pods(request, layer, over_local=over_local)
-            await self._workers.call(domain, "Offer", _name(layer), worker_api.Empty)
+            await self._workers.call(domain, "Offer", _name(layer, domain), worker_api.Empty)
         if looking.cancelled_caught:
             raise UnreachableError(f"its registry did not answer within {limit:g} s")
         with trio.move_on_at(self._deadline(request.namespace, layer)):
-            indexed = await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
+            indexed = await self._workers.call(domain, "Await", _name(layer, domain), worker_api.Indexed)
             self._check(indexed, over_local=over_local)
             return msgspec.structs.replace(layer, state=State.READY)
         if self._config.strict:
@@ -140,10 +140,10 @@ class LazyLayers:
         domain = self._domain(replace(request, mount_id=f"doubt-{secrets.token_hex(8)}"))
         try:
             try:
-                await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
+                await self._workers.call(domain, "Await", _name(layer, domain), worker_api.Indexed)
             except CorruptError as error:
                 log.warning("layer %s of %s is read again: %s", layer.blob, layer.reference, error)
-                await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
+                await self._workers.call(domain, "Await", _name(layer, domain), worker_api.Indexed)
         except CorruptError as error:
             return msgspec.structs.replace(layer, state=State.FENCED, reason=error.message)
         finally:
@@ -162,7 +162,7 @@ class LazyLayers:
         They stay mounted until `snapshot` releases them.
         """
         domain = self._domains[snapshot] = self._domains.get(snapshot) or self._domain(request)
-        names = [None if layer is None else _name(layer) for layer in reversed(layers)]
+        names = [None if layer is None else _name(layer, domain) for layer in reversed(layers)]
         await self._prove(domain, layers)
         answer = await self._workers.call(domain, "Stack", worker_api.Stack(layers=names), worker_api.Stacked)
         infos = iter(reversed(answer.maps))
@@ -184,7 +184,7 @@ class LazyLayers:
         if self._config.strict:
             for layer in layers:
                 if layer is not None and layer.state is State.UNREAD:
-                    indexed = await self._workers.call(domain, "Await", _name(layer), worker_api.Indexed)
+                    indexed = await self._workers.call(domain, "Await", _name(layer, domain), worker_api.Indexed)
                     self._check(indexed, over_local=False)
 
     async def release(self, snapshot: int) -> None:
@@ -215,11 +215,11 @@ class LazyLayers:
 
     def _lower(self, domain: Domain, info: worker_api.MapInfo) -> Lower:
         """Containers wait for their content without end: their views' names have no suffix."""
-        return Lower(domain.name, info.id, self._driver)
+        return Lower(domain.name, view_name(info.id, "", info.reader), self._driver)
 
 
-def _name(layer: LazyLayer) -> worker_api.LayerName:
-    return worker_api.LayerName(reference=layer.reference, blob=layer.blob, chain=layer.chain)
+def _name(layer: LazyLayer, domain: Domain) -> worker_api.LayerName:
+    return worker_api.LayerName(reference=layer.reference, blob=layer.blob, chain=layer.chain, owner=domain.owner)
 
 
 def _user(snapshot: int) -> str:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from nsfs.core.layers import Layers
     from nsfs.core.maps import Maps
     from nsfs.core.union import UnionNode
-    from nsfs.core.vfs import Reader
     from nsfs.format.erofs_image import ErofsImage
     from nsfs.model.pool import MapRecord
 
@@ -59,7 +58,7 @@ class Stack:
 class Looking:
     """The service."""
 
-    def __init__(self, layers: Layers, maps: Maps, reader: Reader) -> None:
+    def __init__(self, layers: Layers, maps: Maps, reader: Callable[[str, str, int, int], Awaitable[bytes]]) -> None:
         self._layers = layers
         self._maps = maps
         self._reader = reader
@@ -98,7 +97,7 @@ class Looking:
             end = size if length is None else min(size, offset + length)
             while offset < end:
                 piece = min(_PIECE, end - offset)
-                await report(Data(await self._reader(map_id, address + offset, piece)))
+                await report(Data(await self._reader(map_id, image.access.owner, address + offset, piece)))
                 offset += piece
 
     @asynccontextmanager

@@ -311,7 +311,7 @@ class ManualMounts:
             await self._kernel.check_target(wish.target)
             if domain.transient:
                 _push_undo(undo, partial(self._lowers.end, domain))
-            params = worker_api.Prepare(reference=wish.reference, platform=wish.platform)
+            params = worker_api.Prepare(reference=wish.reference, platform=wish.platform, owner=domain.owner)
             image = await self._workers.call(domain, "Prepare", params, worker_api.Prepared, report)
             record = _record(mount_id, wish, domain, driver if image.maps else Driver.FUSE, patience, image)
             await self._set_up(record, image)
@@ -485,9 +485,10 @@ def _record(
         size=image.size,
         maps=unique_maps([info.id for info in image.maps]),
         suffix=patience.suffix,
+        readers={info.id: info.reader for info in image.maps if info.reader},
     )
 
 
 def _lowers_of(record: MountRecord) -> list[Lower]:
     driver = Driver(record.driver)
-    return [Lower(record.domain, map_id + record.suffix, driver) for map_id in record.maps]
+    return [Lower(record.domain, view, driver) for view in record.views()]

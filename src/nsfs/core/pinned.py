@@ -39,14 +39,22 @@ class Catalog(Protocol):
         """A layer whose index is complete."""
 
 
+class Readers(Protocol):
+    """As whom views ask for what is absent."""
+
+    def reader_of(self, record: MapRecord, owner: str) -> str:
+        """The owner, or "" where nothing is absent, or nobody shares."""
+
+
 class Pinned:
     """The service."""
 
-    def __init__(self, images: Images, layers: Layers, maps: Maps, catalog: Catalog) -> None:
+    def __init__(self, images: Images, layers: Layers, maps: Maps, catalog: Catalog, readers: Readers) -> None:
         self._images = images
         self._layers = layers
         self._maps = maps
         self._catalog = catalog
+        self._readers = readers
 
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
         """What the daemon may call, by name."""
@@ -58,7 +66,7 @@ class Pinned:
         }
 
     async def _check(self, params: worker_api.Name, _report: Report) -> worker_api.Checked:
-        image = await self._images.pinned(params.reference)
+        image = await self._images.pinned(params.reference, params.owner)
         for layer in image.layers:
             self._layers.check(layer)
         names = [
@@ -68,13 +76,13 @@ class Pinned:
         return worker_api.Checked(layers=names)
 
     async def _offer(self, params: worker_api.LayerName, _report: Report) -> worker_api.Empty:
-        image = await self._images.pinned(params.reference)
+        image = await self._images.pinned(params.reference, params.owner)
         self._layers.check(_find(image, params))
         self._layers.begin(image)
         return worker_api.Empty()
 
     async def _await(self, params: worker_api.LayerName, _report: Report) -> worker_api.Indexed:
-        image = await self._images.pinned(params.reference)
+        image = await self._images.pinned(params.reference, params.owner)
         layer = _find(image, params)
         record = await self._index(image, layer)
         alone = await self._layers.map_alone(layer)
@@ -86,8 +94,8 @@ class Pinned:
         return record
 
     async def _stack(self, params: worker_api.Stack, _report: Report) -> worker_api.Stacked:
-        references = dict.fromkeys(name.reference for name in params.layers if name is not None)
-        images = {reference: await self._images.pinned(reference) for reference in references}
+        named = {name.reference: name.owner for name in params.layers if name is not None}
+        images = {reference: await self._images.pinned(reference, owner) for reference, owner in named.items()}
         found = [None if name is None else (images[name.reference], name) for name in params.layers]
         layers = [None if each is None else _find(*each) for each in found]
         for image in images.values():
@@ -97,13 +105,21 @@ class Pinned:
                 await self._prove(each[0], layer)
         await self._check_lowers(layers)
         maps = await self._layers.maps([layer for layer in layers if layer is not None])
-        return worker_api.Stacked(maps=await trio.to_thread.run_sync(lambda: [self._info(record) for record in maps]))
+        owner = next((name.owner for name in params.layers if name is not None), "")
+        readers = [self._readers.reader_of(record, owner) for record in maps]
+        infos = await trio.to_thread.run_sync(lambda: list(map(self._info, maps, readers)))
+        return worker_api.Stacked(maps=infos)
 
-    def _info(self, record: MapRecord) -> worker_api.MapInfo:
+    def _info(self, record: MapRecord, reader: str) -> worker_api.MapInfo:
         with self._maps.opened(record.path) as image:
             root = image.inode(image.root)
         return worker_api.MapInfo(
-            id=record.id, path=record.path, marks=record.marks, opaque=record.opaque, owner=(root.uid, root.gid)
+            id=record.id,
+            path=record.path,
+            marks=record.marks,
+            opaque=record.opaque,
+            owner=(root.uid, root.gid),
+            reader=reader,
         )
 
     async def _prove(self, image: Image, layer: Layer) -> None:

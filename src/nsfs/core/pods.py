@@ -50,7 +50,7 @@ class PodImages:
     async def _ask(self, request: ScopeRequest, reference: str) -> frozenset[tuple[str, str]]:
         domain = self._scopes.domain(replace(request, mount_id=f"pull-{secrets.token_hex(8)}"))
         try:
-            name = worker_api.Name(reference=reference)
+            name = worker_api.Name(reference=reference, owner=domain.owner)
             answer = await self._workers.call(domain, "Check", name, worker_api.Checked)
         finally:
             with trio.CancelScope(shield=True):

@@ -105,8 +105,8 @@ class Kept:
             self._drop(next(iter(self._groups)))
 
     def forget(self, layer: str) -> None:
-        """Drop what is kept of a layer."""
-        for key in [key for key in self._groups if key[0] == layer]:
+        """Drop what is kept of a layer, whoever had it fetched: owners stand behind the layer's key, and a space."""
+        for key in [key for key in self._groups if f"{key[0]} ".startswith(f"{layer} ")]:
             self._drop(key)
 
     def _drop(self, key: GroupKey) -> None:

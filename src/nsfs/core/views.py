@@ -19,7 +19,8 @@ from nsfs.core.fetchview import LayerSource, View
 from nsfs.core.refill import refill
 from nsfs.core.worker_api import UsageReport
 from nsfs.errors import NotFoundError, UnreachableError
-from nsfs.model.policy import Patience, parse_view_name
+from nsfs.model.policy import Patience, ViewName, parse_view_name, view_name
+from nsfs.model.pool import Access
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -85,8 +86,8 @@ class Views:
         self._fetcher = fetcher
         self._views: dict[str, tuple[View, float | None]] = {}
         self._closed: set[str] = set()
-        self._sources: WeakValueDictionary[LayerKey, LayerSource] = WeakValueDictionary()
-        """Of the views there are."""
+        self._sources: WeakValueDictionary[tuple[LayerKey, str], LayerSource] = WeakValueDictionary()
+        """Of the views there are, by the owner as whom they ask."""
         self._ranges: dict[LayerKey, list[tuple[int, int]]] = {}
 
     async def read(self, name: str, address: int, size: int) -> bytes:
@@ -94,10 +95,10 @@ class Views:
         view, patience = self._view(name)
         return await self._fetcher.read(view, address, size, patience=patience)
 
-    async def look(self, map_id: str, address: int, size: int) -> bytes:
+    async def look(self, map_id: str, owner: str, address: int, size: int) -> bytes:
         """As `read`, for who has no mount, whose taking away would end it."""
-        name = f"look/{map_id}"
-        view, patience = self._views.get(name) or self._open(name, map_id, _LOOKING)
+        name = f"look/{view_name(map_id, '', owner)}"
+        view, patience = self._views.get(name) or self._open(name, ViewName(map_id, _LOOKING, owner))
         return await self._fetcher.read(view, address, size, patience=patience)
 
     def close(self, names: Collection[str]) -> None:
@@ -118,7 +119,7 @@ class Views:
 
     async def evict(self, key: LayerKey) -> int:
         """Drop a layer's contents, which can come back by ranges; gives the bytes freed."""
-        self._fetcher.forget(_name_of(key))
+        self._fetcher.forget(_name_of(key, ""))
         return await trio.to_thread.run_sync(lambda: self._pool.evict_all(self._ranges_of(key)))
 
     def local_bytes(self, keys: Iterable[LayerKey]) -> int:
@@ -156,17 +157,17 @@ class Views:
             return found
         if name in self._closed:
             raise UnreachableError(f"nobody shows the view any more: {name}")
-        return self._open(name, *parse_view_name(name))
+        return self._open(name, parse_view_name(name))
 
-    def _open(self, name: str, map_id: str, patience: Patience) -> tuple[View, float | None]:
-        record = self._catalog.map(map_id)
+    def _open(self, name: str, parsed: ViewName) -> tuple[View, float | None]:
+        record = self._catalog.map(parsed.map_id)
         if record is None or record.needs_lower:
             raise NotFoundError(f"no such view in this domain: {name}")
         keys = [record.key, *record.lowers]
-        view = View(name, [self._source(key) for key in dict.fromkeys(keys)])
+        view = View(name, [self._source(key, parsed.reader) for key in dict.fromkeys(keys)])
         while len(self._views) >= _KEPT_VIEWS:
             del self._views[next(iter(self._views))]
-        self._views[name] = view, patience.seconds
+        self._views[name] = view, parsed.patience.seconds
         return self._views[name]
 
     def _ranges_of(self, key: LayerKey) -> list[tuple[int, int]]:
@@ -178,24 +179,31 @@ class Views:
                 self._ranges[key] = found
         return found
 
-    def _source(self, key: LayerKey) -> LayerSource:
-        source = self._sources.get(key)
+    def reader_of(self, record: MapRecord, owner: str) -> str:
+        """As whom a view of this map is to ask: as nobody in particular where all of it is here."""
+        if not owner:
+            return ""
+        ranges = join_blocks(each for key in {record.key, *record.lowers} for each in self._ranges_of(key))
+        return owner if self._pool.local_bytes(ranges) < sum(size for _, size in ranges) else ""
+
+    def _source(self, key: LayerKey, owner: str) -> LayerSource:
+        source = self._sources.get((key, owner))
         if source is None:
             record = self._catalog.layer(key)
             if record is None:
                 raise NotFoundError(f"no such layer in this domain: {key.blob}")
 
             async def make_spans() -> Table:
-                found = await self._layers.ensure_spans(key)
+                found = await self._layers.ensure_spans(key, owner)
                 table = self._open_table(key)
                 if found.whole:
-                    await self._layers.refill(key, lambda job: refill(job, self._pool, table))
+                    await self._layers.refill(key, lambda job: refill(job, self._pool, table), owner)
                 return table
 
-            source = self._sources[key] = LayerSource(
-                key=_name_of(key),
+            source = self._sources[key, owner] = LayerSource(
+                key=_name_of(key, owner),
                 table=self._open_table(key),
-                blob=self._blobs.blob(record.blob, record.blob_size),
+                blob=self._blobs.blob(record.blob, record.blob_size, Access(owner, key.origin)),
                 make_spans=make_spans,
             )
         return source
@@ -203,8 +211,9 @@ class Views:
 
 def map_of(view: str) -> str:
     """The map that a view, or somebody without one, reads."""
-    return view.removeprefix("look/").partition("~")[0]
+    return view.removeprefix("look/").partition("~")[0].partition("_")[0]
 
 
-def _name_of(key: LayerKey) -> str:
-    return f"{key.blob}/{key.index}"
+def _name_of(key: LayerKey, owner: str) -> str:
+    """What flights and failures are known by: what one owner cannot have is no other's trouble."""
+    return " ".join(filter(None, (f"{key.blob}/{key.index}", key.origin, owner)))

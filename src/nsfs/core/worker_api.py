@@ -24,6 +24,8 @@ class Prepare(Struct, kw_only=True):
 
     reference: str
     platform: str | None = None
+    owner: str = ""
+    """On whose behalf: `policy.owner_name`. As it is of all calls that name an image."""
 
 
 class MapInfo(Struct, frozen=True, kw_only=True):
@@ -38,6 +40,8 @@ class MapInfo(Struct, frozen=True, kw_only=True):
     """Its root hides all layers below."""
     owner: tuple[int, int] = (0, 0)
     """(uid, gid) of its root."""
+    reader: str = ""
+    """As whom its view asks for what is absent, where several share the domain; "" where nothing is."""
 
 
 class Prepared(Struct, kw_only=True):
@@ -119,6 +123,7 @@ class Name(Struct, kw_only=True):
 
     reference: str
     platform: str | None = None
+    owner: str = ""
 
 
 class LayerName(Struct, frozen=True, kw_only=True):
@@ -131,6 +136,7 @@ class LayerName(Struct, frozen=True, kw_only=True):
     """The image, by its manifest's digest."""
     blob: str
     chain: str
+    owner: str = ""
 
 
 class Indexed(Struct, kw_only=True):
@@ -152,7 +158,7 @@ class Stack(Struct, kw_only=True):
     """Have layers of one stack indexed and mapped. Answered by Stacked."""
 
     layers: list[LayerName | None]
-    """Lowest first; None for a layer that is not ours."""
+    """Lowest first; None for a layer that is not ours. All of one owner."""
 
 
 class Stacked(Struct, kw_only=True):

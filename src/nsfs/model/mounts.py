@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from nsfs.errors import DeniedError, UsageError
+from nsfs.model.policy import view_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,6 +130,12 @@ class MountRecord(Struct, frozen=True, kw_only=True):
     """Map IDs, top first."""
     suffix: str
     """Of the views' names: how long a read may wait (`model.policy.Patience`)."""
+    readers: dict[str, str] = {}
+    """Of maps that are read as somebody, where several share a domain: as whom."""
+
+    def views(self) -> list[str]:
+        """The names of its maps' views."""
+        return [view_name(map_id, self.suffix, self.readers.get(map_id, "")) for map_id in self.maps]
 
     def describe(self) -> dict[str, str | int | bool]:
         """What a mount's own `.nsfs/mount.json` says of it, beside its usage."""

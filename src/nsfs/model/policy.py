@@ -15,7 +15,7 @@ import enum
 import re
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nsfs.errors import DeniedError, UsageError
 
@@ -373,14 +373,31 @@ def parse_patience(text: str) -> Patience:
     raise UsageError(f"not an on-error choice: {text[:100]!r}", hint="wait, wait:60s or eio")
 
 
-def view_name(map_id: str, patience: Patience) -> str:
-    """The name under which a map's disk is opened by mounts of that patience."""
-    return map_id + patience.suffix
+_VIEW = re.compile(r"([0-9a-f]{32})(?:_([A-Za-z0-9._-]+))?(?:~([0-9]{1,6}))?")
 
 
-def parse_view_name(name: str) -> tuple[str, Patience]:
-    """The map ID and patience of `view_name`; raises UsageError for anything that it does not give."""
-    map_id, mark, seconds = name.partition("~")
-    if re.fullmatch(r"[0-9a-f]{32}", map_id) is None or (mark and re.fullmatch(r"\d{1,6}", seconds) is None):
+class ViewName(NamedTuple):
+    """What a view's name says."""
+
+    map_id: str
+    patience: Patience
+    reader: str
+    """The owner as whom it asks for what is absent; "" where nobody in particular does."""
+
+
+def view_name(map_id: str, suffix: str, reader: str = "") -> str:
+    """The name under which a map's disk is opened: by mounts of one patience (`Patience.suffix`), and of one owner.
+
+    A namespace has no two underscores in a row, so these stand for the slash before its tenant.
+    """
+    return f"{map_id}{f'_{reader}'.replace('/', '__') if reader else ''}{suffix}"
+
+
+def parse_view_name(name: str) -> ViewName:
+    """What `view_name` was made of; raises UsageError for anything that it does not give."""
+    found = _VIEW.fullmatch(name)
+    if found is None:
         raise UsageError(f"not a view: {name[:100]!r}")
-    return map_id, Patience(int(seconds) if mark else None)
+    map_id, reader, seconds = found.groups(default="")
+    owner = check_owner(reader.replace("__", "/")) if reader else ""
+    return ViewName(map_id, Patience(int(seconds) if seconds else None), owner)

@@ -114,6 +114,20 @@ class MapRecord(Struct, frozen=True, kw_only=True):
         return LayerKey(self.blob, self.index, self.origin)
 
 
+class GrantRecord(Struct, frozen=True, kw_only=True):
+    """That an owner may have a blob of a repository: proved at a time, for a time; seconds since the epoch."""
+
+    owner: str
+    repository: str
+    blob: Digest
+    proved: float
+    expires: float
+
+    def holds(self, now: float) -> bool:
+        """Whether it still does; not where the clock was set back behind it."""
+        return self.proved <= now < self.expires
+
+
 class ImageRecord(Struct, frozen=True, kw_only=True):
     """A resolved image as a domain remembers it: its documents, as they were served."""
 

@@ -154,6 +154,8 @@ class Config(Struct, frozen=True, kw_only=True):
     """What a read does where its content cannot be had, for mounts that do not say: wait, wait:<seconds>s or eio."""
     prepare: Prepare = "lenient"
     """What counts as a lazy layer for containerd: lenient, or strict for namespaces that several tenants share."""
+    grant_ttl: Duration = Duration(3600)
+    """How long, in a domain that several share, a registry's word counts that a namespace may have a layer."""
     prepare_wait: Duration = Duration(0.5)
     """How long a pull of containerd waits for its plain layers that are read for the first time."""
     uid_range: str = "1879048192-1879113727"

@@ -148,8 +148,8 @@ class Control:
         return await self._report_image("Inspect", request, report)
 
     async def _report_image(self, method: str, request: api.ImageRequest, report: Report) -> ImageReport:
-        name = worker_api.Name(reference=request.reference, platform=request.platform)
         domain = self._domain(request)
+        name = worker_api.Name(reference=request.reference, platform=request.platform, owner=domain.owner)
         found = await self._ask(domain, method, name, ImageReport, report)
         found.domain = domain.name
         return found
@@ -158,21 +158,24 @@ class Control:
         self, method: str, result: type[Struct], instead: type[Struct] | None
     ) -> Callable[..., Awaitable[Struct]]:
         async def ask(request: api.PathRequest, report: Report) -> Struct:
+            domain = self._domain(request)
             name = worker_api.PathName(
+                owner=domain.owner,
                 reference=request.reference,
                 platform=request.platform,
                 path=request.path,
                 offset=request.offset,
                 length=request.length,
             )
-            answer = await self._ask(self._domain(request), method, name, result, report)
+            answer = await self._ask(domain, method, name, result, report)
             return instead() if instead else answer
 
         return ask
 
     async def _evict(self, request: api.ImageRequest, report: Report) -> api.EvictReport:
-        name = worker_api.Name(reference=request.reference, platform=request.platform)
-        evicted = await self._ask(self._domain(request), "Evict", name, worker_api.Evicted, report)
+        domain = self._domain(request)
+        name = worker_api.Name(reference=request.reference, platform=request.platform, owner=domain.owner)
+        evicted = await self._ask(domain, "Evict", name, worker_api.Evicted, report)
         return api.EvictReport(layers=evicted.layers, freed=evicted.freed)
 
     async def _login(self, request: api.LoginRequest, _report: Report) -> api.LoginReport:

@@ -28,14 +28,14 @@ from msgspec import Struct
 from nsfs.core import worker_api
 from nsfs.core.tasks import open_tasks, running
 from nsfs.errors import NsfsError, UnreachableError
-from nsfs.model.policy import owner_of
+from nsfs.model.policy import owner_of, parse_view_name
 from nsfs.serve.config import Config, pack_config
 from nsfs.serve.forkserver import find_process, started_at
 from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
 from nsfs.serve.line import Line, make_line, send_end, send_over
 from nsfs.serve.renewal import try_beside
 from nsfs.serve.session import clone_device, is_connected, offers_resend
-from nsfs.serve.wire import Peer, open_peer
+from nsfs.serve.wire import PassingStream, Peer, open_peer
 from nsfs.serve.worker_args import Ready, WorkerArgs
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class _Kept:
     """Why none could be started, since the last one answered."""
     deaths: int = 0
     """In a row, of workers that had not served."""
+    owners: set[str] = field(default_factory=set)
     views: set[str] = field(default_factory=set)
     trees: dict[str, worker_api.Tree] = field(default_factory=dict)
     is_deleted: bool = False
@@ -242,6 +243,7 @@ class Supervisor:
         params: Struct,
         result: type[T],
         report: Callable[[Any], Awaitable[None]] | None = None,
+        fds: Sequence[int] = (),
     ) -> T:
         """Ask the worker of `domain`; raises what it raises, UnreachableError where there is none or it dies meanwhile.
 
@@ -249,6 +251,7 @@ class Supervisor:
         """
         kept = await self._keep(domain)
         kept.note(method, params)
+        kept.owners.add(domain.owner)
         if method in _CHANGES:
             self._note(kept)
         await self._terms.asked(domain.name, params)
@@ -257,7 +260,7 @@ class Supervisor:
             peer = await self._wait_peer(kept)
             left -= 1
             try:
-                return await peer.call(method, params, result, report, worker_api.OnTheWay)
+                return await peer.call(method, params, result, report, worker_api.OnTheWay, fds)
             except UnreachableError:
                 if not left or not peer.is_closed:
                     raise
@@ -317,6 +320,11 @@ class Supervisor:
     def kept_back(self) -> list[str]:
         """Domains whose workers are of other code than we, and stay, since new ones did not answer."""
         return [name for name, kept in self._kept.items() if kept.is_kept_back]
+
+    def owners(self, domain: str) -> set[str]:
+        """On whose behalf somebody called into a domain, or has a view there."""
+        kept = self._kept.get(domain)
+        return set() if kept is None else kept.owners | {parse_view_name(view).reader for view in kept.views}
 
     def pids(self) -> dict[str, int]:
         """The worker of each domain that has one; 0 while it is being started."""
@@ -457,7 +465,7 @@ class Supervisor:
 
     async def _run_once(self, kept: _Kept) -> bool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as stream:
+        async with PassingStream(ours, only_sends=True) as stream:
             with theirs:
                 child, limit = await self._begin(kept, theirs)
             kept.pid = child.pid
@@ -533,7 +541,7 @@ class Supervisor:
                 kept.trial = None
                 self._note(kept)
 
-    async def _serve(self, kept: _Kept, stream: trio.SocketStream, child: Child, limit: float) -> bool:
+    async def _serve(self, kept: _Kept, stream: trio.abc.Stream, child: Child, limit: float) -> bool:
         """Be the worker's other side until it is gone, or does not answer in time; whether it came to answer."""
         has_answered = False
         with trio.move_on_after(limit) as starting, suppress(UnreachableError):
@@ -568,6 +576,7 @@ class Supervisor:
             build=self.build,
             fuse=connection is not None,
             line=kept.line is not None,
+            is_shared=not kept.owner and self._connect is not None,
             init=connection.init if connection else b"",
             views=sorted(kept.views),
             trees=list(kept.trees.values()),

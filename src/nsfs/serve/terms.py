@@ -108,16 +108,25 @@ class Keys(Protocol):
         """What a worker of `owner` may ask, "" for one that several share."""
 
 
+class Relaying(Protocol):
+    """Ways from a domain that several share to each owner's own worker."""
+
+    def methods(self, domain: str) -> Methods:
+        """What the worker of `domain` may ask."""
+
+
 class Lender:
     """What the daemon does for its workers while they run."""
 
-    def __init__(self, lending: Lending, keys: Keys) -> None:
+    def __init__(self, lending: Lending, keys: Keys, relaying: Relaying) -> None:
         self._lending = lending
         self._keys = keys
+        self._relaying = relaying
 
     def lent(self, domain: str, owner: str) -> Methods:
         """See Terms."""
-        return {**self._lending.methods(domain), **self._keys.methods(owner)}
+        relays = {} if owner else self._relaying.methods(domain)
+        return {**self._lending.methods(domain), **self._keys.methods(owner), **relays}
 
     async def asked(self, domain: str, params: Struct) -> None:
         """See Terms."""

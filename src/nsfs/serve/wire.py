@@ -3,7 +3,7 @@
 Owns: framing (u32 little-endian length, then one msgpack message), the hello that agrees on a version, requests with
 progress, results, errors and cancellation, and flow control of progress. Either side may call and serve. Refuses frames
 over 16 MiB: bulk data goes as progress in pieces, of which at most `WINDOW` per call are under way, so a slow caller
-holds up nobody but its own handler.
+holds up nobody but its own handler. Descriptors go with a request, over a `PassingStream`: its handler owns them.
 
 Concurrency: calls may be made from any number of tasks of one trio run. One task reads, one writes, every handler has
 a task of its own in the peer's nursery. A call that is cancelled cancels its handler and never corrupts the stream.
@@ -17,10 +17,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
+import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Final, TypeAlias, TypeVar
+from array import array
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 import trio
@@ -40,6 +44,8 @@ MAX_SERVED: Final = 4096
 QUEUE: Final = 64
 """Outgoing frames that wait for the writer before a sender has to wait too."""
 
+_MAX_PASSED: Final = 16
+_FD = struct.Struct("i")
 _LENGTH = struct.Struct("<I")
 _log = logging.getLogger(__name__)
 
@@ -67,6 +73,14 @@ class Request(Struct, tag="request", array_like=True):
     method: str
     params: Raw
     window: int = 0
+    fds: int = 0
+    """How many descriptors came with it."""
+
+
+class Passing(Struct, kw_only=True):
+    """Parameters that descriptors come with; whoever handles them closes them."""
+
+    fds: list[int] = []
 
 
 class Progress(Struct, tag="progress", array_like=True):
@@ -185,9 +199,10 @@ class _Call:
 class _Served:
     """One request of theirs that is being handled."""
 
-    __slots__ = ("scope", "slots")
+    __slots__ = ("fds", "scope", "slots")
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, fds: list[int]) -> None:
+        self.fds = fds
         self.scope = trio.CancelScope()
         self.slots = trio.Semaphore(window, max_value=window) if window else None
 
@@ -206,8 +221,8 @@ class Peer:
         self._calls: dict[int, _Call] = {}
         self._served: dict[int, _Served] = {}
         self._slots = trio.Semaphore(QUEUE)
-        self._queue: trio.MemorySendChannel[tuple[bytes, bool]]
-        self._frames: trio.MemoryReceiveChannel[tuple[bytes, bool]]
+        self._queue: trio.MemorySendChannel[_Outgoing]
+        self._frames: trio.MemoryReceiveChannel[_Outgoing]
         self._queue, self._frames = trio.open_memory_channel(math.inf)
         self._closed = trio.Event()
 
@@ -218,20 +233,21 @@ class Peer:
         result_type: type[T],
         on_progress: Callable[[Any], Awaitable[None]] | None = None,
         progress_type: Any = Any,  # noqa: ANN401
+        fds: Sequence[int] = (),
     ) -> T:
-        """Ask the other side for `method` and give its answer.
+        """Ask the other side for `method` and give its answer; `fds` stay the caller's, the other side gets copies.
 
         `on_progress` is awaited in the calling task, in order, with each progress message as a `progress_type` (a class
         or a union). Raises what the handler raised if that was an NsfsError, a bare NsfsError for its bugs, and
         UnreachableError if the other side is gone or goes. Cancellation is passed on.
         """
         number, call = next(self._ids), _Call(WINDOW if on_progress else 0)
-        frame = render_frame(Request(number, method, Raw(_encoder.encode(params)), call.window))
+        frame = render_frame(Request(number, method, Raw(_encoder.encode(params)), call.window, len(fds)))
         self._check_open()
         self._calls[number] = call
         done = False
         try:
-            await self._send(frame)
+            await self._send(frame, fds)
             end = await self._follow(call, on_progress, progress_type)
             done = True
         finally:
@@ -268,25 +284,26 @@ class Peer:
         if self._closed.is_set():
             raise self._gone()
 
-    async def _send(self, frame: bytes) -> None:
+    async def _send(self, frame: bytes, fds: Sequence[int] = ()) -> None:
         await self._slots.acquire()
+        copies = [os.dup(fd) for fd in fds]
         try:
-            self._queue.send_nowait((frame, True))
+            self._queue.send_nowait(_Outgoing(frame, has_slot=True, fds=copies))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
+            _close_all(copies)
             raise self._gone() from None
 
     def _send_nowait(self, message: Message) -> None:
         """For what must go even from a cancelled task: one small frame per call."""
         if not self._closed.is_set():
-            self._queue.send_nowait((render_frame(message), False))
+            self._queue.send_nowait(_Outgoing(render_frame(message)))
 
     async def run(self, parser: FrameParser, early: list[Message]) -> None:
         """Read, write and serve until the other side is gone; `early` came together with its hello."""
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write, nursery.cancel_scope)
-                self._dispatch(early, nursery)
-                await self._read(parser, nursery)
+                await self._read(parser, early, nursery)
                 nursery.cancel_scope.cancel()
         finally:
             self._close()
@@ -294,6 +311,9 @@ class Peer:
     def _close(self) -> None:
         self._closed.set()
         self._queue.close()
+        with suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:
+                _close_all(self._frames.receive_nowait().fds)
         self._frames.close()
         for _ in range(QUEUE):
             self._slots.release()
@@ -302,15 +322,26 @@ class Peer:
 
     async def _write(self, scope: trio.CancelScope) -> None:
         try:
-            async for frame, slot in self._frames:
-                await self._stream.send_all(frame)
-                if slot:
+            async for outgoing in self._frames:
+                await self._put(outgoing)
+                if outgoing.has_slot:
                     self._slots.release()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             scope.cancel()
 
-    async def _read(self, parser: FrameParser, nursery: trio.Nursery) -> None:
+    async def _put(self, outgoing: _Outgoing) -> None:
+        if not outgoing.fds:
+            await self._stream.send_all(outgoing.frame)
+            return
         try:
+            assert isinstance(self._stream, PassingStream), "descriptors need a stream that passes them"
+            await self._stream.send_with(outgoing.frame, outgoing.fds)
+        finally:
+            _close_all(outgoing.fds)
+
+    async def _read(self, parser: FrameParser, early: list[Message], nursery: trio.Nursery) -> None:
+        try:
+            self._dispatch(early, nursery)
             while data := await self._stream.receive_some(1 << 17):
                 self._dispatch(parser.feed(bytes(data)), nursery)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
@@ -346,7 +377,10 @@ class Peer:
     def _start(self, request: Request, nursery: trio.Nursery) -> None:
         if request.id in self._served or len(self._served) >= MAX_SERVED:
             raise ValueError(f"request is being served already, or one too many: {request.id}")
-        served = self._served[request.id] = _Served(request.window)
+        fds = self._stream.take(request.fds) if isinstance(self._stream, PassingStream) else []
+        if len(fds) != request.fds:
+            raise ValueError(f"request with descriptors that did not come: {request.method}")
+        served = self._served[request.id] = _Served(request.window, fds)
         nursery.start_soon(self._serve, request, served)
 
     async def _serve(self, request: Request, served: _Served) -> None:
@@ -356,12 +390,15 @@ class Peer:
         except UnreachableError:
             pass
         finally:
+            _close_all(served.fds)
             del self._served[request.id]
 
     async def _answer(self, request: Request, served: _Served) -> bytes:
         try:
             params_type, handler = self._find(request.method)
             params = msgspec.msgpack.decode(request.params, type=params_type)
+            if isinstance(params, Passing):
+                params.fds, served.fds = served.fds, []
             result = await handler(params, self._reporter(request.id, served))
             return render_frame(Result(request.id, Raw(_encoder.encode(result))))
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is told to its caller
@@ -384,6 +421,77 @@ class Peer:
                 await self._send(frame)
 
         return report
+
+
+class _Outgoing(NamedTuple):
+    """A frame that waits for the writer."""
+
+    frame: bytes
+    has_slot: bool = False
+    fds: Sequence[int] = ()
+    """Ours to close."""
+
+
+class PassingStream(trio.abc.Stream):
+    """A unix stream socket over which descriptors go.
+
+    Those that arrive are kept, in order, until `take`; closed with the stream. A side that `only_sends` them has the
+    kernel drop what the other one sends.
+    """
+
+    def __init__(self, sock: socket.socket, *, only_sends: bool = False) -> None:
+        self._only_sends = only_sends
+        self._socket = trio.socket.from_stdlib_socket(sock)
+        self._stream = trio.SocketStream(self._socket)
+        self._came: deque[int] = deque()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """As of any stream."""
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """As of any stream."""
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_with(self, data: bytes, fds: Sequence[int]) -> None:
+        """Send `data`, and `fds` with its first byte."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))]
+        try:
+            sent = await self._socket.sendmsg([data], ancillary)
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+        await self._stream.send_all(data[sent:])
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """As of any stream."""
+        if self._only_sends:
+            return bytes(await self._stream.receive_some(max_bytes))
+        space = socket.CMSG_SPACE(_MAX_PASSED * _FD.size)
+        try:
+            data, ancillary, _, _ = await self._socket.recvmsg(max_bytes or 1 << 16, space, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            if self._socket.fileno() < 0:
+                raise trio.ClosedResourceError from None
+            raise trio.BrokenResourceError from error
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(content) - len(content) % _FD.size
+                self._came += [fd for (fd,) in _FD.iter_unpack(content[:whole])]
+        return data
+
+    def take(self, count: int) -> list[int]:
+        """The `count` descriptors that came first, or as many as there are; the caller's from now on."""
+        return [self._came.popleft() for _ in range(min(count, len(self._came)))]
+
+    async def aclose(self) -> None:
+        """Close the socket, and what nobody took."""
+        _close_all(self.take(len(self._came)))
+        await self._stream.aclose()
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def agree(theirs: Hello) -> None:

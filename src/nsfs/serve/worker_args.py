@@ -24,6 +24,8 @@ class WorkerArgs(Struct, kw_only=True):
     fuse: bool
     clone: bool = False
     """Requests are taken by a device of its own, since the kernel does not repeat, or shall not, what it took."""
+    is_shared: bool = False
+    """By several owners, as whose own workers it asks registries."""
     line: bool = False
     init: bytes = b""
     """The connection's INIT request."""

@@ -26,7 +26,7 @@ import msgspec
 
 from nsfs.errors import CorruptError, DeniedError, NoSpaceError, NotFoundError, NsfsError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
-from nsfs.model.pool import Access, Extent, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
+from nsfs.model.pool import Access, Extent, GrantRecord, ImageRecord, LayerKey, LayerRecord, MapRecord, Slab
 from nsfs.store.crypt import SALT_SIZE
 from nsfs.store.databases import mapped_errors
 from nsfs.store.sealed import PlainRecords, SealedRecords
@@ -106,7 +106,10 @@ class _Databases(NamedTuple):
     """blob digest, and b" ", origin, b" ", owner where several share the domain -> names of repositories as a msgpack
     array, the latest first."""
     images: _Database
-    """raw sha256 of (complete reference, b" ", platform) -> ImageRecord as a msgpack map."""
+    """raw sha256 of (complete reference, b" ", platform, and owner and b" " before where several share the domain) ->
+    ImageRecord as a msgpack map."""
+    grants: _Database
+    """raw sha256 of owner, then of (repository, b" ", blob digest) -> GrantRecord as a msgpack map."""
 
 
 def _decode_hook(kind: type, value: object) -> object:
@@ -118,6 +121,7 @@ def _decode_hook(kind: type, value: object) -> object:
 _encode = msgspec.msgpack.Encoder(enc_hook=str).encode
 _decode_layer = msgspec.msgpack.Decoder(LayerRecord, dec_hook=_decode_hook).decode
 _decode_map = msgspec.msgpack.Decoder(MapRecord, dec_hook=_decode_hook).decode
+_decode_grant = msgspec.msgpack.Decoder(GrantRecord, dec_hook=_decode_hook).decode
 _decode_image = msgspec.msgpack.Decoder(ImageRecord).decode
 _decode_names = msgspec.msgpack.Decoder(list[str]).decode
 
@@ -374,6 +378,34 @@ class DomainIndex:
                     place, owner = _origin_key(blob, access)
                     self._put(txn, place, _encode(latest[:_ORIGINS]), owner)
 
+    def grant(self, owner: str, repository: str, blob: Digest) -> GrantRecord | None:
+        """A grant, whether it still holds or not."""
+        kept = self._records.name(_owner_key(owner), _grant_key(repository, blob))
+        with self._transaction(self._db.grants) as txn:
+            value = txn.get(kept)
+        return None if value is None else self._decoded(self._records.unseal(kept, value), _decode_grant)
+
+    def put_grant(self, record: GrantRecord) -> None:
+        """Keep a grant."""
+        with self._transaction(self._db.grants, write=True) as txn:
+            self._put(txn, _owner_key(record.owner), _encode(record), _grant_key(record.repository, record.blob))
+
+    def delete_grant(self, owner: str, repository: str, blob: Digest) -> None:
+        """Forget a grant, if there is one."""
+        with self._transaction(self._db.grants, write=True) as txn:
+            txn.delete(self._records.name(_owner_key(owner), _grant_key(repository, blob)))
+
+    def delete_grants(self, owner: str) -> int:
+        """Forget all grants of an owner; how many there were."""
+        first = self._records.name(_owner_key(owner))
+        with self._transaction(self._db.grants, write=True) as txn:
+            cursor = txn.cursor()
+            cursor.set_range(first)
+            keys = [key for key, _ in takewhile(lambda pair: pair[0].startswith(first), cursor)]
+            for key in keys:
+                txn.delete(key)
+        return len(keys)
+
     def image(self, key: str) -> ImageRecord | None:
         """What an image was when it was last resolved; `key` is its complete reference, a space and its platform."""
         with self._transaction(self._db.images) as txn:
@@ -398,6 +430,15 @@ def _next_address(txn: _Transaction) -> int:
     if not cursor.last():
         return FIRST_ADDRESS
     return int(_ADDRESS.unpack(cursor.key())[0] + _SLAB.unpack(cursor.value())[0])
+
+
+def _owner_key(owner: str) -> bytes:
+    """Of one length, so that no owner's begins another's."""
+    return hashlib.sha256(owner.encode()).digest()
+
+
+def _grant_key(repository: str, blob: Digest) -> bytes:
+    return hashlib.sha256(f"{repository} {blob}".encode()).digest()
 
 
 def _image_key(key: str) -> bytes:

@@ -1,0 +1,97 @@
+"""Grants: who may have which blob of a domain that several owners share.
+
+Owns the rule. Before such a domain says or gives anything of an image, whoever asks for it has read a byte of every
+layer's blob, with its own credentials, from the repository that it named. That holds for a time and is asked again
+then; what a registry refuses it refuses at once, with the registry's own words, and a grant there was is gone. The
+proof is asked for whether or not the domain has the blob, before anything else is looked at: a refusal tells nothing.
+
+What is proved is access at one registry, and a layer is one registry's (`model.pool.LayerKey.origin`): a registry that
+says that it has what it does not have proves nothing about what another one gave.
+
+A mount that was made stays: what it reads is there, or is asked of the registry as its owner.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from nsfs.core.blobs import Holder
+from nsfs.core.tasks import run_all
+from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError
+from nsfs.model.pool import GrantRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nsfs.core.blobs import Blobs
+    from nsfs.core.images import Image, Layer
+    from nsfs.model.digest import Digest
+
+
+class Ledger(Protocol):
+    """Where grants are kept, durably. Writing may block."""
+
+    def grant(self, owner: str, repository: str, blob: Digest) -> GrantRecord | None:
+        """One, whether it still holds or not."""
+
+    def put_grant(self, record: GrantRecord) -> None:
+        """Keep one."""
+
+    def delete_grant(self, owner: str, repository: str, blob: Digest) -> None:
+        """Forget one, if there is one."""
+
+    def delete_grants(self, owner: str) -> int:
+        """Forget all of an owner."""
+
+
+class Grants:
+    """The service: `core.images.Gate`."""
+
+    def __init__(self, ledger: Ledger, blobs: Blobs, lifetime: float, clock: Callable[[], float] = time.time) -> None:
+        self._ledger = ledger
+        self._blobs = blobs
+        self._lifetime = lifetime
+        self._clock = clock
+
+    async def admit(self, image: Image) -> None:
+        """Return if `image.access.owner` may have all of it.
+
+        Raises what the registry says of the lowest layer that it does not give, UnreachableError where it says nothing.
+        """
+        if not image.access.owner:
+            raise DeniedError("this domain is shared, and the call does not say for whom it is")
+        layers = list({layer.digest: layer for layer in image.layers}.values())
+        failures: dict[int, NsfsError] = {}
+
+        async def prove(number: int, layer: Layer) -> None:
+            try:
+                await self._prove(image, layer)
+            except NsfsError as error:
+                failures[number] = error
+
+        await run_all(partial(prove, number, layer) for number, layer in enumerate(layers))
+        if failures:
+            raise failures[min(failures)]
+
+    async def _prove(self, image: Image, layer: Layer) -> None:
+        owner, repository = image.access.owner, image.repository
+        known = self._ledger.grant(owner, repository, layer.digest)
+        if known is not None and known.holds(self._clock()):
+            return
+        if layer.descriptor.size <= 0:
+            raise CorruptError(f"a layer of no bytes: {layer.digest}")
+        blob = await self._blobs.open(layer.digest, layer.descriptor.size, Holder(owner, repository))
+        try:
+            await blob.fetch(0, 1)
+        except (DeniedError, NotFoundError):
+            await trio.to_thread.run_sync(self._ledger.delete_grant, owner, repository, layer.digest)
+            raise
+        now = self._clock()
+        record = GrantRecord(
+            owner=owner, repository=repository, blob=layer.digest, proved=now, expires=now + self._lifetime
+        )
+        await trio.to_thread.run_sync(self._ledger.put_grant, record)
