@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import once
 from nsfs.errors import CorruptError
 from nsfs.store.crypt import BLOCK, PIECE, DomainKey, load_key, make_key_file
 
@@ -124,3 +125,11 @@ def test_a_key_goes_to_another_process_by_a_descriptor() -> None:
         assert [each and each.secret for each in found] == [key and key.secret] * 2
     with pytest.raises(CorruptError, match="31"):
         DomainKey(bytes(31))
+
+
+def test_two_plaintexts_at_one_address_are_noticed() -> None:
+    watch, disk = once.OnceCipher(bytes(32)), Disk()
+    for _ in range(2):
+        watch.store(BASE, memoryview(PLAIN), disk._write)
+    with pytest.raises(AssertionError, match=str(BASE + BLOCK)):
+        watch.store(BASE + BLOCK, memoryview(PLAIN)[:BLOCK], disk._write)

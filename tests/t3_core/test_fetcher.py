@@ -12,6 +12,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import once
 from layouts import BASE, Layout, ScriptedBlob, lay_out, layouts
 from nsfs.core.fetcher import Fetcher, open_fetcher
 from nsfs.core.fetchview import FetchConfig, LayerSource, View
@@ -19,7 +20,7 @@ from nsfs.core.runway import plan_delay
 from nsfs.errors import CorruptError, DeniedError, NoSpaceError, UnreachableError
 from nsfs.model.layer import Codec
 from nsfs.store.layout import Layout as Paths
-from nsfs.store.pool import Pool, create_bitmap, open_pool
+from nsfs.store.pool import Pool, create_bitmap
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -43,9 +44,9 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 
 @contextmanager
 def pool_at(path: str) -> Iterator[Pool]:
-    domain = Paths(path, path).domain("d")
+    domain = Paths(path, path).domain("d", once.KEY)
     bitmap = create_bitmap(domain)
-    pool = open_pool(domain, bitmap)
+    pool = once.open_watched(domain, bitmap)
     os.close(bitmap)
     try:
         yield pool

@@ -13,6 +13,7 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import once
 from images import (
     Item,
     Layer,
@@ -46,7 +47,7 @@ from nsfs.model.pool import Extent, LayerKey
 from nsfs.store import layers
 from nsfs.store.index import DomainIndex, open_index
 from nsfs.store.layout import DomainLayout
-from nsfs.store.pool import Pool, create_bitmap, open_pool
+from nsfs.store.pool import Pool, create_bitmap
 from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
@@ -90,12 +91,13 @@ class Files:
 
 
 class Domain:
-    """A real pool and a real index, and the jobs as a worker runs them."""
+    """A real pool, under a key, and a real index, and the jobs as a worker runs them."""
 
     def __init__(self, path: Path) -> None:
         self.layout = DomainLayout(str(path / "domain"))
-        bitmap = create_bitmap(self.layout)
-        self.pool: Pool = open_pool(self.layout, bitmap)
+        keyed = DomainLayout(self.layout.path, once.KEY)
+        bitmap = create_bitmap(keyed)
+        self.pool: Pool = once.open_watched(keyed, bitmap)
         os.close(bitmap)
         self.index: DomainIndex = open_index(self.layout.index)
         self.progress: list[int] = []
