@@ -6,7 +6,7 @@ import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -424,3 +424,33 @@ def test_a_request_whose_descriptors_did_not_come_breaks_the_protocol(caplog: py
     with caplog.at_level(logging.ERROR):
         run(body)
     assert "descriptors that did not come" in caplog.text
+
+
+def test_who_asks_too_much_at_a_time_is_not_served_any_more() -> None:
+    async def hang(_params: Struct, _report: object) -> Struct:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def body() -> None:
+        ours, theirs = trio.testing.memory_stream_pair()
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                async with wire.open_peer(ours, {"Hang": (Number, hang)}, name="server", most=3) as peer:
+                    await peer.wait_closed()
+
+            nursery.start_soon(serve)
+            async with wire.open_peer(theirs, {}, name="client") as peer:
+                for _ in range(3):
+                    nursery.start_soon(ask, peer)
+                await trio.testing.wait_all_tasks_blocked()
+                assert not peer.is_closed
+                await ask(peer)
+                assert peer.is_closed
+            nursery.cancel_scope.cancel()
+
+    async def ask(peer: wire.Peer) -> None:
+        with suppress(UnreachableError):
+            await peer.call("Hang", Number(1), Number)
+
+    run(body)

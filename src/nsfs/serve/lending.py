@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MOST: Final = 8 << 20
+_MOST: Final = 4 << 20
 """Bytes of one piece."""
+MAX_ASKED: Final = 256
+"""Questions of one worker that its daemon answers at a time: who asks more is no worker of ours any longer."""
+_AT_A_TIME: Final = 16
+"""Questions that a worker asks at a time; far below, as the daemon may still be busy with what was given up here."""
 
 
 class RegistryName(Struct, kw_only=True):
@@ -103,11 +107,12 @@ class Lending:
 
 
 class Uplink:
-    """A worker's way to whatever daemon there is; who asks while there is none waits for one."""
+    """A worker's way to whatever daemon there is; who asks while there is none waits for one, some at a time."""
 
     def __init__(self) -> None:
         self._daemon: Peer | None = None
         self._connected = trio.Event()
+        self._turns = trio.CapacityLimiter(_AT_A_TIME)
 
     def connect(self, daemon: Peer) -> None:
         """Ask over this line from now on."""
@@ -120,9 +125,10 @@ class Uplink:
 
     async def call(self, method: str, params: Struct, result: type[T]) -> T:
         """Ask; raises what the daemon raises, UnreachableError where it goes meanwhile."""
-        await self._connected.wait()
-        assert self._daemon is not None
-        return await self._daemon.call(method, params, result)
+        async with self._turns:
+            await self._connected.wait()
+            assert self._daemon is not None
+            return await self._daemon.call(method, params, result)
 
 
 class Borrowing:

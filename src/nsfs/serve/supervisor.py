@@ -32,6 +32,7 @@ from nsfs.model.policy import owner_of, parse_view_name
 from nsfs.serve.config import Config, pack_config
 from nsfs.serve.forkserver import find_process, started_at
 from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
+from nsfs.serve.lending import MAX_ASKED
 from nsfs.serve.line import Line, make_line, send_end, send_over
 from nsfs.serve.renewal import try_beside
 from nsfs.serve.session import clone_device, is_connected, offers_resend
@@ -559,7 +560,7 @@ class Supervisor:
             methods: Methods = {"Ready": (Ready, ready), **self._terms.lent(kept.domain, kept.owner)}
             async with (
                 running(partial(_cancel_when_gone, child, starting)),
-                open_peer(stream, methods, name="daemon") as peer,
+                open_peer(stream, methods, name="daemon", most=MAX_ASKED) as peer,
             ):
                 kept.peer = peer
                 try:

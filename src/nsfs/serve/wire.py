@@ -210,13 +210,14 @@ class _Served:
 class Peer:
     """The other end of a socket. Made by `open_peer`."""
 
-    def __init__(self, stream: trio.abc.Stream, methods: Methods, hello: Hello) -> None:
+    def __init__(self, stream: trio.abc.Stream, methods: Methods, hello: Hello, most: int) -> None:
         self.name = hello.name
         """What the other side calls itself."""
         self.version = min(VERSION, hello.version)
         """The version that both speak."""
         self._stream = stream
         self._methods = methods
+        self._most = most
         self._ids = itertools.count(1)
         self._calls: dict[int, _Call] = {}
         self._served: dict[int, _Served] = {}
@@ -375,7 +376,7 @@ class Peer:
         call.inbox.send_nowait(message)
 
     def _start(self, request: Request, nursery: trio.Nursery) -> None:
-        if request.id in self._served or len(self._served) >= MAX_SERVED:
+        if request.id in self._served or len(self._served) >= self._most:
             raise ValueError(f"request is being served already, or one too many: {request.id}")
         fds = self._stream.take(request.fds) if isinstance(self._stream, PassingStream) else []
         if len(fds) != request.fds:
@@ -521,17 +522,20 @@ async def _greet(stream: trio.abc.Stream, name: str, parser: FrameParser) -> tup
 
 
 @asynccontextmanager
-async def open_peer(stream: trio.abc.Stream, methods: Methods, *, name: str) -> AsyncIterator[Peer]:
+async def open_peer(
+    stream: trio.abc.Stream, methods: Methods, *, name: str, most: int = MAX_SERVED
+) -> AsyncIterator[Peer]:
     """Exchange hellos over `stream` and serve `methods` on it while the context lasts; closes `stream`.
 
-    `name` is what the other side's messages call us. Raises UnreachableError if there is no peer, UnsupportedError if
+    `name` is what the other side's messages call us; it may have `most` requests handled at a time, and one more breaks
+    the protocol. Raises UnreachableError if there is no peer, UnsupportedError if
     it speaks another version. The context does not end by itself when the other side goes: see `Peer.wait_closed`.
     What the body raises leaves as it is, not in a group.
     """
     async with stream:
         parser = FrameParser()
         hello, early = await _greet(stream, name, parser)
-        peer = Peer(stream, methods, hello)
+        peer = Peer(stream, methods, hello, most)
         async with open_tasks() as tasks:
             tasks.start_soon(peer.run, parser, early)
             yield peer
