@@ -35,6 +35,7 @@ from nsfs.model.mounts import Host
 from nsfs.remote.hosts import HostsDirectory
 from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
+from nsfs.serve.accounts import Accounts
 from nsfs.serve.build import identify
 from nsfs.serve.containerd import Runtime, open_containerd
 from nsfs.serve.control import Control
@@ -184,16 +185,16 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             )
             services.append(snapshots_service(snapshots))
             ends.append(snapshots.end)
-        namespaces = Namespaces(manual, snapshots, lowers, store, meta, partial(_forget_owner, keychain, broker))
-        tenancy = Tenancy(config, scopes, namespaces, supervisor, control)
-        ending = Ending()
+        namespaces = Namespaces(manual, snapshots, lowers, store, meta, partial(_forget_owner, keychain, broker, meta))
+        accounts, ending = Accounts(meta, supervisor), Ending()
+        tenancy = Tenancy(config, scopes, namespaces, supervisor, control, accounts)
         lifecycle = Lifecycle(ending, namespaces, manual, keeper)
         services.append(control_service(control.handlers() | tenancy.handlers() | lifecycle.handlers()))
         async with serve_rpc(config.socket, services):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             notifier.tell("READY=1")
             beside = [] if private else list(_besides(config, scopes, namespaces))
-            await _wait_end(ending, manual, control, [files.follow, *beside])
+            await _wait_end(ending, manual, control, [files.follow, *beside, accounts.follow])
             notifier.tell("RELOADING=1" if ending.how is End.REPLACE else "STOPPING=1")
         await _finish(ending, supervisor, ends, keeper)
     return ending.how
@@ -211,8 +212,9 @@ async def _finish(
         keeper.carry()
 
 
-async def _forget_owner(keychain: Keychain, broker: Broker, owner: str) -> None:
-    """Nobody of that name is left: one who comes later has neither the credentials nor the grants."""
+async def _forget_owner(keychain: Keychain, broker: Broker, meta: Meta, owner: str) -> None:
+    """Nobody of that name is left: one who comes later has neither the credentials nor the grants, and pays nothing."""
+    await trio.to_thread.run_sync(meta.forget_costs, owner)
     await keychain.forget(owner)
     await broker.forget(owner)
 

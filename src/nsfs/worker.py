@@ -111,7 +111,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
             )
         )
         nursery = await stack.enter_async_context(open_tasks())
-        reach: Reach = OwnReach(RemoteSources(remote), nursery)
+        reach: Reach = OwnReach(RemoteSources(remote), nursery, remote.take_bill)
         if params.is_shared:
             reach = SharedReach(reach.sources, borrowing, uplink, nursery, config.grant_ttl)
         worker = await _compose(stack, layout, config, pool, index, fds[1:3], forks, reach)

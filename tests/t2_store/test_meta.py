@@ -8,6 +8,7 @@ import pytest
 
 from nsfs.errors import CorruptError, NoSpaceError, UnsupportedError
 from nsfs.model.mounts import MountRecord
+from nsfs.model.report import Cost
 from nsfs.store import meta
 from nsfs.store.meta import FORMAT, open_meta
 
@@ -103,3 +104,18 @@ def test_a_full_database_is_no_space_and_keeps_what_it_has(tmp_path: Path, monke
 def fill(opened: meta.Meta) -> None:
     for number in range(10_000):
         opened.put_mount(record(number))
+
+
+def test_costs_add_up_and_are_one_owner_s(tmp_path: Path) -> None:
+    def cost(server: str, requests: int, received: int) -> Cost:
+        return Cost(server=server, requests=requests, received=received)
+
+    with open_meta(str(tmp_path / "meta")) as meta:
+        meta.add_costs("a", [cost("r:1", 1, 10), cost("s:1", 2, 20)])
+        meta.add_costs("a", [cost("r:1", 3, 30)])
+        meta.add_costs("a/b", [cost("r:1", 5, 50)])
+    with open_meta(str(tmp_path / "meta")) as meta:
+        assert sorted(meta.costs("a"), key=lambda each: each.server) == [cost("r:1", 4, 40), cost("s:1", 2, 20)]
+        meta.forget_costs("a")
+        assert meta.costs("a") == []
+        assert meta.costs("a/b") == [cost("r:1", 5, 50)]

@@ -7,10 +7,11 @@ import click
 from nsfs.cli.options import json_option
 from nsfs.cli.render import render_columns, render_json
 from nsfs.cli.session import Session, pass_session
-from nsfs.model.report import render_count, render_size
+from nsfs.model.report import Cost, render_count, render_size
 from nsfs.serve import api
 
 _HEAD = ("NAMESPACE", "DOMAINS", "MOUNTS", "SNAPSHOTS", "CONTAINERS", "OWN", "SHARED", "FETCHED")
+_COST_HEAD = ("ASKED", "REQUESTS", "RECEIVED")
 _DOMAIN_HEAD = ("DOMAIN", "WHOSE", "UID", "KEY", "PID", "DISK", "FETCHED", "STATE")
 
 
@@ -75,7 +76,16 @@ def _render(report: api.NamespaceReport) -> list[str]:
         *(render_columns(rows, frozenset({2, 4, 5, 6})) if report.domains else ["no domains"]),
         *(["", "mounts:", *(f"  {target}" for target in report.mounts)] if report.mounts else []),
         *(["", "containers:", *(f"  {key}" for key in report.containers)] if report.containers else []),
+        *(
+            ["", *render_columns([_COST_HEAD, *map(_cost_row, report.costs)], frozenset({1, 2}))]
+            if report.costs
+            else []
+        ),
     ]
+
+
+def _cost_row(cost: Cost) -> tuple[str, ...]:
+    return (cost.server, str(cost.requests), render_size(cost.received))
 
 
 def _domain_row(domain: api.NamespaceDomain) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 from msgspec import Struct, field
 
-from nsfs.model.report import Data, Item, Note, Progress
+from nsfs.model.report import Cost, Data, Item, Note, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -180,6 +180,12 @@ class Evicted(Struct, kw_only=True):
 
     layers: int
     freed: int
+
+
+class Costs(Struct, kw_only=True):
+    """What an owner's worker has asked of servers since it was last asked so: the answer to TakeCosts."""
+
+    costs: list[Cost]
 
 
 class CredentialRequest(Struct, kw_only=True):

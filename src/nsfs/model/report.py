@@ -44,6 +44,16 @@ class Note(Struct, tag="note", kw_only=True):
     text: str
 
 
+class Cost(Struct, kw_only=True):
+    """What one server cost: a registry, or where one redirected to, or its token server."""
+
+    server: str
+    """Host and port, as asked."""
+    requests: int
+    received: int
+    """Bytes of bodies."""
+
+
 class Data(Struct, tag="data"):
     """A piece of a file's content (Read)."""
 

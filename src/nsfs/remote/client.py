@@ -27,7 +27,7 @@ from nsfs.model.oci import Traffic
 from nsfs.remote.auth import MAX_TOKEN_ANSWER, Authorizer, TokenRequest, parse_challenges
 from nsfs.remote.hosts import Endpoint, Tls
 from nsfs.remote.response import REDIRECTS, STALE, origin, plan_redirect, refusal
-from nsfs.remote.transport import Timeouts, body_of, create_client
+from nsfs.remote.transport import Bill, Timeouts, body_of, create_client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -139,11 +139,12 @@ class Connections:
         self._limit = limit
         self._environment = environment
         self._clients: dict[Tls, httpx.AsyncClient] = {}
+        self.bill = Bill()
 
     def client(self, tls: Tls) -> httpx.AsyncClient:
         """The client for servers of this configuration."""
         if tls not in self._clients:
-            self._clients[tls] = create_client(tls, self._environment, self.timeouts)
+            self._clients[tls] = create_client(tls, self._environment, self.timeouts, self.bill)
         return self._clients[tls]
 
     def lanes(self) -> Lanes:

@@ -21,6 +21,7 @@ from nsfs.remote.transport import Timeouts
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
+    from nsfs.model.oci import Traffic
     from nsfs.remote.credentials import Credentials
     from nsfs.remote.hosts import Hosts
     from nsfs.remote.layout import LayoutFiles
@@ -43,6 +44,10 @@ class Remote:
         self._layouts = layouts
         self._patience = patience
         self._servers: dict[str, tuple[Server, ...]] = {}
+
+    def take_bill(self) -> dict[str, Traffic]:
+        """What every server cost since this was last called, tokens and redirects' targets included."""
+        return self._connections.bill.take()
 
     async def source(self, reference: Reference | LayoutReference) -> RegistrySource | LayoutSource:
         """The repository or layout of `reference`; raises UsageError."""

@@ -23,9 +23,10 @@ import httpcore
 import httpx
 
 from nsfs.errors import UsageError
+from nsfs.model.oci import Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from nsfs.remote.hosts import Tls
 
@@ -47,14 +48,33 @@ class Timeouts:
         return 2 * (self.connect + self.read)
 
 
+class Bill:
+    """What every server that was asked cost since the bill was last taken: requests, and bytes of bodies received."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, list[int]] = {}
+
+    def add(self, host: str, requests: int, received: int) -> None:
+        """Count for a server, by host and port."""
+        counts = self._counts.setdefault(host, [0, 0])
+        counts[0] += requests
+        counts[1] += received
+
+    def take(self) -> dict[str, Traffic]:
+        """All of it; from here on it is counted anew."""
+        taken, self._counts = self._counts, {}
+        return {host: Traffic(*counts) for host, counts in taken.items()}
+
+
 class Transport(httpx.AsyncBaseTransport):
     """Sends requests over connections that share one TLS configuration; one pool per scheme and proxy.
 
     Certificates are read when the first HTTPS URL is asked for: the system's cost 20 ms and megabytes.
     """
 
-    def __init__(self, tls: Tls, environment: Mapping[str, str]) -> None:
+    def __init__(self, tls: Tls, environment: Mapping[str, str], bill: Bill | None = None) -> None:
         self._tls = tls
+        self._bill = bill or Bill()
         self._environment = environment
         self._pools: dict[tuple[str, str | None], httpcore.AsyncConnectionPool] = {}
 
@@ -73,7 +93,9 @@ class Transport(httpx.AsyncBaseTransport):
         )
         with _mapped_errors():
             answer = await pool.handle_async_request(raw)
-        body = Body(answer)
+        host = url.netloc.decode("ascii")
+        self._bill.add(host, 1, 0)
+        body = Body(answer, lambda size: self._bill.add(host, 0, size))
         extensions = {**answer.extensions, "nsfs.body": body}
         return httpx.Response(answer.status, headers=answer.headers, stream=body, extensions=extensions)
 
@@ -103,10 +125,12 @@ class Transport(httpx.AsyncBaseTransport):
         return httpcore.AsyncHTTPProxy(bare, proxy_auth=login, **common)
 
 
-def create_client(tls: Tls, environment: Mapping[str, str], timeouts: Timeouts) -> httpx.AsyncClient:
+def create_client(
+    tls: Tls, environment: Mapping[str, str], timeouts: Timeouts, bill: Bill | None = None
+) -> httpx.AsyncClient:
     """An HTTP client that follows no redirects, keeps no cookies and adds no credentials."""
     return httpx.AsyncClient(
-        transport=Transport(tls, environment),
+        transport=Transport(tls, environment, bill),
         timeout=httpx.Timeout(timeouts.read, connect=timeouts.connect),
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         follow_redirects=False,
@@ -203,8 +227,9 @@ class Body(httpx.AsyncByteStream):
     later and with warnings; so `aclose` cuts the connection and lets them run into that.
     """
 
-    def __init__(self, answer: httpcore.Response) -> None:
+    def __init__(self, answer: httpcore.Response, count: Callable[[int], None]) -> None:
         stream = answer.stream
+        self._count = count
         assert isinstance(stream, AsyncIterable)
         self._stream: Any = stream
         self._pieces = aiter(stream)
@@ -217,10 +242,12 @@ class Body(httpx.AsyncByteStream):
     async def __anext__(self) -> bytes:
         try:
             with _mapped_errors():
-                return await anext(self._pieces)
+                piece = await anext(self._pieces)
         except BaseException:
             self._ended = True
             raise
+        self._count(len(piece))
+        return piece
 
     async def aclose(self) -> None:
         """Give the connection back, or close it if bytes are still to come."""

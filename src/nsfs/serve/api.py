@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from nsfs.model.report import Data, EntryReport, ImageReport, Item, Note, Progress
+from nsfs.model.report import Cost, Data, EntryReport, ImageReport, Item, Note, Progress
 
 SERVICE = "nsfs.v1.Control"
 VERSION = 1
@@ -239,6 +239,8 @@ class NamespaceReport(Struct, kw_only=True):
     """Bytes on disk of the domains that it shares, whoever had them fetched."""
     fetched: int
     """Bytes fetched for its own domains since their workers started."""
+    costs: list[Cost] = []
+    """What its requests to registries cost so far, those for shared domains included, by server."""
 
 
 class NamespacesReport(Struct, kw_only=True):

@@ -21,10 +21,11 @@ from msgspec import Struct
 from nsfs.core.grants import Grants
 from nsfs.core.images import Located
 from nsfs.core.relay import RelaySource, relay_methods
-from nsfs.core.worker_api import Empty
+from nsfs.core.worker_api import Costs, Empty
 from nsfs.errors import DeniedError, NsfsError, UnreachableError
 from nsfs.model.policy import Domain, Isolation, check_owner, own_domain, owner_of
 from nsfs.model.pool import Access, origin_of
+from nsfs.model.report import Cost
 from nsfs.remote.reference import LayoutReference, parse_reference
 from nsfs.serve.wire import Passing, open_peer
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from nsfs.core.grants import Ledger
     from nsfs.core.images import Gate, Sources
     from nsfs.core.ports import Source
+    from nsfs.model.oci import Traffic
     from nsfs.remote.hosts import Hosts
     from nsfs.serve.config import Config
     from nsfs.serve.lending import Uplink
@@ -207,8 +209,9 @@ class Reach(Protocol):
 class OwnReach:
     """How a worker that is one owner's reaches registries: itself, and for domains in which that owner shares."""
 
-    def __init__(self, sources: Sources, nursery: trio.Nursery) -> None:
+    def __init__(self, sources: Sources, nursery: trio.Nursery, take_bill: Callable[[], dict[str, Traffic]]) -> None:
         self._sources = sources
+        self._take_bill = take_bill
         self._nursery = nursery
 
     @property
@@ -223,7 +226,13 @@ class OwnReach:
 
     def methods(self, blobs: Blobs) -> Methods:
         """What the daemon may call."""
-        return serving_methods(blobs, self._nursery)
+        return {**serving_methods(blobs, self._nursery), "TakeCosts": (Empty, self._take_costs)}
+
+    async def _take_costs(self, _asked: Empty, _report: Report) -> Costs:
+        bill = self._take_bill()
+        return Costs(
+            costs=[Cost(server=host, requests=each.requests, received=each.received) for host, each in bill.items()]
+        )
 
 
 class SharedReach:

@@ -327,6 +327,10 @@ class Supervisor:
         kept = self._kept.get(domain)
         return set() if kept is None else kept.owners | {parse_view_name(view).reader for view in kept.views}
 
+    def owned(self) -> dict[str, str]:
+        """The domains that are one owner's and have a worker, and whose they are."""
+        return {name: kept.owner for name, kept in self._kept.items() if kept.owner and kept.pid}
+
     def pids(self) -> dict[str, int]:
         """The worker of each domain that has one; 0 while it is being started."""
         return {name: kept.pid for name, kept in self._kept.items()}

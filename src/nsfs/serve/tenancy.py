@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nsfs.core.namespaces import Namespaces
     from nsfs.core.scopes import Scopes
     from nsfs.model.namespaces import Holding
+    from nsfs.serve.accounts import Accounts
     from nsfs.serve.config import Config
     from nsfs.serve.control import Control
     from nsfs.serve.control_rpc import Handler, Report
@@ -27,8 +28,15 @@ class Tenancy:
     """Its handlers."""
 
     def __init__(
-        self, config: Config, scopes: Scopes, namespaces: Namespaces, supervisor: Supervisor, control: Control
+        self,
+        config: Config,
+        scopes: Scopes,
+        namespaces: Namespaces,
+        supervisor: Supervisor,
+        control: Control,
+        accounts: Accounts,
     ) -> None:
+        self._accounts = accounts
         self._config = config
         self._scopes = scopes
         self._namespaces = namespaces
@@ -93,6 +101,8 @@ class Tenancy:
 
     async def _report(self, found: Holding) -> api.NamespaceReport:
         domains = [await self._domain(name, own=name in found.own) for name in sorted(found.own | found.shared)]
+        tenants = {name.removeprefix("ns/") for name in found.own if name.startswith("ns/")}
+        owners = sorted({found.namespace} | tenants)
         return api.NamespaceReport(
             namespace=found.namespace,
             containerd=found.namespace in await self._namespaces.came_by_containerd(),
@@ -103,6 +113,7 @@ class Tenancy:
             own=sum(domain.disk for domain in domains if domain.own),
             shared=sum(domain.disk for domain in domains if not domain.own),
             fetched=sum(domain.fetched for domain in domains if domain.own),
+            costs=await self._accounts.of(owners),
         )
 
     async def _domain(self, name: str, *, own: bool) -> api.NamespaceDomain:

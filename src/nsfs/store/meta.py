@@ -7,6 +7,7 @@ Keys and values, described here and nowhere else:
     db `mounts`     mount ID (ASCII) -> msgpack of MountRecord
     db `snapshots`  snapshot ID (8 bytes, big-endian) -> msgpack of snapshot.Record, which has the (long) name
     db `namespaces` name of a namespace that ever had a snapshot, and was not ended since -> nothing
+    db `costs`      raw sha256 of owner, raw sha256 of server (host and port) -> msgpack of report.Cost
     db `stacks`     who stacks lowers: a mount ID, or "snapshot " and a number (ASCII) -> msgpack array of Lower
 
 No transaction stays open across an await. Writes are durable when a method returns.
@@ -14,8 +15,10 @@ No transaction stays open across an await. Writes are durable when a method retu
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
 
 import lmdb
@@ -24,6 +27,7 @@ from msgspec import Struct
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.mounts import Lower, MountRecord
+from nsfs.model.report import Cost
 from nsfs.model.snapshot import Record
 from nsfs.store.databases import mapped_errors
 
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_COST_OWNER = 32
+"""Bytes of a key that are the owner's."""
 FORMAT = 1
 _MAP_SIZE = 1 << 30
 _LAST = b"last snapshot"
@@ -62,6 +68,7 @@ class Meta:
         self._snapshots = env.open_db(b"snapshots")
         self._namespaces = env.open_db(b"namespaces")
         self._stacks = env.open_db(b"stacks")
+        self._costs = env.open_db(b"costs")
 
     @contextmanager
     def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[bytes]]:
@@ -177,6 +184,39 @@ class Meta:
         """Forget one, if it is known."""
         with self._transaction(write=True) as txn:
             txn.delete(namespace.encode(), db=self._namespaces)
+
+    def costs(self, owner: str) -> list[Cost]:
+        """What an owner's requests cost so far, by server."""
+        with self._transaction() as txn:
+            return [_decode(value, Cost) for _, value in self._costs_of(txn, owner)]
+
+    def add_costs(self, owner: str, costs: Sequence[Cost]) -> None:
+        """Add what they cost since."""
+        with self._transaction(write=True) as txn:
+            for cost in costs:
+                key = _cost_key(owner, cost.server)
+                known = txn.get(key, db=self._costs)
+                before = _decode(known, Cost) if known else Cost(server=cost.server, requests=0, received=0)
+                before.requests += cost.requests
+                before.received += cost.received
+                txn.put(key, msgspec.msgpack.encode(before), db=self._costs)
+
+    def forget_costs(self, owner: str) -> None:
+        """Forget what an owner's requests cost, who is no more."""
+        with self._transaction(write=True) as txn:
+            for key, _ in list(self._costs_of(txn, owner)):
+                txn.delete(key, db=self._costs)
+
+    def _costs_of(self, txn: lmdb.Transaction[bytes], owner: str) -> Iterator[tuple[bytes, bytes]]:
+        first = _cost_key(owner, "")[:_COST_OWNER]
+        cursor = txn.cursor(self._costs)
+        cursor.set_range(first)
+        return takewhile(lambda pair: pair[0].startswith(first), cursor)
+
+
+def _cost_key(owner: str, server: str) -> bytes:
+    """Hashes, since names may be longer than LMDB's keys; the owner's of one length, so that none begins another's."""
+    return b"".join(hashlib.sha256(part.encode()).digest() for part in (owner, server))
 
 
 def _number(snapshot: int) -> bytes:
