@@ -1,16 +1,15 @@
 """The daemon's own records, in one LMDB environment that only the daemon writes.
 
 Keys and values, described here and nowhere else:
-
     db `about`      version, last snapshot (the highest ID ever given), latest uid (given to a domain) -> ASCII decimal
     db `domains`    name of a domain -> msgpack of DomainRecord
     db `mounts`     mount ID (ASCII) -> msgpack of MountRecord
     db `snapshots`  snapshot ID (8 bytes, big-endian) -> msgpack of snapshot.Record, which has the (long) name
     db `namespaces` name of a namespace that ever had a snapshot, and was not ended since -> nothing
-    db `costs`      raw sha256 of owner, raw sha256 of server (host and port) -> msgpack of report.Cost
+    db `costs`      sha256 of owner, sha256 of server (host and port), both raw -> msgpack of report.Cost
     db `stacks`     who stacks lowers: a mount ID, or "snapshot " and a number (ASCII) -> msgpack array of Lower
 
-No transaction stays open across an await. Writes are durable when a method returns.
+No transaction stays open across an await; writes are durable when a method returns.
 """
 
 from __future__ import annotations
