@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from nsfs import __version__
+from nsfs.core.cache import Cache
 from nsfs.core.clones import Clones
 from nsfs.core.deletions import Deletions
 from nsfs.core.lazy import LazyConfig, LazyLayers
@@ -30,6 +31,7 @@ from nsfs.core.scopes import Scopes
 from nsfs.core.snapshots import open_snapshots
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnsupportedError
+from nsfs.model.cache import Limits
 from nsfs.model.encryption import Encrypt
 from nsfs.model.mounts import Host
 from nsfs.remote.hosts import HostsDirectory
@@ -37,6 +39,7 @@ from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
 from nsfs.serve.accounts import Accounts
 from nsfs.serve.build import identify
+from nsfs.serve.caching import Caching
 from nsfs.serve.containerd import Runtime, open_containerd
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
@@ -82,6 +85,8 @@ _FOR_MOUNTS: Final = {"fuse", "/dev/fuse", "fusermount3"}
 """What a user can do without as long as nothing is mounted; root's workers cannot."""
 _TIDY_EVERY: Final = 1.0
 """Seconds between looks for mounts that others took away."""
+_OF_WHAT_IS_FREE: Final = 0.6
+"""Part of it that pools may take where nobody says how much."""
 _LINGER: Final = 5
 """So many looks without a mount or a call end a private daemon."""
 
@@ -187,14 +192,19 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             ends.append(snapshots.end)
         namespaces = Namespaces(manual, snapshots, lowers, store, meta, partial(_forget_owner, keychain, broker, meta))
         accounts, ending = Accounts(meta, supervisor), Ending()
-        tenancy = Tenancy(config, scopes, namespaces, supervisor, control, accounts)
-        lifecycle = Lifecycle(ending, namespaces, manual, keeper)
-        services.append(control_service(control.handlers() | tenancy.handlers() | lifecycle.handlers()))
+        cache = Cache(supervisor, store, _limits(config, meta, store), _quotas(config))
+        groups = (
+            control,
+            Tenancy(config, scopes, namespaces, supervisor, control, accounts),
+            Lifecycle(ending, namespaces, manual, keeper),
+            Caching(cache, control),
+        )
+        services.append(control_service({name: each for group in groups for name, each in group.handlers().items()}))
         async with serve_rpc(config.socket, services):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             notifier.tell("READY=1")
             beside = [] if private else list(_besides(config, scopes, namespaces))
-            await _wait_end(ending, manual, control, [files.follow, *beside, accounts.follow])
+            await _wait_end(ending, manual, control, [files.follow, cache.watch, *beside, accounts.follow])
             notifier.tell("RELOADING=1" if ending.how is End.REPLACE else "STOPPING=1")
         await _finish(ending, supervisor, ends, keeper)
     return ending.how
@@ -217,6 +227,17 @@ async def _forget_owner(keychain: Keychain, broker: Broker, meta: Meta, owner: s
     await trio.to_thread.run_sync(meta.forget_costs, owner)
     await keychain.forget(owner)
     await broker.forget(owner)
+
+
+def _limits(config: Config, meta: Meta, store: Domains) -> Limits:
+    """How much pools may take; where nobody says it, most of what was free at the first start ever."""
+    pool = config.pool
+    most = pool.max_bytes or meta.pool_cap(int(store.free() * _OF_WHAT_IS_FREE))
+    return Limits(most=int(most), reserve=int(pool.reserve), high=pool.high, low=pool.low)
+
+
+def _quotas(config: Config) -> dict[str, int]:
+    return {owner: namespace.quota for owner, namespace in config.namespace.items()}
 
 
 def _complete(reference: str) -> str:

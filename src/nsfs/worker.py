@@ -22,6 +22,7 @@ import trio
 from nsfs.core import worker_api
 from nsfs.core.blobs import Blobs
 from nsfs.core.domain import Domain
+from nsfs.core.domain_cache import DomainCache, NotedUse
 from nsfs.core.dropping import drop_often
 from nsfs.core.fetcher import open_fetcher
 from nsfs.core.fetchview import FetchConfig
@@ -116,6 +117,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
             reach = SharedReach(reach.sources, borrowing, uplink, nursery, config.grant_ttl)
         worker = await _compose(stack, layout, config, pool, index, fds[1:3], forks, reach)
         worker.layers.finish(unfinished)
+        worker.cache.resume()
         worker.shown.show_again(params.views, params.trees)
         await _serve(params, config, fds, control, pool, worker, uplink)
 
@@ -123,9 +125,10 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
 class _Worker:
     """What `_compose` made."""
 
-    def __init__(self, domain: Domain, methods: Methods, layers: Layers, shown: ShownTree) -> None:
+    def __init__(self, domain: Domain, methods: Methods, cache: DomainCache, layers: Layers, shown: ShownTree) -> None:
         self.domain = domain
         self.methods = methods
+        self.cache = cache
         self.layers = layers
         self.shown = shown
 
@@ -166,10 +169,11 @@ async def _compose(
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)
-    domain = Domain(images, layers, blobs, views, looking, index, shown)
+    cache = DomainCache(index, images, layers, views, looking, shown, nursery)
+    domain = Domain(images, layers, blobs, views, looking, index, NotedUse(shown, cache.note_use))
     pinned = Pinned(images, layers, maps, index, views)
-    methods = {**domain.methods(), **pinned.methods(), **reach.methods(blobs)}
-    return _Worker(domain, methods, layers, shown)
+    methods = {**domain.methods(), **pinned.methods(), **cache.methods(), **reach.methods(blobs)}
+    return _Worker(domain, methods, cache, layers, shown)
 
 
 def _recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[LayerKey]:
@@ -319,6 +323,10 @@ class ShownTree:
         self._views = views
         self._shown: dict[str, frozenset[str]] = {}
         """Names of views, by what shows them: a view itself, or a tree."""
+
+    def maps(self) -> set[str]:
+        """See core.domain_cache.Shown."""
+        return {parse_view_name(view)[0] for views in self._shown.values() for view in views}
 
     def show_views(self, names: Sequence[str]) -> None:
         """See core.domain.Shown."""

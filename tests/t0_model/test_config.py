@@ -74,6 +74,11 @@ def test_every_key_can_be_changed() -> None:
     [fetch]
     concurrency = 2
     read_ahead = "64 KiB"
+    [pool]
+    max_bytes = "1GiB"
+    reserve = 0
+    high = 0.5
+    low = 0.25
     [containerd]
     address = "/g"
     [kernel]

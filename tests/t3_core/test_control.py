@@ -9,12 +9,15 @@ import trio.testing
 from msgspec import Struct
 
 from nsfs.core import worker_api
+from nsfs.core.cache import Cache
 from nsfs.core.scopes import Scopes
 from nsfs.errors import DeniedError, NotFoundError, UnreachableError
+from nsfs.model.cache import Limits
 from nsfs.model.mounts import MountRecord
 from nsfs.model.policy import Domain, Isolation, Policy
 from nsfs.model.report import EntryReport, ImageReport
 from nsfs.serve import api
+from nsfs.serve.caching import Caching
 from nsfs.serve.config import Config
 from nsfs.serve.control import Control
 from nsfs.serve.credentials import Keychain
@@ -103,10 +106,13 @@ class Fixture:
         keychain = Keychain(config, Layout("/r", "/r"), {}, private=True)
         self.scopes = Scopes(Policy(Isolation.SHARED), lambda reference: f"docker.io/library/{reference}")
         self.control = Control(config, mounts, supervisor, self.scopes, keychain, private=True)
+        disks: Any = None
+        cache = Cache(supervisor, disks, Limits(1, 0, 0.9, 0.8), {})
+        self.handlers = self.control.handlers() | Caching(cache, self.control).handlers()
         self.told: list[object] = []
 
     async def ask(self, method: str, request: Struct) -> Any:
-        return await self.control.handlers()[method](request, self.tell)
+        return await self.handlers[method](request, self.tell)
 
     async def tell(self, body: object) -> None:
         self.told.append(body)
@@ -114,7 +120,7 @@ class Fixture:
 
 def test_every_method_of_the_api_has_a_handler() -> None:
     elsewhere = {"Explain", "Namespaces", "Namespace", "EndNamespace", "Drain", "Upgrade"}
-    assert set(Fixture().control.handlers()) == set(api.METHODS) - elsewhere
+    assert set(Fixture().handlers) == set(api.METHODS) - elsewhere
 
 
 def test_status_asks_all_at_once_and_says_who_does_not_answer() -> None:

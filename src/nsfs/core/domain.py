@@ -95,7 +95,6 @@ class Domain:
             "Tree": (worker_api.PathName, self._tree),
             "Stat": (worker_api.PathName, self._stat),
             "Read": (worker_api.PathName, self._read),
-            "Evict": (worker_api.Name, self._evict),
             "Usage": (worker_api.Usage, self._usage),
             "Status": (worker_api.Empty, self._status),
             "ShowViews": (worker_api.Views, self._show_views),
@@ -216,16 +215,6 @@ class Domain:
         async with self._opened(params, report) as image:
             await self._looking.read(image, params.path, params.offset, params.length, report)
         return worker_api.Empty()
-
-    async def _evict(self, params: worker_api.Name, report: Report) -> worker_api.Evicted:
-        image = await self._resolve(params, report)
-        keys = dict.fromkeys(record.key for layer in image.layers if (record := self._layers.record(layer)))
-        freed = 0
-        for key in keys:
-            await report(Progress(stage="evict", what=short(key.blob)))
-            await self._layers.ensure_spans(key, image.access.owner)
-            freed += await self._views.evict(key)
-        return worker_api.Evicted(layers=len(keys), freed=freed)
 
     async def _usage(self, params: worker_api.Usage, _report: Report) -> worker_api.UsageReport:
         return self._views.usage(params.maps)

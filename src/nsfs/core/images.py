@@ -15,7 +15,7 @@ import msgspec
 import trio
 
 from nsfs.core.blobs import NOBODY
-from nsfs.errors import CorruptError, UnreachableError
+from nsfs.errors import CorruptError, NotFoundError, UnreachableError
 from nsfs.model import oci
 from nsfs.model.digest import DiffId, Digest
 from nsfs.model.pool import ImageRecord
@@ -159,6 +159,15 @@ class Images:
             await trio.to_thread.run_sync(self._memory.put_image, key, record)
         return _read(located, record)
 
+    async def remembered(self, reference: str, platform: str | None, owner: str = "") -> tuple[Image, ImageRecord]:
+        """What `reference` was when it was resolved last; needs no network. Raises NotFoundError."""
+        located = await self._sources.locate(reference, owner)
+        wanted = oci.Platform.parse(platform) if platform else self._platform
+        record = self._memory.image(located.key(wanted))
+        if record is None:
+            raise NotFoundError(f"nothing is known here of {located.reference} for {wanted}")
+        return await self._admitted(_read(located, record)), record
+
     async def pinned(self, reference: str, owner: str = "") -> Image:
         """The image that `reference` names by its manifest's digest: what such a name means never changes.
 
@@ -182,7 +191,12 @@ async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord
         parsed = oci.parse_document(document)
         if isinstance(parsed, oci.Manifest):
             if remembered is not None and remembered.manifest == document.data:
-                return msgspec.structs.replace(remembered, repository=located.repository, digest=document.digest)
+                return msgspec.structs.replace(
+                    remembered,
+                    repository=located.repository,
+                    digest=document.digest,
+                    reference=located.reference,
+                )
             config = await located.source.read_blob(parsed.config, oci.MAX_CONFIG)
             return ImageRecord(
                 repository=located.repository,
@@ -190,6 +204,7 @@ async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord
                 media_type=document.media_type,
                 config=config,
                 digest=document.digest,
+                reference=located.reference,
             )
         document = await located.source.manifest(oci.choose_platform(parsed, wanted).digest)
     raise CorruptError(f"image indexes are nested too deeply: {located.reference}")

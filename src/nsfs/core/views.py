@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import trio
 
 from nsfs.core import landing
-from nsfs.core.fetchplan import Table, join_blocks
+from nsfs.core.fetchplan import Table, join_blocks, subtract
 from nsfs.core.fetchview import LayerSource, View
 from nsfs.core.refill import refill
 from nsfs.core.worker_api import UsageReport
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 
 _LOOKING: Final = Patience(0)
+_COMPLETING: Final = 60.0
+"""Seconds that a piece may take which nobody waits for."""
 """One attempt, however long its bytes take: somebody sits in front of it."""
 
 _KEPT_VIEWS: Final = 4096
@@ -117,10 +119,25 @@ class Views:
         view, patience = self._view(name)
         await self._fetcher.make_present(view, address, size, patience=patience)
 
-    async def evict(self, key: LayerKey) -> int:
-        """Drop a layer's contents, which can come back by ranges; gives the bytes freed."""
+    async def evict(self, key: LayerKey, spared: Iterable[LayerKey] = ()) -> int:
+        """Drop a layer's contents, but for what `spared` layers have too; gives the bytes freed.
+
+        They can come back by ranges.
+        """
         self._fetcher.forget(_name_of(key, ""))
-        return await trio.to_thread.run_sync(lambda: self._pool.evict_all(self._ranges_of(key)))
+        taken = [each for other in spared for each in self._ranges_of(other)]
+        ranges = subtract(self._ranges_of(key), taken) if taken else self._ranges_of(key)
+        return await trio.to_thread.run_sync(lambda: self._pool.evict_all(ranges))
+
+    async def complete(self, key: LayerKey, owner: str) -> None:
+        """Have all contents of a layer in the pool; raises as its registry does, and NoSpaceError."""
+        view = View(f"pin/{key.blob}", [self._source(key, owner)])
+        for address, size in self._ranges_of(key):
+            await self._fetcher.make_present(view, address, size, patience=_COMPLETING)
+
+    def size_of(self, key: LayerKey) -> int:
+        """Bytes of all contents of a layer, in whole blocks."""
+        return sum(size for _, size in self._ranges_of(key))
 
     def local_bytes(self, keys: Iterable[LayerKey]) -> int:
         """Bytes of these layers' contents that are in the pool; what two of them share counts once."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 from msgspec import Struct, field
 
+from nsfs.model.cache import HeldImage, HeldLayer  # noqa: TC001  msgspec looks them up when it decodes
 from nsfs.model.report import Cost, Data, Item, Note, Progress
 
 if TYPE_CHECKING:
@@ -173,6 +174,38 @@ class PathName(Name, kw_only=True):
     path: bytes
     offset: int = 0
     length: int | None = None
+
+
+class Held(Struct, kw_only=True):
+    """What a domain's pool holds: the answer to Held."""
+
+    layers: list[HeldLayer]
+    images: list[HeldImage]
+
+
+class Drop(Struct, kw_only=True):
+    """Give up the contents of layers that Held named, unless they are used again meanwhile. Answered by Evicted."""
+
+    layers: list[HeldLayer]
+
+
+class Pinned(Struct, kw_only=True):
+    """An image is pinned (Pin) or no longer (Unpin)."""
+
+    reference: str
+    digest: str
+    absent: int
+    """Bytes that are still to be fetched."""
+
+
+class Offline(Struct, kw_only=True):
+    """What an image would want of its registry: the answer to Offline."""
+
+    reference: str
+    missing: list[str]
+    """A sentence for each layer that is not whole; nothing if it is complete."""
+    absent: int
+    """Bytes of contents, of layers that were read."""
 
 
 class Evicted(Struct, kw_only=True):

@@ -83,7 +83,7 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
     fetched: int = 0
     """Bytes of blob that the first pass read; 0 for a layer by its table of contents. Nothing reads it yet."""
     last_used: float = 0.0
-    """When its first pass ended, in seconds since the epoch. Nothing reads it yet."""
+    """When a mount that stands on it began or ended last, or its first pass did, in seconds since the epoch."""
 
     @property
     def key(self) -> LayerKey:
@@ -137,3 +137,9 @@ class ImageRecord(Struct, frozen=True, kw_only=True):
     config: bytes
     digest: str = ""
     """Of the manifest, as it was asked for: an index or a user may name it by sha512. Empty: its sha256."""
+    reference: str = ""
+    """As it was named, complete; empty in records of an earlier release."""
+    pinned: bool = False
+    """Its contents are to be complete, and stay."""
+    owner: str = ""
+    """Who pinned it, where several share the domain."""

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
+from nsfs.model.cache import CachedImage  # noqa: TC001  msgspec looks it up when it decodes
 from nsfs.model.report import Cost, Data, EntryReport, ImageReport, Item, Note, Progress
 
 SERVICE = "nsfs.v1.Control"
@@ -260,6 +261,53 @@ class NamespaceEnded(Struct, kw_only=True):
     """Bytes of disk."""
 
 
+class CacheReport(Struct, kw_only=True):
+    """`nsfs cache ls`. Bytes."""
+
+    used: int
+    """What pools take on disk, their indexes included."""
+    cap: int
+    free: int
+    """What the filesystem has left."""
+    reserve: int
+    state: str
+    """ready, or what is short."""
+    images: list[CachedImage]
+
+
+class PruneRequest(Struct, kw_only=True):
+    """Have contents go that nobody stands on, nor did in the last `older` seconds."""
+
+    older: float = 0.0
+    dry_run: bool = False
+
+
+class PruneReport(Struct, kw_only=True):
+    """What went, or would."""
+
+    layers: int
+    freed: int
+
+
+class PinReport(Struct, kw_only=True):
+    """An image is pinned, or no longer."""
+
+    reference: str
+    digest: str
+    absent: int
+    """Bytes of it that are still to be fetched; that goes on in the background."""
+
+
+class OfflineReport(Struct, kw_only=True):
+    """`nsfs offline`."""
+
+    reference: str
+    complete: bool
+    """It needs no registry."""
+    missing: list[str]
+    absent: int
+
+
 class EvictReport(Struct, kw_only=True):
     """What `nsfs evict` did."""
 
@@ -308,6 +356,11 @@ METHODS: dict[str, tuple[type, type]] = {
     "Stat": (PathRequest, EntryReport),
     "Read": (PathRequest, Empty),
     "Evict": (ImageRequest, EvictReport),
+    "Cache": (Empty, CacheReport),
+    "Prune": (PruneRequest, PruneReport),
+    "Pin": (ImageRequest, PinReport),
+    "Unpin": (ImageRequest, PinReport),
+    "Offline": (ImageRequest, OfflineReport),
     "Explain": (ExplainRequest, ExplainReport),
     "Namespaces": (Empty, NamespacesReport),
     "Namespace": (NamespaceRequest, NamespaceReport),

@@ -35,7 +35,7 @@ Prepare = Literal["lenient", "strict"]
 
 _NAMESPACES = "namespace"
 _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATIONS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class Size(int):
@@ -51,18 +51,19 @@ class Size(int):
 
 
 class Duration(float):
-    """Seconds; in TOML a number, alone or with ms, s, m or h behind it."""
+    """Seconds; in TOML a number, alone or with ms, s, m, h or d behind it."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
         """Read `value`; raises ValueError."""
-        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|s|m|h)?", str(value))
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|s|m|h|d)?", str(value))
         if found is None or isinstance(value, bool):
             raise ValueError(f'not a duration such as "60s": {value!r}')
         return cls(float(found[1]) * _DURATIONS[found[2] or ""])
 
 
 Count = Annotated[int, Meta(ge=1, le=1024)]
+Part = Annotated[float, Meta(gt=0, le=1)]
 
 
 class Registry(Struct, frozen=True, kw_only=True):
@@ -89,6 +90,19 @@ class Fetch(Struct, frozen=True, kw_only=True):
     """Ranges of one layer on the line at one time."""
     read_ahead: Size = Size(4 << 20)
     """Fetched beyond what a sequential reader asks for; 0 for nothing."""
+
+
+class Pool(Struct, frozen=True, kw_only=True):
+    """How much disk all pools together take."""
+
+    max_bytes: Size = Size(0)
+    """The cap; 0 for 60 % of what was free when nsfs first started here."""
+    reserve: Size = Size(1 << 30)
+    """Free space of the filesystem that is not used."""
+    high: Part = 0.95
+    """Part of the cap beyond which contents go, those used last a long time ago first."""
+    low: Part = 0.85
+    """Part of the cap that is left then."""
 
 
 class Kernel(Struct, frozen=True, kw_only=True):
@@ -125,6 +139,8 @@ class Namespace(Struct, frozen=True, kw_only=True):
     """How names are resolved there; empty for /etc/netns/<name>/resolv.conf where it is there, else the host's."""
     cgroup: str = ""
     """The cgroup for which its work counts, as /proc/PID/cgroup names it; empty for the daemon's."""
+    quota: Size = Size(0)
+    """Disk that the namespace's own pool may take; 0 for no limit but the cap of all."""
     credential_provider: tuple[str, ...] = ()
     """Program and arguments, asked for what that file does not know: a kubelet credential provider, version v1."""
 
@@ -162,6 +178,7 @@ class Config(Struct, frozen=True, kw_only=True):
     """Uids and gids, FIRST-LAST, that nobody else has: each domain's worker of root's daemon gets one of them."""
     registry: Registry = Registry()
     fetch: Fetch = Fetch()
+    pool: Pool = Pool()
     kernel: Kernel = Kernel()
     containerd: Containerd = Containerd()
     namespace: dict[str, Namespace] = {}
@@ -338,6 +355,8 @@ def _complete(config: Config, source: str) -> Config:
             raise UsageError(f"{source}: {key}: not an absolute path: {getattr(config, key)!r}")
     if len(config.socket.encode()) > 107:
         raise UsageError(f"{source}: socket: longer than the 107 bytes of a unix socket's name: {config.socket}")
+    if config.pool.low > config.pool.high:
+        raise UsageError(f"{source}: pool.low is above pool.high: {config.pool.low} and {config.pool.high}")
     with _naming(source, "on_error"):
         parse_patience(config.on_error)
     with _naming(source, "uid_range"):

@@ -65,20 +65,21 @@ class Control:
         return {
             "Version": self._version,
             "Status": self._status,
-            "Mount": self._counted(self._mount),
-            "Umount": self._counted(self._umount),
-            "Index": self._counted(self._index),
-            "Inspect": self._counted(self._inspect),
-            "List": self._counted(self._path("List", worker_api.Empty, api.Empty)),
-            "Tree": self._counted(self._path("Tree", worker_api.Empty, api.Empty)),
-            "Read": self._counted(self._path("Read", worker_api.Empty, api.Empty)),
-            "Stat": self._counted(self._path("Stat", EntryReport, None)),
-            "Evict": self._counted(self._evict),
-            "Login": self._counted(self._login),
-            "Logout": self._counted(self._logout),
+            "Mount": self.counted(self._mount),
+            "Umount": self.counted(self._umount),
+            "Index": self.counted(self._index),
+            "Inspect": self.counted(self._inspect),
+            "List": self.counted(self._path("List", worker_api.Empty, api.Empty)),
+            "Tree": self.counted(self._path("Tree", worker_api.Empty, api.Empty)),
+            "Read": self.counted(self._path("Read", worker_api.Empty, api.Empty)),
+            "Stat": self.counted(self._path("Stat", EntryReport, None)),
+            "Login": self.counted(self._login),
+            "Logout": self.counted(self._logout),
         }
 
-    def _counted(self, handler: Callable[..., Awaitable[Struct]]) -> Handler:
+    def counted(self, handler: Callable[..., Awaitable[Struct]]) -> Handler:
+        """`handler`, among the calls under way while it runs."""
+
         async def counted(request: Struct, report: Report) -> Struct:
             self.running += 1
             self.handled += 1
@@ -119,7 +120,8 @@ class Control:
         await self._mounts.umount(request.target, force=request.force)
         return api.Empty()
 
-    def _domain(self, request: api.ImageRequest) -> Domain:
+    def domain(self, request: api.ImageRequest) -> Domain:
+        """Where an image is looked at; raises DeniedError where that is a pod's."""
         asked = ScopeRequest(
             namespace=request.namespace,
             references=(request.reference,),
@@ -135,7 +137,8 @@ class Control:
             )
         return domain
 
-    async def _ask(self, domain: Domain, method: str, params: Struct, result: type[T], report: Report) -> T:
+    async def ask(self, domain: Domain, method: str, params: Struct, result: type[T], report: Report) -> T:
+        """Ask the worker of a domain."""
         return await self._supervisor.call(domain, method, params, result, report)
 
     async def _index(self, request: api.ImageRequest, report: Report) -> ImageReport:
@@ -148,9 +151,9 @@ class Control:
         return await self._report_image("Inspect", request, report)
 
     async def _report_image(self, method: str, request: api.ImageRequest, report: Report) -> ImageReport:
-        domain = self._domain(request)
+        domain = self.domain(request)
         name = worker_api.Name(reference=request.reference, platform=request.platform, owner=domain.owner)
-        found = await self._ask(domain, method, name, ImageReport, report)
+        found = await self.ask(domain, method, name, ImageReport, report)
         found.domain = domain.name
         return found
 
@@ -158,7 +161,7 @@ class Control:
         self, method: str, result: type[Struct], instead: type[Struct] | None
     ) -> Callable[..., Awaitable[Struct]]:
         async def ask(request: api.PathRequest, report: Report) -> Struct:
-            domain = self._domain(request)
+            domain = self.domain(request)
             name = worker_api.PathName(
                 owner=domain.owner,
                 reference=request.reference,
@@ -167,16 +170,10 @@ class Control:
                 offset=request.offset,
                 length=request.length,
             )
-            answer = await self._ask(domain, method, name, result, report)
+            answer = await self.ask(domain, method, name, result, report)
             return instead() if instead else answer
 
         return ask
-
-    async def _evict(self, request: api.ImageRequest, report: Report) -> api.EvictReport:
-        domain = self._domain(request)
-        name = worker_api.Name(reference=request.reference, platform=request.platform, owner=domain.owner)
-        evicted = await self._ask(domain, "Evict", name, worker_api.Evicted, report)
-        return api.EvictReport(layers=evicted.layers, freed=evicted.freed)
 
     async def _login(self, request: api.LoginRequest, _report: Report) -> api.LoginReport:
         credential = Credential(request.username, request.password)

@@ -89,9 +89,9 @@ class Domains:
         except FileNotFoundError:
             return []
 
-    def measure(self, name: str) -> Footprint:
+    def measure(self, domain: str) -> Footprint:
         """What a domain has on disk, its indexes included; what goes away meanwhile does not count."""
-        layout = self._layout.domain(name)
+        layout = self._layout.domain(domain)
         size = 0
         for directory, _, files in os.walk(layout.path):
             for file in files:
@@ -100,6 +100,11 @@ class Domains:
         with suppress(FileNotFoundError):
             return Footprint(size, os.lstat(layout.path).st_uid, _is_encrypted(layout))
         return Footprint(0, os.geteuid(), is_encrypted=False)
+
+    def free(self) -> int:
+        """Bytes that the filesystem has left for us."""
+        found = os.statvfs(self._layout.root)
+        return found.f_bavail * found.f_frsize
 
     def destroy_key(self, name: str) -> None:
         """From now on nobody can read what the domain has on disk, but who has the key in memory."""

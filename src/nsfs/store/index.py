@@ -321,6 +321,15 @@ class DomainIndex:
             self._put(txn, _layer_key(key), _encode(record))
         return record
 
+    def touch(self, keys: Collection[LayerKey], used: float) -> None:
+        """Note, in one transaction, that layers were used at a time; seconds since the epoch."""
+        with self._transaction(self._db.layers, write=True) as txn:
+            for key in keys:
+                value = self._get(txn, _layer_key(key))
+                if value is not None:
+                    record = msgspec.structs.replace(self._decoded(value, _decode_layer), last_used=used)
+                    self._put(txn, _layer_key(key), _encode(record))
+
     def layer(self, key: LayerKey) -> LayerRecord | None:
         """The record of a layer, if its index is complete."""
         with self._transaction(self._db.layers) as txn:
@@ -417,6 +426,17 @@ class DomainIndex:
         if self.image(key) != record:
             with self._transaction(self._db.images, write=True) as txn:
                 self._put(txn, _image_key(key), _encode(record))
+
+    def images(self) -> list[ImageRecord]:
+        """All images, pins included; one that was resolved under two names is there twice."""
+        with self._transaction(self._db.images) as txn:
+            values = [self._records.unseal(name, value) for name, value in txn.cursor()]
+        return [self._decoded(value, _decode_image) for value in values]
+
+    def drop_image(self, key: str) -> None:
+        """Forget what `put_image` remembered under `key`, if anything."""
+        with self._transaction(self._db.images, write=True) as txn:
+            txn.delete(self._records.name(_image_key(key)))
 
     def _decoded(self, value: bytes, decode: Callable[[bytes], T]) -> T:
         try:

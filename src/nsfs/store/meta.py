@@ -1,7 +1,7 @@
 """The daemon's own records, in one LMDB environment that only the daemon writes.
 
 Keys and values, described here and nowhere else:
-    db `about`      version, last snapshot (the highest ID ever given), latest uid (given to a domain) -> ASCII decimal
+    db `about`      version, last snapshot (highest ID ever), latest uid (of a domain), cap (of pools) -> ASCII decimal
     db `domains`    name of a domain -> msgpack of DomainRecord
     db `mounts`     mount ID (ASCII) -> msgpack of MountRecord
     db `snapshots`  snapshot ID (8 bytes, big-endian) -> msgpack of snapshot.Record, which has the (long) name
@@ -43,6 +43,7 @@ FORMAT = 1
 _MAP_SIZE = 1 << 30
 _LAST = b"last snapshot"
 _LATEST_UID = b"latest uid"
+_CAP = b"cap"
 _NAME = "the database of the daemon"
 
 
@@ -173,6 +174,14 @@ class Meta:
                 txn.put(_LAST, str(last).encode(), db=self._about)
                 if change.put.namespace:
                     txn.put(change.put.namespace.encode(), b"", db=self._namespaces)
+
+    def pool_cap(self, first: int) -> int:
+        """What pools may take where nobody said it: `first`, in bytes, as it was at the first call ever."""
+        with self._transaction(write=True) as txn:
+            found = txn.get(_CAP, db=self._about)
+            if found is None:
+                txn.put(_CAP, str(first).encode(), db=self._about)
+        return first if found is None else int(found)
 
     def namespaces(self) -> list[str]:
         """Those that ever had a snapshot, and were not ended since."""

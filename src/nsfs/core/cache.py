@@ -1,0 +1,190 @@
+"""How much all pools together take: looks now and then, and has contents go where it is too much.
+
+Owns the decision which layers go, over all domains (`model.cache`), and how things stand. Each domain's worker does it,
+and refuses what was taken into use meanwhile. A cap never keeps an image from being read: what is needed beyond it is
+fetched again.
+
+Concurrency: one look at a time; nothing waits for one but who asks for it. A domain whose worker does not answer is
+left out until the next look.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import msgspec
+import trio
+
+from nsfs.core import worker_api
+from nsfs.core.tasks import run_all
+from nsfs.errors import NsfsError
+from nsfs.model.cache import Limits, plan_eviction, plan_images, plan_prune, plan_room
+from nsfs.model.policy import Domain, Isolation, own_domain
+from nsfs.model.report import render_count, render_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from msgspec import Struct
+
+    from nsfs.core.manual import Workers
+    from nsfs.core.namespaces import Footprint
+    from nsfs.model.cache import CachedImage, HeldImage, HeldLayer
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY = 10.0
+_ANSWERS_WITHIN = 30.0
+
+
+class Disks(Protocol):
+    """What domains have on disk. Blocks."""
+
+    def names(self) -> list[str]:
+        """The domains that have anything there."""
+
+    def measure(self, domain: str) -> Footprint:
+        """What one takes."""
+
+    def free(self) -> int:
+        """Bytes that the filesystem has left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How things stand. Bytes."""
+
+    used: int
+    free: int
+    limits: Limits
+    held_up: str = ""
+    """Why contents that should go stay."""
+
+    @property
+    def need(self) -> int:
+        """What is to go."""
+        return plan_room(self.used, self.free, self.limits)
+
+    @property
+    def state(self) -> str:
+        """In words, for people."""
+        if not self.need:
+            return "ready"
+        what = "the reserve of free space is used" if self.free < self.limits.reserve else "pools are over their cap"
+        return f"{what}: {self.held_up}" if self.held_up else what
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What went, or would."""
+
+    layers: list[HeldLayer]
+    freed: int
+
+
+class Cache:
+    """The service; `quotas` are caps of owners' own domains, by owner."""
+
+    def __init__(self, workers: Workers, disks: Disks, limits: Limits, quotas: Mapping[str, int]) -> None:
+        self._workers = workers
+        self._disks = disks
+        self._limits = limits
+        self._quotas = {own_domain(owner): size for owner, size in quotas.items() if size}
+        self._looking = trio.Lock()
+        self.room = Room(0, limits.reserve, limits)
+        """As it was at the last look."""
+
+    async def watch(self) -> None:
+        """Look for ever."""
+        while True:
+            try:
+                await self.look()
+            except NsfsError as error:
+                log.warning("it is not known how much the pools take: %s", error)
+            await trio.sleep(_LOOK_EVERY)
+
+    async def look(self) -> None:
+        """See how much is taken, and have contents go where that is too much."""
+        async with self._looking:
+            sizes = await trio.to_thread.run_sync(self._measure)
+            for domain in sizes.keys() & self._quotas.keys():
+                await self._keep_quota(domain, sizes[domain])
+            await self._keep_cap(sum(sizes.values()), list(sizes))
+
+    def _measure(self) -> dict[str, int]:
+        return {name: self._disks.measure(name).size for name in self._disks.names()}
+
+    async def _keep_quota(self, domain: str, used: int) -> None:
+        need = plan_room(used, 0, self._limits._replace(most=self._quotas[domain], reserve=0))
+        if need:
+            layers, _ = await self._held([domain])
+            await self._drop(plan_eviction(layers, need), f"domain {domain} is over its quota")
+
+    async def _keep_cap(self, used: int, domains: Sequence[str]) -> None:
+        room = await self._room(used)
+        if room.need:
+            layers, _ = await self._held(domains)
+            freed = await self._drop(plan_eviction(layers, room.need), room.state)
+            held_up = "" if freed >= room.need else "what is left is pinned, or is still being read for the first time"
+            room = await self._room(max(0, used - freed), held_up)
+            if held_up and self.room.state != room.state:
+                log.warning("%s", room.state)
+        self.room = room
+
+    async def _room(self, used: int, held_up: str = "") -> Room:
+        return Room(used, await trio.to_thread.run_sync(self._disks.free), self._limits, held_up)
+
+    async def _held(self, domains: Iterable[str]) -> tuple[list[HeldLayer], list[HeldImage]]:
+        """What these domains hold, each with its domain's name."""
+        layers: list[HeldLayer] = []
+        images: list[HeldImage] = []
+
+        async def ask(domain: str) -> None:
+            try:
+                with trio.fail_after(_ANSWERS_WITHIN):
+                    held = await self._call(domain, "Held", worker_api.Empty(), worker_api.Held)
+            except (NsfsError, trio.TooSlowError) as error:
+                log.warning("domain %s does not say what it holds: %s", domain, error)
+                return
+            layers.extend(msgspec.structs.replace(layer, domain=domain) for layer in held.layers)
+            images.extend(msgspec.structs.replace(image, domain=domain) for image in held.images)
+
+        await run_all(partial(ask, domain) for domain in domains)
+        return layers, images
+
+    async def _drop(self, layers: Sequence[HeldLayer], why: str) -> int:
+        freed = 0
+        for domain in dict.fromkeys(layer.domain for layer in layers):
+            theirs = [layer for layer in layers if layer.domain == domain]
+            try:
+                evicted = await self._call(domain, "Drop", worker_api.Drop(layers=theirs), worker_api.Evicted)
+            except NsfsError as error:
+                log.warning("domain %s gives nothing up: %s", domain, error)
+                continue
+            freed += evicted.freed
+            what = render_count(evicted.layers, "layer")
+            log.info("%s: %s of domain %s, %s freed", why, what, domain, render_size(evicted.freed))
+        return freed
+
+    async def _call(self, domain: str, method: str, params: Struct, result: type[T]) -> T:
+        return await self._workers.call(Domain(domain, Isolation.SHARED), method, params, result)
+
+    async def images(self) -> list[CachedImage]:
+        """What every image has in the pools, the one used last first."""
+        names = await trio.to_thread.run_sync(self._disks.names)
+        return plan_images(*await self._held(names))
+
+    async def prune(self, older: float, *, dry_run: bool) -> Pruned:
+        """Have contents go that nobody stands on, and nobody did in the last `older` seconds."""
+        async with self._looking:
+            names = await trio.to_thread.run_sync(self._disks.names)
+            layers, _ = await self._held(names)
+            going = plan_prune(layers, time.time() - older)
+            freed = sum(layer.local for layer in going) if dry_run else await self._drop(going, "pruned")
+        return Pruned(going, freed)
