@@ -210,8 +210,9 @@ def test_with_pods_isolation_each_container_reads_for_itself(
         assert sum(meter.served(layer.digest) for layer in images["estargz"].layers) == 0
         for container in ("a", "b"):
             before = meter.served()
-            node.start(reference, container, "cat /etc/motd > /etc/copy", "red")
-            assert node.ask(container, "cat /etc/copy", "red") == "lazy\n"
+            node.start(reference, container, "cat /etc/motd > /etc/part; mv /etc/part /etc/copy", "red")
+            copied = "until [ -e /etc/copy ]; do sleep 0.1; done; cat /etc/copy"
+            assert node.ask(container, copied, "red") == "lazy\n"
             assert 0 < meter.served() - before < size(images["estargz"]) / 3
         assert len(node.daemon.workers()) == 2
         node.clear("red")
