@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
 
     from nsfs.core.snapshots import Snapshots
     from nsfs.serve.config import Config
-    from nsfs.serve.forkserver import ServerProcess
+    from nsfs.serve.forkserver import ForkServer, ServerProcess
     from nsfs.serve.keeping import Left
     from nsfs.serve.sandbox import Place
     from nsfs.serve.supervisor import Supervisor, Terms
@@ -138,76 +139,147 @@ def _lock(fd: int, root: str) -> None:
         raise BusyError(f"another daemon owns {root}", hint="set another root, run and socket") from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """What all of a daemon is made over."""
+
+    config: Config
+    layout: Layout
+    private: bool
+    server: ForkServer
+    meta: Meta
+    host: Host
+    notifier: Notifier
+    keeper: Keeper | None = None
+    """What outlives us; None of a private daemon."""
+    left: tuple[Left, ...] = ()
+
+    @property
+    def is_system(self) -> bool:
+        """Root's own daemon, and not a private one."""
+        return self.host.root and not self.private
+
+
+@dataclass(frozen=True, slots=True)
+class _Workers:
+    """The domains, and what they may ask of us."""
+
+    supervisor: Supervisor
+    store: Domains
+    keychain: Keychain
+    broker: Broker
+    files: HostFiles
+
+
+@dataclass(frozen=True, slots=True)
+class _Mounts:
+    """What is mounted."""
+
+    manual: ManualMounts
+    lowers: Lowers
+    scopes: Scopes
+    kernel: HostKernel
+
+
 async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private: bool) -> End:  # noqa: FBT001
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(open_fork_server(zygote, partial(launch_server, _WARM)))
-        meta = stack.enter_context(open_meta(layout.meta))
-        host = await trio.to_thread.run_sync(host_of, config, os.environ, os.geteuid())
-        notifier = Notifier(os.environ)
-        keeper: Keeper | None = None
-        left: list[Left] = []
-        if host.root and not private:
-            keeper, left = await stack.enter_async_context(_open_keeper(layout, notifier))
-        domains, store = _Domains(layout), _open_store(config, layout, host)
-        keychain, broker = Keychain(config, layout, os.environ, private=private), Broker(config)
-        files = HostFiles()
-        lending = Lending(HostsDirectory(config.registry.config_path), meta)
-        terms = _make_terms(config, layout, meta, host, Lender(lending, keychain, broker), files, keeper)
-        supervisor = await stack.enter_async_context(
-            open_supervisor(
-                config,
-                server,
-                connect=domains.connect if host.root else None,
-                disconnect=domains.disconnect,
-                store=store,
-                terms=terms,
-            )
-        )
-        kernel = HostKernel(layout, host, server)
-        if not host.root:
-            fronts = await stack.enter_async_context(open_fronts(server, partial(plan_front_sandbox, _readable())))
-            kernel = UserKernel(layout, host, server, supervisor.bitmap, fronts)
-        lowers = Lowers(kernel, supervisor, meta)
-        scopes = Scopes(load_policy(config), _complete, root=host.root)
-        manual = ManualMounts(meta, supervisor, kernel, host, scopes, lowers)
-        broker.connect(supervisor)
-        adopted = supervisor.adopt(left)
-        await manual.resume(adopted)
-        await trio.to_thread.run_sync(store.drop_lost, adopted)
-        control = Control(config, manual, supervisor, scopes, keychain, private=private)
-        snapshots: Snapshots | NoSnapshots = NoSnapshots()
-        services = []
-        ends = [manual.end_all]
-        if host.root and not private:
-            choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict")
-            clones = Clones(kernel, possible=host.idmap)
-            lazy = LazyLayers(supervisor, lowers, clones, host, scopes, choice)
-            directories = SnapshotDirs(layout.snapshots, layout.lowers)
-            snapshots = await stack.enter_async_context(
-                open_snapshots(
-                    meta, directories, lazy, clones, empty=kernel.empty, runtime=Runtime(config.containerd.address)
-                )
-            )
-            services.append(snapshots_service(snapshots))
-            ends.append(snapshots.end)
-        namespaces = Namespaces(manual, snapshots, lowers, store, meta, partial(_forget_owner, keychain, broker, meta))
-        accounts, ending = Accounts(meta, supervisor), Ending()
-        cache = Cache(supervisor, store, _limits(config, meta, store), _quotas(config))
+        site = await _open_site(stack, config, layout, zygote, private=private)
+        workers = await _open_workers(stack, site)
+        mounted = await _open_mounts(stack, site, workers)
+        control = Control(config, mounted.manual, workers.supervisor, mounted.scopes, workers.keychain, private=private)
+        snapshots = await _open_snapshots(stack, site, workers, mounted) if site.is_system else None
+        namespaces = _make_namespaces(site, workers, mounted, snapshots)
+        accounts, ending = Accounts(site.meta, workers.supervisor), Ending()
+        cache = Cache(workers.supervisor, workers.store, _limits(site, workers.store), _quotas(config))
         groups = (
             control,
-            Tenancy(config, scopes, namespaces, supervisor, control, accounts),
-            Lifecycle(ending, namespaces, manual, keeper),
+            Tenancy(config, mounted.scopes, namespaces, workers.supervisor, control, accounts),
+            Lifecycle(ending, namespaces, mounted.manual, site.keeper),
             Caching(cache, control),
         )
-        services.append(control_service({name: each for group in groups for name, each in group.handlers().items()}))
+        handlers = {name: handler for group in groups for name, handler in group.handlers().items()}
+        services = [control_service(handlers), *([snapshots_service(snapshots)] if snapshots else [])]
         async with serve_rpc(config.socket, services):
             log.info("nsfs %s serves at %s", __version__, config.socket)
-            notifier.tell("READY=1")
-            beside = [] if private else list(_besides(config, scopes, namespaces))
-            await _wait_end(ending, manual, control, [files.follow, cache.watch, *beside, accounts.follow])
-            notifier.tell("RELOADING=1" if ending.how is End.REPLACE else "STOPPING=1")
-        await _finish(ending, supervisor, ends, keeper)
+            site.notifier.tell("READY=1")
+            beside = [] if private else list(_besides(config, mounted.scopes, namespaces))
+            followed = [workers.files.follow, cache.watch, accounts.follow, *beside]
+            await _wait_end(ending, mounted.manual, control, followed)
+            site.notifier.tell("RELOADING=1" if ending.how is End.REPLACE else "STOPPING=1")
+        ends = [mounted.manual.end_all, *([snapshots.end] if snapshots else [])]
+        await _finish(ending, workers.supervisor, ends, site.keeper)
     return ending.how
+
+
+async def _open_site(
+    stack: AsyncExitStack, config: Config, layout: Layout, zygote: ServerProcess, *, private: bool
+) -> _Site:
+    site = _Site(
+        config,
+        layout,
+        private,
+        server=await stack.enter_async_context(open_fork_server(zygote, partial(launch_server, _WARM))),
+        meta=stack.enter_context(open_meta(layout.meta)),
+        host=await trio.to_thread.run_sync(host_of, config, os.environ, os.geteuid()),
+        notifier=Notifier(os.environ),
+    )
+    if not site.is_system:
+        return site
+    keeper, left = await stack.enter_async_context(_open_keeper(layout, site.notifier))
+    return replace(site, keeper=keeper, left=tuple(left))
+
+
+async def _open_workers(stack: AsyncExitStack, site: _Site) -> _Workers:
+    config, layout = site.config, site.layout
+    connections, store = _Connections(layout), _open_store(config, layout, site.host)
+    keychain, broker = Keychain(config, layout, os.environ, private=site.private), Broker(config)
+    files = HostFiles()
+    lender = Lender(Lending(HostsDirectory(config.registry.config_path), site.meta), keychain, broker)
+    supervisor = await stack.enter_async_context(
+        open_supervisor(
+            config,
+            site.server,
+            connect=connections.connect if site.host.root else None,
+            disconnect=connections.disconnect,
+            store=store,
+            terms=_make_terms(site, lender, files),
+        )
+    )
+    broker.connect(supervisor)
+    return _Workers(supervisor, store, keychain, broker, files)
+
+
+async def _open_mounts(stack: AsyncExitStack, site: _Site, workers: _Workers) -> _Mounts:
+    """Go on with what an earlier daemon left mounted."""
+    supervisor = workers.supervisor
+    kernel = HostKernel(site.layout, site.host, site.server)
+    if not site.host.root:
+        fronts = await stack.enter_async_context(open_fronts(site.server, partial(plan_front_sandbox, _readable())))
+        kernel = UserKernel(site.layout, site.host, site.server, supervisor.bitmap, fronts)
+    lowers = Lowers(kernel, supervisor, site.meta)
+    scopes = Scopes(load_policy(site.config), _complete, root=site.host.root)
+    manual = ManualMounts(site.meta, supervisor, kernel, site.host, scopes, lowers)
+    adopted = supervisor.adopt(site.left)
+    await manual.resume(adopted)
+    await trio.to_thread.run_sync(workers.store.drop_lost, adopted)
+    return _Mounts(manual, lowers, scopes, kernel)
+
+
+async def _open_snapshots(stack: AsyncExitStack, site: _Site, workers: _Workers, mounted: _Mounts) -> Snapshots:
+    config, kernel = site.config, mounted.kernel
+    choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict")
+    clones = Clones(kernel, possible=site.host.idmap)
+    lazy = LazyLayers(workers.supervisor, mounted.lowers, clones, site.host, mounted.scopes, choice)
+    directories = SnapshotDirs(site.layout.snapshots, site.layout.lowers)
+    runtime = Runtime(config.containerd.address)
+    return await stack.enter_async_context(
+        open_snapshots(site.meta, directories, lazy, clones, empty=kernel.empty, runtime=runtime)
+    )
+
+
+def _make_namespaces(site: _Site, workers: _Workers, mounted: _Mounts, snapshots: Snapshots | None) -> Namespaces:
+    forget = partial(_forget_owner, workers.keychain, workers.broker, site.meta)
+    return Namespaces(mounted.manual, snapshots or NoSnapshots(), mounted.lowers, workers.store, site.meta, forget)
 
 
 async def _finish(
@@ -229,10 +301,10 @@ async def _forget_owner(keychain: Keychain, broker: Broker, meta: Meta, owner: s
     await broker.forget(owner)
 
 
-def _limits(config: Config, meta: Meta, store: Domains) -> Limits:
+def _limits(site: _Site, store: Domains) -> Limits:
     """How much pools may take; where nobody says it, most of what was free at the first start ever."""
-    pool = config.pool
-    most = pool.max_bytes or meta.pool_cap(int(store.free() * _OF_WHAT_IS_FREE))
+    pool = site.config.pool
+    most = pool.max_bytes or site.meta.pool_cap(int(store.free() * _OF_WHAT_IS_FREE))
     return Limits(most=int(most), reserve=int(pool.reserve), high=pool.high, low=pool.low)
 
 
@@ -293,20 +365,12 @@ def _readable() -> tuple[Place, ...]:
     return plan_readable(module_paths(sys.path, sys.argv[0]), os.environ)
 
 
-def _make_terms(
-    config: Config,
-    layout: Layout,
-    meta: Meta,
-    host: Host,
-    lender: Lender,
-    files: HostFiles,
-    keeper: Keeper | None,
-) -> Terms:
+def _make_terms(site: _Site, lender: Lender, files: HostFiles) -> Terms:
     """On what terms workers are started here."""
     readable = _readable()
-    if not host.root:
-        return UserTerms(layout, readable, lender)
-    terms = RootTerms(config, layout, meta, readable, lender, files, keeper)
+    if not site.host.root:
+        return UserTerms(site.layout, readable, lender)
+    terms = RootTerms(site.config, site.layout, site.meta, readable, lender, files, site.keeper)
     terms.sweep()
     return terms
 
@@ -319,7 +383,7 @@ def _open_store(config: Config, layout: Layout, host: Host) -> Domains:
     return Domains(layout, Keys(layout, host_key), config.encrypt if host.root else Encrypt.OFF)
 
 
-class _Domains:
+class _Connections:
     """Domains' FUSE connections."""
 
     def __init__(self, layout: Layout) -> None:
