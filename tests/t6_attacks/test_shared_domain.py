@@ -10,7 +10,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import re
+import signal
 import textwrap
 import threading
 import time
@@ -236,6 +238,18 @@ def test_who_may_pays_nothing_for_what_is_there_and_each_for_what_it_fetches(ten
         assert read(f"{two}/two") == read(f"{one}/two") == parts["two"]
         asked = [entry.headers["authorization"] for entry in tenants.registry.log[before:]]
         assert set(asked) == {authorization(B)}
+
+
+def test_workers_that_die_are_reached_anew(tenants: Tenants, arena: Path) -> None:
+    """A relay ends with either of its workers; reads go on over another one."""
+    parts = {name: noise(150_000, seed) for name, seed in (("one", 12), ("two", 13), ("three", 14))}
+    layer = estargz_layer([file(name, data) for name, data in parts.items()], chunk_size=1 << 20)
+    reference = put(tenants.registry, Image((layer,)), "a/dying", A)
+    with tenants.daemon.mounted(reference, str(arena / "mnt"), "--namespace", "team-a", *SCOPE):
+        assert read(arena / "mnt/one") == parts["one"]
+        for domain, name in (("ns/team-a", "two"), ("shared", "three")):
+            os.kill(tenants.daemon.workers()[domain], signal.SIGKILL)
+            assert read(arena / f"mnt/{name}") == parts[name]
 
 
 def lowers_of(target: str) -> set[str]:
