@@ -102,8 +102,8 @@ def run(directory: str, settings: dict[str, str]) -> contextlib.AbstractContextM
 
 @pytest.fixture(scope="module", params=["isolated", "shared"])
 def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """In each scope that layers of images can have."""
-    settings = {"isolation": request.param, "prepare_wait": "10s"}
+    """In each scope that layers of images can have; with time to find out a lie at the pull, also on a busy machine."""
+    settings = {"isolation": request.param, "prepare_wait": "5s"}
     with run(str(tmp_path_factory.mktemp("node")), settings) as running:
         yield running
 
