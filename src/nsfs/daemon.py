@@ -278,7 +278,7 @@ async def _open_snapshots(stack: AsyncExitStack, site: _Site, workers: _Workers,
 
 
 def _make_namespaces(site: _Site, workers: _Workers, mounted: _Mounts, snapshots: Snapshots | None) -> Namespaces:
-    forget = partial(_forget_owner, workers.keychain, workers.broker, site.meta)
+    forget = partial(_forget_owner, workers.keychain, workers.broker, workers.store, site.meta)
     return Namespaces(mounted.manual, snapshots or NoSnapshots(), mounted.lowers, workers.store, site.meta, forget)
 
 
@@ -294,11 +294,11 @@ async def _finish(
         keeper.carry()
 
 
-async def _forget_owner(keychain: Keychain, broker: Broker, meta: Meta, owner: str) -> None:
+async def _forget_owner(keychain: Keychain, broker: Broker, store: Domains, meta: Meta, owner: str) -> None:
     """Nobody of that name is left: one who comes later has neither the credentials nor the grants, and pays nothing."""
     await trio.to_thread.run_sync(meta.forget_costs, owner)
     await keychain.forget(owner)
-    await broker.forget(owner)
+    await broker.forget(owner, await trio.to_thread.run_sync(store.names))
 
 
 def _limits(site: _Site, store: Domains) -> Limits:

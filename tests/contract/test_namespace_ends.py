@@ -134,3 +134,28 @@ def test_what_a_person_reads(daemon: Daemon, registry: FakeRegistry) -> None:
     said = daemon.nsfs("ns", "rm", "seen").stderr
     assert "namespace seen has ended: 1 domain" in said
     assert "containerd still lists" in said
+
+
+def test_what_was_granted_is_forgotten_also_where_nobody_serves_it(registry: FakeRegistry, tmp_path: Path) -> None:
+    """A registry is asked for each blob that is not granted, and for none that is."""
+    made = image(6)
+    ask = ("inspect", "--isolation", "shared", "--namespace", "red", published.publish(registry, made, "granted"))
+    mount = tmp_path / "mnt"
+    mount.mkdir()
+
+    def proofs() -> int:
+        return len(registry.requests(path=made.layers[0].digest))
+
+    with run_daemon(str(tmp_path / "d")) as daemon:
+        daemon.nsfs("mount", *ask[1:], str(mount))
+        (shared,) = [each for each in daemon.json("ns", "show", "red")["domains"] if not each["own"]]
+        assert (shared["name"], shared["grants"]) == ("shared", 1)
+        before = proofs()
+        daemon.nsfs(*ask)
+        assert proofs() == before
+        daemon.nsfs("umount", str(mount))
+    with run_daemon(str(tmp_path / "d")) as daemon:
+        assert "shared" not in daemon.workers()
+        daemon.nsfs("ns", "rm", "red")
+        daemon.nsfs(*ask)
+        assert proofs() > before

@@ -12,7 +12,7 @@ from nsfs.serve import api
 
 _HEAD = ("NAMESPACE", "DOMAINS", "MOUNTS", "SNAPSHOTS", "CONTAINERS", "OWN", "SHARED", "FETCHED")
 _COST_HEAD = ("ASKED", "REQUESTS", "RECEIVED")
-_DOMAIN_HEAD = ("DOMAIN", "WHOSE", "UID", "KEY", "PID", "DISK", "FETCHED", "STATE")
+_DOMAIN_HEAD = ("DOMAIN", "WHOSE", "UID", "KEY", "PID", "DISK", "FETCHED", "GRANTS", "STATE")
 
 
 @click.group()
@@ -73,7 +73,7 @@ def _render(report: api.NamespaceReport) -> list[str]:
     return [
         *render_columns([_HEAD, _row(report)], frozenset(range(1, len(_HEAD)))),
         "",
-        *(render_columns(rows, frozenset({2, 4, 5, 6})) if report.domains else ["no domains"]),
+        *(render_columns(rows, frozenset({2, 4, 5, 6, 7})) if report.domains else ["no domains"]),
         *(["", "mounts:", *(f"  {target}" for target in report.mounts)] if report.mounts else []),
         *(["", "containers:", *(f"  {key}" for key in report.containers)] if report.containers else []),
         *(
@@ -91,4 +91,4 @@ def _cost_row(cost: Cost) -> tuple[str, ...]:
 def _domain_row(domain: api.NamespaceDomain) -> tuple[str, ...]:
     whose = ("its own" if domain.own else "shared", str(domain.uid), "yes" if domain.encrypted else "none")
     sizes = (render_size(domain.disk), render_size(domain.fetched))
-    return (domain.name, *whose, str(domain.pid or "-"), *sizes, domain.state)
+    return (domain.name, *whose, str(domain.pid or "-"), *sizes, str(domain.grants), domain.state)

@@ -38,6 +38,9 @@ class Ledger(Protocol):
     def grant(self, owner: str, repository: str, blob: Digest) -> GrantRecord | None:
         """One, whether it still holds or not."""
 
+    def grants(self, owner: str) -> list[GrantRecord]:
+        """All of an owner, those that hold no more included."""
+
     def put_grant(self, record: GrantRecord) -> None:
         """Keep one."""
 

@@ -219,6 +219,8 @@ class NamespaceDomain(Struct, kw_only=True):
     """Bytes that it takes on disk, its indexes included."""
     fetched: int
     """Bytes fetched over the network since its worker started."""
+    grants: int
+    """Blobs of a shared domain that the namespace, its tenants left out, may have now."""
     state: str
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -30,7 +31,7 @@ from nsfs.remote.reference import LayoutReference, parse_reference
 from nsfs.serve.wire import Passing, open_peer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from nsfs.core.blobs import Blobs
     from nsfs.core.grants import Ledger
@@ -47,9 +48,18 @@ log = logging.getLogger(__name__)
 
 
 class RelayRequest(Struct, kw_only=True):
-    """Names an owner: for Relay, which a shared domain's worker asks (answered by RelayMade), and ForgetGrants."""
+    """Names an owner: for Relay, which a shared domain's worker asks (answered by RelayMade), and for its grants.
+
+    CountGrants is answered by GrantsHeld, ForgetGrants by Empty.
+    """
 
     owner: str
+
+
+class GrantsHeld(Struct, kw_only=True):
+    """How many blobs an owner may have now."""
+
+    held: int
 
 
 class RelayMade(Struct, kw_only=True):
@@ -175,10 +185,10 @@ class Broker:
 
         return {"Relay": (RelayRequest, relay)}
 
-    async def forget(self, owner: str) -> None:
-        """Have every shared domain that has a worker forget what `owner` was granted: it is no more."""
+    async def forget(self, owner: str, domains: Iterable[str]) -> None:
+        """Have those of `domains` that are shared forget what `owner` was granted: it is no more."""
         assert self._workers is not None, "nobody ends before"
-        for name in self._workers.pids():
+        for name in domains:
             domain = Domain(name, Isolation.SHARED)
             if not owner_of(domain):
                 await self._workers.call(domain, "ForgetGrants", RelayRequest(owner=owner), Empty)
@@ -257,7 +267,16 @@ class SharedReach:
     def methods(self, blobs: Blobs) -> Methods:
         """What the daemon may call."""
         del blobs
-        return {**self._relays.methods(), "ForgetGrants": (RelayRequest, self._forget)}
+        return {
+            **self._relays.methods(),
+            "CountGrants": (RelayRequest, self._count),
+            "ForgetGrants": (RelayRequest, self._forget),
+        }
+
+    async def _count(self, asked: RelayRequest, _report: Report) -> GrantsHeld:
+        grants = [] if self._ledger is None else self._ledger.grants(asked.owner)
+        now = time.time()
+        return GrantsHeld(held=sum(grant.holds(now) for grant in grants))
 
     async def _forget(self, gone: RelayRequest, _report: Report) -> Empty:
         if self._ledger is not None:

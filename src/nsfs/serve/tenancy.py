@@ -9,9 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nsfs.core.tasks import run_all
+from nsfs.errors import NsfsError
 from nsfs.model.explain import follows_of, sharers_of
 from nsfs.model.policy import ScopeRequest
 from nsfs.serve import api
+from nsfs.serve.relay import GrantsHeld, RelayRequest
 
 if TYPE_CHECKING:
     from nsfs.core.namespaces import Namespaces
@@ -100,7 +102,7 @@ class Tenancy:
         )
 
     async def _report(self, found: Holding) -> api.NamespaceReport:
-        domains = [await self._domain(name, own=name in found.own) for name in sorted(found.own | found.shared)]
+        domains = [await self._domain(found, name) for name in sorted(found.own | found.shared)]
         tenants = {name.removeprefix("ns/") for name in found.own if name.startswith("ns/")}
         owners = sorted({found.namespace} | tenants)
         return api.NamespaceReport(
@@ -116,17 +118,26 @@ class Tenancy:
             costs=await self._accounts.of(owners),
         )
 
-    async def _domain(self, name: str, *, own: bool) -> api.NamespaceDomain:
+    async def _domain(self, of: Holding, name: str) -> api.NamespaceDomain:
         pid = self._supervisor.pids().get(name, 0)
         report = await self._control.domain_report(name, pid)
         found = await self._namespaces.measure(name)
         return api.NamespaceDomain(
             name=name,
-            own=own,
+            own=name in of.own,
             pid=pid,
             uid=found.uid,
             encrypted=found.is_encrypted,
             disk=found.size,
             fetched=report.fetched,
+            grants=0 if name in of.own else await self._count_grants(name, of.namespace),
             state=report.state,
         )
+
+    async def _count_grants(self, domain: str, owner: str) -> int:
+        """As far as the domain's worker answers at once; its state says where it does not."""
+        try:
+            said = await self._supervisor.ask_now(domain, "CountGrants", RelayRequest(owner=owner), GrantsHeld)
+        except NsfsError:
+            return 0
+        return said.held
