@@ -169,12 +169,12 @@ def run_node(
     names = ("config", "cri") if cri else ("config",)
     version = 2 if release == INSTALLED else 3
     with shared_directory(directory), run_daemon(f"{directory}/nsfs", settings) as daemon:
-        imports = [_write_snippet(directory, f"{name}-v{version}.toml", daemon.socket, more[name]) for name in names]
+        imports = [write_snippet(directory, f"{name}-v{version}.toml", daemon.socket, more[name]) for name in names]
         with run_containerd(f"{directory}/containerd", release=release, imports=imports, cri=cri) as server:
             yield Node(daemon, server)
 
 
-def _write_snippet(directory: str, name: str, socket: str, more: str) -> str:
+def write_snippet(directory: str, name: str, socket: str, more: str = "") -> str:
     """The snippet as it is, but for the daemon's socket; `more` is in the same file, as imports replace sections."""
     with open(f"{SNIPPETS}/{name}") as file:
         text = file.read()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nodes import wait_until
 from nsfs.errors import UnreachableError
 from nsfs.serve.fdstore import HolderStore, Notifier, SystemdStore
 
@@ -51,16 +52,16 @@ def test_a_holder_keeps_what_the_next_daemon_takes(tmp_path: Path) -> None:
     path = str(tmp_path / "holder.sock")
     first = HolderStore(path)
     assert first.take() == {}
-    first.keep("a", memory(b"one"))
+    first.keep("fuse.a", memory(b"one"))
     first.keep("b", memory(b"two"))
-    first.keep("a", memory(b"three"))
+    first.keep("fuse.a", memory(b"three"))
     first.close()
     second = HolderStore(path)
-    with ended(second, "a", "b"):
+    with ended(second, "fuse.a", "b"):
         found = second.take()
-        assert {name: text_of(fd) for name, fd in found.items()} == {"a": b"three", "b": b"two"}
+        assert {name: text_of(fd) for name, fd in found.items()} == {"fuse.a": b"three", "b": b"two"}
         second.drop("b")
-        assert look(path) == {"a": b"three"}
+        assert look(path) == {"fuse.a": b"three"}
     assert not os.path.exists(path)
 
 
@@ -94,6 +95,24 @@ def test_a_holder_answers_nobody_but_its_user(tmp_path: Path) -> None:
         finally:
             os.seteuid(0)
         assert look(path) == {"a": b"one"}
+
+
+def test_a_holder_ends_when_what_it_keeps_has_failed_and_no_daemon_is_there(tmp_path: Path) -> None:
+    path = str(tmp_path / "holder.sock")
+    store = HolderStore(path)
+    store.take()
+    read, write = os.pipe()
+    store.keep("fuse.a", write)
+    os.close(write)
+    store.close()
+    assert answers(path)
+    os.close(read)
+    assert wait_until(lambda: not answers(path))
+
+
+def answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
+        return line.connect_ex(path) == 0
 
 
 @pytest.fixture

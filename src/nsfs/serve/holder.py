@@ -3,7 +3,8 @@
 Started by the daemon where systemd keeps none (sd_notify(3), FDSTORE). It answers on a socket that it was given, of
 which each client must have its own uid: SOCK_SEQPACKET, one command a message, `keep NAME` with one descriptor, `drop
 NAME`, `take`, `end`. Each is answered by `ok`, `take` by `fd NAME` with a descriptor for each before. A name is kept
-once: another `keep` replaces it.
+once: another `keep` replaces it. What has failed is given up, as an aborted FUSE connection (`poll`); when no daemon is
+there and no connection is left, the holder ends.
 
 One thread, the standard library alone: there is nothing in here that could fail but memory.
 """
@@ -32,11 +33,14 @@ class _Holder:
         self._kept: dict[str, int] = {}
 
     def run(self) -> None:
-        """Until a client says so."""
-        while True:
+        """Until a client says so, or nobody can come for anything."""
+        self._accept()
+        while self._clients or any(name.startswith("fuse.") for name in self._kept):
             for fd, _ in self._poll.poll():
                 if fd == self._listener.fileno():
                     self._accept()
+                elif fd not in self._clients:
+                    self._lose(fd)
                 elif not self._answer(self._clients[fd]):
                     return
 
@@ -67,6 +71,7 @@ class _Holder:
         if command == "keep":
             self._drop(name)
             self._kept[name] = fds[0]
+            self._poll.register(fds[0], 0)
         elif command == "drop":
             self._drop(name)
         elif command == "take":
@@ -75,7 +80,12 @@ class _Holder:
 
     def _drop(self, name: str) -> None:
         if name in self._kept:
+            self._poll.unregister(self._kept[name])
             os.close(self._kept.pop(name))
+
+    def _lose(self, fd: int) -> None:
+        for name in [name for name, kept in self._kept.items() if kept == fd]:
+            self._drop(name)
 
     def _forget(self, client: socket.socket) -> None:
         self._poll.unregister(client)
