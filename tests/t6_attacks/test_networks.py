@@ -72,8 +72,9 @@ def test_a_registry_that_answers_in_one_network_only(arena: Path, cgroup: str) -
     usual = "/etc/netns/net-b/resolv.conf"
     with registries(arena) as references, ExitStack() as stack:
         os.makedirs(os.path.dirname(usual))
-        stack.callback(shutil.rmtree, os.path.dirname(usual))
+        stack.callback(os.removedirs, os.path.dirname(usual))
         shutil.copy(arena / "resolv.conf", usual)
+        stack.callback(os.unlink, usual)
         tenants = {
             "namespace.team-a": {
                 "netns": f"{arena}/net-a",
