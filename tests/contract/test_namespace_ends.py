@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from nsfs_daemon import Daemon
 
 
+SETTINGS = {"prepare_wait": "20s", "namespace.red": {"quota": "3GiB"}}
+
+
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {"prepare_wait": "20s"}) as running:
+    with run_daemon(str(tmp_path_factory.mktemp("daemon")), SETTINGS) as running:
         yield running
 
 
@@ -57,7 +60,7 @@ def test_a_namespace_ends_whole_and_alone(daemon: Daemon, registry: FakeRegistry
         with Backend(daemon.socket, "nsfs-tenant") as other:
             other.pull("red", ours, f"{registry.host}/ours:latest")
         report = daemon.json("ns", "show", "red")
-        assert report["containerd"]
+        assert (report["containerd"], report["quota"]) == (True, 3 << 30)
         assert (report["snapshots"], report["containers"], report["mounts"]) == (2, [], [])
         assert [domain["name"] for domain in report["domains"]] == ["ns/red", "ns/red/tenant"]
         assert report["own"] == sum(domain["disk"] for domain in report["domains"]) > 100_000

@@ -10,7 +10,7 @@ from nsfs.cli.session import Session, pass_session
 from nsfs.model.report import Cost, render_count, render_size
 from nsfs.serve import api
 
-_HEAD = ("NAMESPACE", "DOMAINS", "MOUNTS", "SNAPSHOTS", "CONTAINERS", "OWN", "SHARED", "FETCHED")
+_HEAD = ("NAMESPACE", "DOMAINS", "MOUNTS", "SNAPSHOTS", "CONTAINERS", "OWN", "QUOTA", "SHARED", "FETCHED")
 _COST_HEAD = ("ASKED", "REQUESTS", "RECEIVED")
 _DOMAIN_HEAD = ("DOMAIN", "WHOSE", "UID", "KEY", "PID", "DISK", "FETCHED", "GRANTS", "STATE")
 
@@ -64,8 +64,9 @@ def rm(session: Session, namespace: str, *, force: bool, as_json: bool) -> None:
 
 def _row(report: api.NamespaceReport) -> tuple[str, ...]:
     counts = (len(report.domains), len(report.mounts), report.snapshots, len(report.containers))
-    sizes = (report.own, report.shared, report.fetched)
-    return (report.namespace or "(none)", *map(str, counts), *map(render_size, sizes))
+    quota = render_size(report.quota) if report.quota else "-"
+    sizes = (render_size(report.own), quota, render_size(report.shared), render_size(report.fetched))
+    return (report.namespace or "(none)", *map(str, counts), *sizes)
 
 
 def _render(report: api.NamespaceReport) -> list[str]:

@@ -236,6 +236,8 @@ class NamespaceReport(Struct, kw_only=True):
     snapshots: int
     containers: list[str]
     """containerd's keys of those snapshots that somebody uses."""
+    quota: int
+    """Bytes that the pool of its own domain may take; 0 where nothing is said."""
     own: int
     """Bytes on disk of its own domains."""
     shared: int

@@ -112,6 +112,7 @@ class Tenancy:
             mounts=found.targets,
             snapshots=len(found.snapshots),
             containers=found.containers,
+            quota=int(self._config.of_namespace(found.namespace).quota),
             own=sum(domain.disk for domain in domains if domain.own),
             shared=sum(domain.disk for domain in domains if not domain.own),
             fetched=sum(domain.fetched for domain in domains if domain.own),
