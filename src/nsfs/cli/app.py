@@ -45,6 +45,7 @@ _COMMANDS = {
     "serve": "nsfs.cli.host",
     "upgrade": "nsfs.cli.lifecycle",
     "drain": "nsfs.cli.lifecycle",
+    "uninstall": "nsfs.cli.uninstall",
     "doctor": "nsfs.cli.host",
     "completion": "nsfs.cli.host",
     "man": "nsfs.cli.host",
