@@ -45,7 +45,7 @@ def registries(base: Path) -> Iterator[dict[str, str]]:
             stack.push(registry)
             found[name] = publish(registry, image, "app").replace("127.0.0.1", NAME)
             hosts = base / "hosts" / found[name].partition("/")[0]
-            hosts.mkdir(parents=True)
+            hosts.mkdir(parents=True, exist_ok=True)  # both may have got the same port
             (hosts / "hosts.toml").write_text(f'server = "http://{hosts.name}"\n')
         yield found
 

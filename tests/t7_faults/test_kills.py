@@ -62,9 +62,12 @@ class Site:
 
     def child(self, module: str) -> int:
         """The process of the daemon that runs `module`."""
-        lists = [path.read_text().split() for path in Path(f"/proc/{self.daemon.pid}/task").glob("*/children")]
-        (found,) = [int(pid) for pids in lists for pid in pids if module in _command(int(pid))]
+        (found,) = self.children(module)
         return found
+
+    def children(self, module: str) -> list[int]:
+        lists = [path.read_text().split() for path in Path(f"/proc/{self.daemon.pid}/task").glob("*/children")]
+        return [int(pid) for pids in lists for pid in pids if module in _command(int(pid))]
 
     def take_away(self) -> None:
         """Unmount; nothing is left."""
@@ -138,7 +141,7 @@ def test_a_holder_that_is_killed_is_followed_by_one_that_has_everything(site: Si
         os.kill(site.child("nsfs.serve.holder"), signal.SIGKILL)
         assert wait_until(lambda: "another one follows" in site.daemon.tail())
         assert wait_until(lambda: os.path.exists(f"{site.daemon.run}/holder.sock"))
-        assert wait_until(lambda: site.child("nsfs.serve.holder") > 0)
+        assert wait_until(lambda: len(site.children("nsfs.serve.holder")) == 1)
         time.sleep(0.5)
         site.kill_daemon()
         site.follow()
