@@ -218,6 +218,12 @@ def test_a_namespace_has_a_table_of_its_own() -> None:
     config = parse_config("[namespace.'team.a']\ndocker_config = '/a'\ncredential_provider = ['/bin/p', 'x']")
     assert config.of_namespace("team.a") == Namespace(docker_config="/a", credential_provider=("/bin/p", "x"))
     assert config.of_namespace("team-b") == Namespace()
+
+
+def test_a_worker_knows_what_its_own_namespace_may_and_nothing_of_others() -> None:
+    config = parse_config("[registry]\nconnections = 9\n[namespace.a]\nconnections = 2\ndocker_config = '/a'")
+    assert [config.for_worker(owner).registry.connections for owner in ("a", "b", "")] == [2, 9, 9]
+    assert config.for_worker("a").namespace == {}
     assert unpack_config(pack_config(config)) == config
 
 

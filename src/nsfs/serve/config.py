@@ -139,6 +139,8 @@ class Namespace(Struct, frozen=True, kw_only=True):
     """How names are resolved there; empty for /etc/netns/<name>/resolv.conf where it is there, else the host's."""
     cgroup: str = ""
     """The cgroup for which its work counts, as /proc/PID/cgroup names it; empty for the daemon's."""
+    connections: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """At most so many to one registry server on the namespace's behalf; 0 for `registry.connections`."""
     quota: Size = Size(0)
     """Disk that the namespace's own pool may take; 0 for no limit but the cap of all."""
     credential_provider: tuple[str, ...] = ()
@@ -186,6 +188,12 @@ class Config(Struct, frozen=True, kw_only=True):
     def of_namespace(self, name: str) -> Namespace:
         """What is particular to namespace `name`."""
         return self.namespace.get(name, Namespace())
+
+    def for_worker(self, owner: str) -> Config:
+        """What a worker on behalf of `owner` is to know: what others have is not its business."""
+        connections = self.of_namespace(owner).connections or self.registry.connections
+        registry = msgspec.structs.replace(self.registry, connections=connections)
+        return msgspec.structs.replace(self, registry=registry, namespace={})
 
 
 def parse_config(text: str, base: Config | None = None, source: str = "configuration") -> Config:

@@ -577,7 +577,7 @@ class Supervisor:
         connection = kept.connection
         return WorkerArgs(
             domain=kept.domain,
-            config=pack_config(msgspec.structs.replace(self._config, namespace={})),  # others' are not its business
+            config=pack_config(self._config.for_worker(kept.owner)),
             build=self.build,
             fuse=connection is not None,
             line=kept.line is not None,
