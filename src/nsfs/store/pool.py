@@ -224,6 +224,7 @@ def create_bitmap(layout: DomainLayout) -> int:
         _ensure_files(layout)
         source = os.open(layout.present, _PLAIN)
         stack.callback(os.close, source)
+        os.fdatasync(source)  # of processes that were killed: who finds bits cleared takes them for durably cleared
         bitmap = os.memfd_create("nsfs-present", os.MFD_CLOEXEC)
         undo = stack.enter_context(ExitStack())
         undo.callback(os.close, bitmap)
@@ -305,7 +306,8 @@ class Pool:
         self._was_read = False
         os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         if not readonly:
-            self._end_interrupted()
+            with self._exclusive():
+                self._end_interrupted()
 
     def close(self) -> None:
         """Close both files and unmap the bitmap. Flushes nothing."""
@@ -481,6 +483,7 @@ class Pool:
         holes (the blocks are absent all the same), CorruptError or NoSpaceError where it fails.
         """
         with self._exclusive(), _mapped_errors("cannot evict from the pool"):
+            self._end_interrupted()
             with self._bits_lock:
                 self._epoch[0] |= 1
                 freed = sum(self._clear(address, size) for address, size in ranges)
@@ -505,9 +508,14 @@ class Pool:
                 fcntl.flock(self._present, fcntl.LOCK_UN)
 
     def _end_interrupted(self) -> None:
-        """Close the eviction that a process died in; the bits that it did clear stay cleared."""
-        with self._exclusive():
-            self._epoch[0] += self._epoch[0] & 1
+        """Close the eviction that a process died in; the bits that it did clear stay cleared.
+
+        Durable ones it may have cleared and not synced: nobody would clear these again, and so sync them.
+        """
+        if self._epoch[0] & 1:
+            os.fdatasync(self._present)
+            with self._bits_lock:
+                self._epoch[0] += 1
 
     def _clear_durable(self, ranges: Sequence[tuple[int, int]]) -> None:
         changed = [self._clear_durable_run(*_blocks(address, size)) for address, size in ranges]
