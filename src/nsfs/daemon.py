@@ -53,10 +53,13 @@ from nsfs.serve.keeping import Keeper
 from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
 from nsfs.serve.lending import Lending
 from nsfs.serve.lifecycle import End, Ending, Lifecycle, replace_us
+from nsfs.serve.logs import counted_bugs
+from nsfs.serve.metrics import Metrics
 from nsfs.serve.policy_file import load_policy
 from nsfs.serve.relay import Broker
 from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.sandbox import module_paths, plan_front_sandbox, plan_readable
+from nsfs.serve.scrapes import serve_scrapes
 from nsfs.serve.session import read_init
 from nsfs.serve.snapshots_rpc import snapshots_service
 from nsfs.serve.supervisor import Connection, open_supervisor
@@ -199,7 +202,8 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         )
         handlers = {name: handler for group in groups for name, handler in group.handlers().items()}
         services = [control_service(handlers), *([snapshots_service(snapshots)] if snapshots else [])]
-        async with serve_rpc(config.socket, services):
+        metrics = Metrics(workers.supervisor, namespaces, accounts, cache, stack.enter_context(counted_bugs()))
+        async with serve_rpc(config.socket, services), serve_scrapes(config.metrics.listen, metrics.render):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             site.notifier.tell("READY=1")
             beside = [] if private else list(_besides(config, mounted.scopes, namespaces))

@@ -47,7 +47,7 @@ from nsfs.serve.credentials import AskedCredentials
 from nsfs.serve.forkserver import fork_server, open_fork_server, received_fds
 from nsfs.serve.fuse import FuseOperations
 from nsfs.serve.lending import Borrowing, Uplink
-from nsfs.serve.logs import start_logging
+from nsfs.serve.logs import counted_bugs, start_logging
 from nsfs.serve.relay import OwnReach, SharedReach
 from nsfs.serve.session import Session, widen_descriptors
 from nsfs.serve.wire import PassingStream, open_peer
@@ -170,7 +170,9 @@ async def _compose(
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)
     cache = DomainCache(index, images, layers, views, looking, shown, nursery)
-    domain = Domain(images, layers, blobs, views, looking, index, NotedUse(shown, cache.note_use))
+    bugs = stack.enter_context(counted_bugs())
+    noted = NotedUse(shown, cache.note_use)
+    domain = Domain(images, layers, blobs, views, looking, index, noted, lambda: bugs.count)
     pinned = Pinned(images, layers, maps, index, views)
     methods = {**domain.methods(), **pinned.methods(), **cache.methods(), **reach.methods(blobs)}
     return _Worker(domain, methods, cache, layers, shown)

@@ -13,6 +13,7 @@ from nsfs.model.policy import Isolation
 from nsfs.serve.config import (
     Config,
     Duration,
+    Endpoint,
     Namespace,
     Size,
     known_keys,
@@ -20,6 +21,7 @@ from nsfs.serve.config import (
     load_private_config,
     pack_config,
     parse_config,
+    parse_endpoint,
     private_log,
     unpack_config,
 )
@@ -81,6 +83,8 @@ def test_every_key_can_be_changed() -> None:
     low = 0.25
     [containerd]
     address = "/g"
+    [metrics]
+    listen = "unix:/m"
     [kernel]
     erofs = false
     file_backed = false
@@ -102,6 +106,12 @@ def test_every_key_can_be_changed() -> None:
 
 def test_the_socket_lies_in_the_run_directory() -> None:
     assert parse_config('run = "/x"').socket == "/x/nsfs.sock"
+
+
+def test_where_metrics_are_served() -> None:
+    assert parse_endpoint("127.0.0.1:9464") == Endpoint("", "127.0.0.1", 9464)
+    assert parse_endpoint("[::1]:9464") == Endpoint("", "::1", 9464)
+    assert parse_endpoint("unix:/m:1") == Endpoint("/m:1")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +142,14 @@ def test_the_socket_lies_in_the_run_directory() -> None:
         ("namespace = 1", "a table, not a value: namespace", "[namespace.<name>]"),
         ("[namespace.'../x']\ndocker_config = '/x'", "not a namespace", "letters"),
         ("root =", "is no TOML", None),
-        (f"socket = '/{'x' * 107}'", "longer than the 107 bytes", None),
+        (f"socket = '/{'x' * 107}'", "socket: longer than the 107 bytes", None),
+        (f"[metrics]\nlisten = 'unix:/{'x' * 107}'", "metrics.listen: longer than the 107 bytes", None),
+        ("[metrics]\nlisten = 'unix:m.sock'", "metrics.listen: not an address to listen at: 'unix:m.sock'", "unix:/"),
+        ("[metrics]\nlisten = ':9464'", "metrics.listen: not an address", "127.0.0.1:9464"),
+        ("[metrics]\nlisten = 'localhost:9464'", "metrics.listen: not an address", "127.0.0.1:9464"),
+        ("[metrics]\nlisten = '::1:9464'", "metrics.listen: not an address", "[::1]:9464"),
+        ("[metrics]\nlisten = '127.0.0.1:65536'", "metrics.listen: not an address", "127.0.0.1:9464"),
+        ("[metrics]\nlisten = 9464", "metrics.listen: expected `str`", None),
     ],
 )
 def test_what_is_wrong_is_named(text: str, message: str, hint: str | None) -> None:

@@ -257,7 +257,9 @@ def test_state_is_of_who_waits_longest_and_of_nobody_who_just_began() -> None:
         Waiting(name(2), 0, 1, 5, "bytes 0 to 4 of a blob"),
         Waiting(f"look/{name(2)}", 0, 1, 7, "the pool"),
     )
-    assert site.views.waiting() == 3
+    assert site.views.waits(None) == (3, 7, "the pool")
+    assert site.views.waits({name(1)}) == (1, 0.5, "its turn")
+    assert site.views.waits({name(3)}) == (0, 0, "")
     assert site.views.state({name(1)}) == "ready"
     assert site.views.state(None) == "2 reads wait, the longest for 7 s, for the pool"
     assert site.views.state({name(2), name(3)}) == site.views.state(None)

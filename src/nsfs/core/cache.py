@@ -99,6 +99,8 @@ class Cache:
         self._looking = trio.Lock()
         self.room = Room(0, limits.reserve, limits)
         """As it was at the last look."""
+        self.sizes: dict[str, int] = {}
+        """Bytes that each domain takes on disk, at the last look."""
 
     async def watch(self) -> None:
         """Look for ever."""
@@ -112,7 +114,7 @@ class Cache:
     async def look(self) -> None:
         """See how much is taken, and have contents go where that is too much."""
         async with self._looking:
-            sizes = await trio.to_thread.run_sync(self._measure)
+            sizes = self.sizes = await trio.to_thread.run_sync(self._measure)
             for domain in sizes.keys() & self._quotas.keys():
                 await self._keep_quota(domain, sizes[domain])
             await self._keep_cap(sum(sizes.values()), list(sizes))

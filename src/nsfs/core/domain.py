@@ -76,6 +76,7 @@ class Domain:
         looking: Looking,
         catalog: Catalog,
         shown: Shown,
+        bugs: Callable[[], int],
     ) -> None:
         self._images = images
         self._layers = layers
@@ -84,6 +85,7 @@ class Domain:
         self._looking = looking
         self._catalog = catalog
         self._shown = shown
+        self._bugs = bugs
 
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
         """What the daemon may call, by name."""
@@ -96,7 +98,7 @@ class Domain:
             "Stat": (worker_api.PathName, self._stat),
             "Read": (worker_api.PathName, self._read),
             "Usage": (worker_api.Usage, self._usage),
-            "Status": (worker_api.Empty, self._status),
+            "Status": (worker_api.StatusRequest, self._status),
             "ShowViews": (worker_api.Views, self._show_views),
             "HideViews": (worker_api.Views, self._hide_views),
             "ShowTree": (worker_api.Tree, self._show_tree),
@@ -219,14 +221,17 @@ class Domain:
     async def _usage(self, params: worker_api.Usage, _report: Report) -> worker_api.UsageReport:
         return self._views.usage(params.maps)
 
-    async def _status(self, _params: worker_api.Empty, _report: Report) -> worker_api.WorkerStatus:
-        records = self._catalog.layers()
+    async def _status(self, params: worker_api.StatusRequest, _report: Report) -> worker_api.WorkerStatus:
+        records, waits = self._catalog.layers(), self._views.waits(None)
         return worker_api.WorkerStatus(
             layers=len(records),
-            local=self._views.local_bytes([record.key for record in records]),
+            local=self._views.local_bytes([record.key for record in records]) if params.measured else 0,
             fetched=self._blobs.fetched.total(),
-            waiting=self._views.waiting(),
+            waiting=waits.reads,
             state=self._views.state(None),
+            longest=waits.longest,
+            reason=waits.reason,
+            bugs=self._bugs(),
         )
 
     async def _show_views(self, params: worker_api.Views, _report: Report) -> worker_api.Empty:

@@ -21,7 +21,7 @@ from nsfs.model.namespaces import Holding, plan_holdings
 from nsfs.model.policy import Domain, Isolation, check_namespace, own_domains
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from nsfs.core.manual import Lowers, ManualMounts
     from nsfs.model.snapshot import Record
@@ -130,7 +130,10 @@ class Namespaces:
 
     async def holdings(self) -> dict[str, Holding]:
         """What each namespace has, by name."""
-        domains = await trio.to_thread.run_sync(self._disks.names)
+        return self.held(await trio.to_thread.run_sync(self._disks.names))
+
+    def held(self, domains: Iterable[str]) -> dict[str, Holding]:
+        """What each namespace has where these domains are on disk, by name."""
         return plan_holdings(domains, self._mounts.records(), self._snapshots.all(), self._snapshots.shown())
 
     async def holding(self, namespace: str) -> Holding:

@@ -8,7 +8,7 @@ from one that was killed serves every view at once.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import trio
@@ -36,6 +36,8 @@ _COMPLETING: Final = 60.0
 """Seconds that a piece may take which nobody waits for."""
 """One attempt, however long its bytes take: somebody sits in front of it."""
 
+_NOTEWORTHY: Final = 1.0
+"""Seconds: shorter waits are what a first read takes."""
 _KEPT_VIEWS: Final = 4096
 _KEPT_RANGES: Final = 4096
 _FEW_RANGES: Final = 256
@@ -66,6 +68,16 @@ class Pool(landing.Pool, Protocol):
 
     def evict_all(self, ranges: Sequence[tuple[int, int]]) -> int:
         """Drop blocks, with one sync; how many bytes that freed."""
+
+
+class Waits(NamedTuple):
+    """Reads that wait now."""
+
+    reads: int
+    longest: float
+    """Seconds that the first of them has waited."""
+    reason: str
+    """For what."""
 
 
 class Views:
@@ -146,27 +158,34 @@ class Views:
     def usage(self, maps: Collection[str]) -> UsageReport:
         """What of these maps is local, what their blobs cost, and what their readers wait for."""
         records = [record for map_id in maps if (record := self._catalog.map(map_id))]
+        waits = self.waits(set(maps))
         return UsageReport(
             local=self.local_bytes([record.key for record in records]),
             fetched=sum(self._blobs.fetched[blob] for blob in {record.blob for record in records}),
             state=self.state(set(maps)),
+            waiting=waits.reads,
+            longest=waits.longest,
+            reason=waits.reason,
         )
 
-    def waiting(self) -> int:
-        """Readers that wait for the network now."""
-        return len(self._fetcher.statistics().waiting)
-
-    def state(self, maps: Collection[str] | None) -> str:
-        """What readers of these maps (None: of any) wait for longest; "ready" where nobody waits for a second."""
+    def waits(self, maps: Collection[str] | None, *, beyond: float = 0.0) -> Waits:
+        """How many readers of these maps (None: of any) wait now, and have for `beyond` seconds or more."""
         waiting = [
             each
             for each in self._fetcher.statistics().waiting
-            if each.seconds > 1 and (maps is None or map_of(each.view) in maps)
+            if each.seconds >= beyond and (maps is None or map_of(each.view) in maps)
         ]
         if not waiting:
-            return "ready"
+            return Waits(0, 0.0, "")
         longest = max(waiting, key=lambda each: each.seconds)
-        return f"{len(waiting)} reads wait, the longest for {longest.seconds:.0f} s, for {longest.reason}"
+        return Waits(len(waiting), longest.seconds, longest.reason)
+
+    def state(self, maps: Collection[str] | None) -> str:
+        """What readers of these maps (None: of any) wait for longest; "ready" where nobody waits for a second."""
+        waits = self.waits(maps, beyond=_NOTEWORTHY)
+        if not waits.reads:
+            return "ready"
+        return f"{waits.reads} reads wait, the longest for {waits.longest:.0f} s, for {waits.reason}"
 
     def _view(self, name: str) -> tuple[View, float | None]:
         found = self._views.get(name)

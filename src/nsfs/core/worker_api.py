@@ -96,17 +96,30 @@ class Usage(Struct, kw_only=True):
 
 
 class UsageReport(Struct, kw_only=True):
-    """Bytes of the maps' contents in the pool, and fetched over the network for their blobs."""
+    """Bytes of the maps' contents in the pool, and fetched over the network for their blobs; who waits."""
 
     local: int
     fetched: int
     state: str
+    waiting: int = 0
+    """Reads that wait now."""
+    longest: float = 0.0
+    """Seconds that the first of them has waited."""
+    reason: str = ""
+    """For what."""
 
 
 def render_mount(info: Mapping[str, str | int | bool], usage: UsageReport) -> bytes:
     """The content of a mount's own `.nsfs/mount.json`: what `nsfs status --json` says of it."""
-    report = {**info, "local": usage.local, "fetched": usage.fetched, "state": usage.state}
+    report = {**info, **msgspec.structs.asdict(usage)}
     return msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n"
+
+
+class StatusRequest(Struct, kw_only=True):
+    """Ask how a domain stands. Answered by WorkerStatus."""
+
+    measured: bool = True
+    """Say how many bytes are local, too, which takes a look at every file."""
 
 
 class WorkerStatus(Struct, kw_only=True):
@@ -117,6 +130,12 @@ class WorkerStatus(Struct, kw_only=True):
     fetched: int
     waiting: int
     state: str
+    longest: float = 0.0
+    """Seconds that the first of the reads that wait has waited."""
+    reason: str = ""
+    """For what."""
+    bugs: int = 0
+    """Since the worker started."""
 
 
 class Name(Struct, kw_only=True):

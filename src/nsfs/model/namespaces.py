@@ -40,6 +40,11 @@ class Holding:
         return [record.name for record in self.snapshots if record.kind is not Kind.COMMITTED]
 
     @property
+    def owners(self) -> list[str]:
+        """As whom its requests to registries are made: itself, and its tenants."""
+        return sorted({self.namespace} | {name.removeprefix("ns/") for name in self.own if name.startswith("ns/")})
+
+    @property
     def targets(self) -> list[str]:
         """Where it is mounted by hand."""
         return [mount.target for mount in self.mounts]

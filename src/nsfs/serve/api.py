@@ -150,6 +150,12 @@ class MountReport(Struct, kw_only=True):
     """Bytes fetched over the network for its layers, for whichever mount, since the domain's worker started."""
     state: str
     """ready, or what it waits for."""
+    waiting: int = 0
+    """Reads that wait for the network now."""
+    longest: float = 0.0
+    """Seconds that the first of them has waited."""
+    reason: str = ""
+    """For what."""
 
 
 class DomainReport(Struct, kw_only=True):
@@ -164,6 +170,10 @@ class DomainReport(Struct, kw_only=True):
     waiting: int
     """Reads that wait for the network now."""
     state: str
+    longest: float = 0.0
+    """Seconds that the first of them has waited."""
+    reason: str = ""
+    """For what."""
 
 
 class StatusReport(Struct, kw_only=True):

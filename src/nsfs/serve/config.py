@@ -12,8 +12,9 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from contextlib import contextmanager, suppress
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 import msgspec
 from msgspec import Meta, Struct
@@ -128,6 +129,13 @@ class Containerd(Struct, frozen=True, kw_only=True):
     deleted there end here; `nsfs pull` uses it. Empty for none."""
 
 
+class Metrics(Struct, frozen=True, kw_only=True):
+    """Figures for Prometheus."""
+
+    listen: str = ""
+    """Where they are served: ADDRESS:PORT, or unix:PATH; empty for nowhere."""
+
+
 class Namespace(Struct, frozen=True, kw_only=True):
     """What is particular to one namespace: a table [namespace.<name>], or [namespace."<name>/<tenant>"]."""
 
@@ -183,6 +191,7 @@ class Config(Struct, frozen=True, kw_only=True):
     pool: Pool = Pool()
     kernel: Kernel = Kernel()
     containerd: Containerd = Containerd()
+    metrics: Metrics = Metrics()
     namespace: dict[str, Namespace] = {}
 
     def of_namespace(self, name: str) -> Namespace:
@@ -347,6 +356,35 @@ def tidy(message: str) -> str:
     return f"{where.rstrip('`')}: {what}" if where else what
 
 
+class Endpoint(NamedTuple):
+    """Where something listens: a unix socket, or an address and a port of TCP."""
+
+    path: str
+    host: str = ""
+    port: int = 0
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Read ADDRESS:PORT, the address of IPv6 in brackets, or unix:PATH; raises UsageError."""
+    if path := text.removeprefix("unix:") if text.startswith("unix:/") else "":
+        _check_socket(path)
+        return Endpoint(path)
+    host, _, port = text.rpartition(":")
+    with suppress(ValueError):
+        address = ip_address(host.removeprefix("[").removesuffix("]"))
+        written = f"[{address}]" if address.version == 6 else str(address)
+        if host == written and port.isdecimal() and 0 < int(port) < 1 << 16:
+            return Endpoint("", str(address), int(port))
+    raise UsageError(
+        f"not an address to listen at: {text!r}", hint='write "127.0.0.1:9464", "[::1]:9464" or "unix:/path"'
+    )
+
+
+def _check_socket(path: str) -> None:
+    if len(path.encode()) > 107:
+        raise UsageError(f"longer than the 107 bytes of a unix socket's name: {path}")
+
+
 def _check_paths(name: str, namespace: Namespace, source: str) -> None:
     for key in ("docker_config", "netns", "resolv_conf", "cgroup"):
         if getattr(namespace, key)[:1] not in {"", "/"}:
@@ -361,10 +399,13 @@ def _complete(config: Config, source: str) -> Config:
     for key in ("root", "run", "socket", "policy", "key_file"):
         if getattr(config, key)[:1] not in ({"/", ""} if key in {"policy", "key_file"} else {"/"}):
             raise UsageError(f"{source}: {key}: not an absolute path: {getattr(config, key)!r}")
-    if len(config.socket.encode()) > 107:
-        raise UsageError(f"{source}: socket: longer than the 107 bytes of a unix socket's name: {config.socket}")
+    with _naming(source, "socket"):
+        _check_socket(config.socket)
     if config.pool.low > config.pool.high:
         raise UsageError(f"{source}: pool.low is above pool.high: {config.pool.low} and {config.pool.high}")
+    if config.metrics.listen:
+        with _naming(source, "metrics.listen"):
+            parse_endpoint(config.metrics.listen)
     with _naming(source, "on_error"):
         parse_patience(config.on_error)
     with _naming(source, "uid_range"):

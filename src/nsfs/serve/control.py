@@ -231,12 +231,15 @@ class Control:
             local=usage.local,
             fetched=usage.fetched,
             state=usage.state,
+            waiting=usage.waiting,
+            longest=usage.longest,
+            reason=usage.reason,
         )
 
     async def domain_report(self, name: str, pid: int) -> api.DomainReport:
         """How a domain stands, as far as its worker answers at once."""
         try:
-            status = await self._supervisor.ask_now(name, "Status", worker_api.Empty(), worker_api.WorkerStatus)
+            status = await self._supervisor.ask_now(name, "Status", worker_api.StatusRequest(), worker_api.WorkerStatus)
         except NsfsError as error:
             status = worker_api.WorkerStatus(layers=0, local=0, fetched=0, waiting=0, state=str(error))
         return api.DomainReport(
@@ -247,4 +250,6 @@ class Control:
             fetched=status.fetched,
             waiting=status.waiting,
             state=status.state,
+            longest=status.longest,
+            reason=status.reason,
         )

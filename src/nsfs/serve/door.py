@@ -58,7 +58,7 @@ class Door:
         self._inside = inside
         self._admitted = admitted
         self._told: dict[int, float] = {}
-        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(_listen(path)))
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listen_unix(path, "socket")))
 
     async def serve(self) -> None:
         """Until it is cancelled."""
@@ -84,8 +84,8 @@ class Door:
             log.warning("refused a connection: uid=%d gid=%d pid=%d", peer.uid, peer.gid, peer.pid)
 
 
-def _listen(path: str) -> socket.socket:
-    """The socket, 0600; what was there before is gone. Raises UsageError."""
+def listen_unix(path: str, key: str) -> socket.socket:
+    """The socket, 0600; what was there before is gone. Raises UsageError about the `key` that says where."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     mask = os.umask(0o177)
     try:
@@ -95,7 +95,7 @@ def _listen(path: str) -> socket.socket:
         listener.listen(_WAITING)
     except OSError as error:
         listener.close()
-        raise UsageError(f"socket: cannot listen there: {path}: {error.strerror}") from None
+        raise UsageError(f"{key}: cannot listen there: {path}: {error.strerror}") from None
     finally:
         os.umask(mask)
     return listener

@@ -5,7 +5,7 @@ that is taken over by another process stays valid; open files are remembered onl
 
 Concurrency: pyfuse3 calls from one trio run, each request in a task of its own. Only `read` waits for anything.
 
-Invariants: an NsfsError is answered with its errno; anything else is a bug, logged with its traceback, counted, and
+Invariants: an NsfsError is answered with its errno; anything else is a bug, logged with its traceback, and
 answered with EIO. A read gives all the bytes that were asked for, up to the end of the file.
 """
 
@@ -54,7 +54,6 @@ def _answered(
         except NsfsError as error:
             raise FUSEError(error.errno) from error
         except Exception as error:
-            self.bugs += 1
             log.exception("fuse request failed: %s", method.__name__)
             raise FUSEError(errno.EIO) from error
 
@@ -62,14 +61,13 @@ def _answered(
 
 
 class FuseOperations(pyfuse3.Operations):
-    """Serves `vfs`. `bugs` counts requests that failed by no NsfsError."""
+    """Serves `vfs`."""
 
     supports_dot_lookup = False
     enable_writeback_cache = False
 
     def __init__(self, vfs: Vfs) -> None:
         super().__init__()
-        self.bugs = 0
         self._vfs = vfs
         self._handles: dict[int, Handle] = {}
 

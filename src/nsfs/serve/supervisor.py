@@ -153,6 +153,8 @@ class _Kept:
     pid: int = 0
     trouble: str = ""
     """Why none could be started, since the last one answered."""
+    restarts: int = 0
+    """Of the domain's worker, whatever it died of."""
     deaths: int = 0
     """In a row, of workers that had not served."""
     owners: set[str] = field(default_factory=set)
@@ -335,6 +337,10 @@ class Supervisor:
         """The worker of each domain that has one; 0 while it is being started."""
         return {name: kept.pid for name, kept in self._kept.items()}
 
+    def restarts(self) -> dict[str, int]:
+        """How often the worker of each domain was started again since we have the domain."""
+        return {name: kept.restarts for name, kept in self._kept.items()}
+
     def bitmap(self, domain: str) -> int:
         """The descriptor of the live bitmap of a domain whose worker was called before."""
         return self._kept[domain].bitmap
@@ -400,6 +406,7 @@ class Supervisor:
             with kept.scope:
                 while True:
                     has_answered = await self._live(kept)
+                    kept.restarts += 1
                     await trio.sleep(plan_pause(kept.deaths, has_answered=has_answered))
         finally:
             with trio.CancelScope(shield=True):

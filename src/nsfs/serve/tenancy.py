@@ -103,8 +103,6 @@ class Tenancy:
 
     async def _report(self, found: Holding) -> api.NamespaceReport:
         domains = [await self._domain(found, name) for name in sorted(found.own | found.shared)]
-        tenants = {name.removeprefix("ns/") for name in found.own if name.startswith("ns/")}
-        owners = sorted({found.namespace} | tenants)
         return api.NamespaceReport(
             namespace=found.namespace,
             containerd=found.namespace in await self._namespaces.came_by_containerd(),
@@ -116,7 +114,7 @@ class Tenancy:
             own=sum(domain.disk for domain in domains if domain.own),
             shared=sum(domain.disk for domain in domains if not domain.own),
             fetched=sum(domain.fetched for domain in domains if domain.own),
-            costs=await self._accounts.of(owners),
+            costs=await self._accounts.of(found.owners),
         )
 
     async def _domain(self, of: Holding, name: str) -> api.NamespaceDomain:
