@@ -189,11 +189,21 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         site = await _open_site(stack, config, layout, zygote, private=private)
         workers = await _open_workers(stack, site)
         mounted = await _open_mounts(stack, site, workers)
-        control = Control(config, mounted.manual, workers.supervisor, mounted.scopes, workers.keychain, private=private)
+        cache = Cache(
+            workers.supervisor, workers.store, _limits(site, workers.store), _quotas(config), refuses=site.host.root
+        )
+        control = Control(
+            config,
+            mounted.manual,
+            workers.supervisor,
+            mounted.scopes,
+            workers.keychain,
+            cache,
+            private=private,
+        )
         snapshots = await _open_snapshots(stack, site, workers, mounted) if site.is_system else None
         namespaces = _make_namespaces(site, workers, mounted, snapshots)
         accounts, ending = Accounts(site.meta, workers.supervisor), Ending()
-        cache = Cache(workers.supervisor, workers.store, _limits(site, workers.store), _quotas(config))
         groups = (
             control,
             Tenancy(config, mounted.scopes, namespaces, workers.supervisor, control, accounts),

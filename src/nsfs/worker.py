@@ -21,13 +21,14 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.blobs import Blobs
-from nsfs.core.domain import Domain
+from nsfs.core.domain import Domain, Health
 from nsfs.core.domain_cache import DomainCache, NotedUse
 from nsfs.core.dropping import drop_often
 from nsfs.core.fetcher import open_fetcher
 from nsfs.core.fetchview import FetchConfig
 from nsfs.core.images import Images, Located
 from nsfs.core.jobs import Jobs
+from nsfs.core.keeping import KeptPool
 from nsfs.core.layers import Layers
 from nsfs.core.looking import Looking
 from nsfs.core.maps import Maps
@@ -125,12 +126,21 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
 class _Worker:
     """What `_compose` made."""
 
-    def __init__(self, domain: Domain, methods: Methods, cache: DomainCache, layers: Layers, shown: ShownTree) -> None:
+    def __init__(
+        self,
+        domain: Domain,
+        methods: Methods,
+        cache: DomainCache,
+        layers: Layers,
+        shown: ShownTree,
+        kept: KeptPool,
+    ) -> None:
         self.domain = domain
         self.methods = methods
         self.cache = cache
         self.layers = layers
         self.shown = shown
+        self.kept = kept
 
 
 async def _compose(
@@ -146,7 +156,8 @@ async def _compose(
     spawner = await stack.enter_async_context(open_fork_server(forks))
     nursery = await stack.enter_async_context(trio.open_nursery())
     stack.callback(nursery.cancel_scope.cancel)
-    fetcher = await stack.enter_async_context(open_fetcher(pool, fetch_config(config.fetch)))
+    kept = KeptPool(pool)
+    fetcher = await stack.enter_async_context(open_fetcher(kept, fetch_config(config.fetch)))
     blobs = Blobs(reach.sources, index)
     cores = os.cpu_count() or 1
     jobs = Jobs(spawner, limit=max(2, cores), fed_limit=max(4, 2 * cores))
@@ -169,13 +180,13 @@ async def _compose(
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)
-    cache = DomainCache(index, images, layers, views, looking, shown, nursery)
+    cache = DomainCache(index, images, layers, views, looking, shown, kept, nursery)
     bugs = stack.enter_context(counted_bugs())
     noted = NotedUse(shown, cache.note_use)
-    domain = Domain(images, layers, blobs, views, looking, index, noted, lambda: bugs.count)
+    domain = Domain(images, layers, blobs, views, looking, index, noted, lambda: Health(bugs.count, kept.trouble))
     pinned = Pinned(images, layers, maps, index, views)
     methods = {**domain.methods(), **pinned.methods(), **cache.methods(), **reach.methods(blobs)}
-    return _Worker(domain, methods, cache, layers, shown)
+    return _Worker(domain, methods, cache, layers, shown, kept)
 
 
 def _recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[LayerKey]:
@@ -197,7 +208,7 @@ async def _serve(
     uplink: Uplink,
 ) -> None:
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_flush_often, pool)
+        nursery.start_soon(_flush_often, worker.kept)
         nursery.start_soon(drop_often, pool)
         if params.fuse:
             ready = trio.Event()
@@ -210,7 +221,7 @@ async def _serve(
         sockets = _sockets(control, fds[-1] if params.line else None)
         await _serve_daemons(params, sockets, worker.methods, uplink)
         nursery.cancel_scope.cancel()
-    _flush(pool)
+    _flush(worker.kept)
 
 
 async def _serve_daemons(
@@ -277,13 +288,13 @@ async def _serve_fronts(path: str, domain: Domain, task_status: trio.TaskStatus[
     await trio.serve_listeners(serve_front, [trio.SocketListener(listener)])
 
 
-async def _flush_often(pool: Pool) -> None:
+async def _flush_often(pool: KeptPool) -> None:
     while True:
         await trio.sleep(_FLUSH_EVERY)
         await trio.to_thread.run_sync(_flush, pool)
 
 
-def _flush(pool: Pool) -> None:
+def _flush(pool: KeptPool) -> None:
     """Make durable what was written; what cannot be is absent again, and fetched when it is wanted."""
     try:
         pool.flush()

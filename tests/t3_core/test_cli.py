@@ -79,6 +79,7 @@ def entry(path: bytes, kind: str = "file", **fields: Any) -> EntryReport:
     return EntryReport(path=path, kind=kind, **(base | fields))
 
 
+POOLS = api.PoolsReport(used=1 << 20, cap=1 << 30, free=1 << 29, reserve=1 << 10, state="ready")
 MOUNTED = api.MountReport(
     id="m1",
     target="/mnt",
@@ -166,7 +167,9 @@ def test_errors_as_json(daemon: FakeDaemon) -> None:
 
 
 def test_the_socket_is_chosen_by_option_or_environment(daemon: FakeDaemon) -> None:
-    daemon.answers["Status"] = [api.StatusReport(version="1", private=True, root="/r", mounts=[], domains=[])]
+    daemon.answers["Status"] = [
+        api.StatusReport(version="1", private=True, root="/r", pools=POOLS, mounts=[], domains=[])
+    ]
     run("--socket", "/s", "status")
     assert daemon.asked == "/s"
     CliRunner().invoke(nsfs, ["status"], env={"NSFS_SOCKET": "/t"})
@@ -397,12 +400,16 @@ def test_inspect(daemon: FakeDaemon) -> None:
 
 
 def test_status(daemon: FakeDaemon) -> None:
-    domain = api.DomainReport(name="ns/default", pid=0, layers=3, local=0, fetched=1 << 30, waiting=2, state="ready")
-    report = api.StatusReport(version="1", private=False, root="/r", mounts=[MOUNTED], domains=[domain])
+    domain = api.DomainReport(
+        name="ns/default", pid=0, layers=3, local=0, fetched=1 << 30, waiting=2, state="ready", unkept="disk full"
+    )
+    report = api.StatusReport(version="1", private=False, root="/r", pools=POOLS, mounts=[MOUNTED], domains=[domain])
     daemon.answers["Status"] = [report]
     text = run("status").stdout
     assert "/mnt" in text
     assert "1.0 GiB" in text
+    assert "pools: 1.0 MiB of 1.0 GiB taken, 512.0 MiB free, 1.0 KiB of it in reserve: ready\n" in text
+    assert "ready; keeps nothing more: disk full\n" in text
     assert json.loads(run("status", "--json").stdout) == msgspec.to_builtins(report)
 
 

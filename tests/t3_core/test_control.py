@@ -105,9 +105,9 @@ class Fixture:
         config = Config(root="/r", run="/r", socket="/r/s", on_error="wait:5s")
         keychain = Keychain(config, Layout("/r", "/r"), {}, private=True)
         self.scopes = Scopes(Policy(Isolation.SHARED), lambda reference: f"docker.io/library/{reference}")
-        self.control = Control(config, mounts, supervisor, self.scopes, keychain, private=True)
         disks: Any = None
-        cache = Cache(supervisor, disks, Limits(1, 0, 0.9, 0.8), {})
+        cache = Cache(supervisor, disks, Limits(1000, 0, 0.9, 0.8), {}, refuses=True)
+        self.control = Control(config, mounts, supervisor, self.scopes, keychain, cache, private=True)
         self.handlers = self.control.handlers() | Caching(cache, self.control).handlers()
         self.told: list[object] = []
 

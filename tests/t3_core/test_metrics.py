@@ -75,7 +75,7 @@ def figures(**fields: Any) -> Figures:
         "holdings": {"team": holding},
         "costs": {"team": [Cost(server='reg"istry:443', requests=3, received=1 << 40)]},
         "workers": {
-            "ns/team": status(layers=7, fetched=99, waiting=2, longest=12.5, bugs=4),
+            "ns/team": status(layers=7, fetched=99, waiting=2, longest=12.5, bugs=4, unkept="disk full"),
             "shared": None,
             "pod/m2": status(waiting=1, longest=3, fetched=5),
             "pod/m3": status(waiting=4, longest=9, fetched=6),
@@ -128,6 +128,8 @@ def test_every_figure_has_its_name() -> None:
         ("nsfs_waiting_reads", "pod"): 5,
         ("nsfs_longest_wait_seconds", "ns/team"): 12.5,
         ("nsfs_longest_wait_seconds", "pod"): 9,
+        ("nsfs_unkept", "ns/team"): 1,
+        ("nsfs_unkept", "pod"): 0,
         ("nsfs_disk_bytes", "ns/team"): 4096,
         ("nsfs_disk_bytes", "pod"): 30,
         ("nsfs_pool_used_bytes",): 950,

@@ -15,12 +15,13 @@ import pytest
 from fakes import FakeRegistry
 from images import Image, Layer, file, gzip_layer
 from mounting import swept
+from nodes import wait_until
 from nsfs.model.pool import LayerKey
 from nsfs.store.index import open_index
 from nsfs.store.layers import open_table
 from nsfs.store.pool import create_bitmap, open_pool
 from nsfs.store.spool import Spool
-from nsfs_daemon import run_daemon, stored_domain
+from nsfs_daemon import Daemon, mortal_daemons, run_daemon, stored_domain
 from published import publish
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from nsfs.store.layout import DomainLayout
 
-SETTINGS = {"fetch": {"read_ahead": 0}}
+SETTINGS = {"fetch": {"read_ahead": 0}, "pool": {"reserve": 0}}
 NO_SPACE = 7
 FLUSHED = 6.0
 """Seconds after which what was written is durable: a worker flushes every 5."""
@@ -50,7 +51,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         opened.truncate(128 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-m", "0", image], check=True)
     with swept(tmp_path):
-        subprocess.run(["mount", "-o", "loop", image, target], check=True)
+        subprocess.run(["mount", "-o", "loop,errors=remount-ro", image, target], check=True)
         yield target
         subprocess.run(["umount", target], check=True)
 
@@ -69,6 +70,7 @@ def read(path: str) -> bytes:
 def filled(path: Path, left: int) -> Iterator[None]:
     """Take all but `left` bytes of a filesystem."""
     filler = path / "filler"
+    subprocess.run(["sync", "-f", path], check=True)
     free = os.statvfs(path).f_bavail * 4096
     with filler.open("wb") as opened, contextlib.suppress(*([] if left else [OSError])):  # others write meanwhile
         os.posix_fallocate(opened.fileno(), 0, free - left)
@@ -124,12 +126,91 @@ def test_a_full_disk_under_a_mount_costs_speed_alone(registry: FakeRegistry, sma
                 time.sleep(FLUSHED)
                 for name in half:
                     assert read(f"{target}/{name}") == files[name]
+                assert "No space" in unkept(daemon)
             for name in list(files)[12:]:
                 assert read(f"{target}/{name}") == files[name]
             (mount,) = daemon.json("status")["mounts"]
             assert mount["local"] >= 11 << 20
+            assert unkept(daemon) == ""
         assert daemon.workers() == workers
         assert "Traceback" not in daemon.tail()
+
+
+def unkept(daemon: Daemon) -> str:
+    """Why the one domain keeps nothing of what it fetches."""
+    (domain,) = daemon.json("status")["domains"]
+    return str(domain["unkept"])
+
+
+def local(daemon: Daemon) -> int:
+    return int(daemon.json("status")["mounts"][0]["local"])
+
+
+def test_the_reserve_is_left_alone_and_what_is_read_is_kept_again_when_there_is_room(
+    registry: FakeRegistry, small_disk: Path, tmp_path: Path
+) -> None:
+    files, layer = make("reserve", 1 << 20, 12)
+    reference = publish(registry, Image((layer,)), "reserve")
+    target = str(tmp_path / "mnt")
+    settings = {**SETTINGS, "pool": {"reserve": 32 << 20}}
+    with run_daemon(str(small_disk / "d"), settings) as daemon, daemon.mounted(reference, target):
+        daemon.nsfs("evict", reference)
+        with filled(small_disk, 24 << 20):
+            assert "reserve" in daemon.json("cache", "ls")["state"]
+            assert "reserve" in unkept(daemon)
+            assert "keeps nothing more: the reserve" in daemon.nsfs("status").stdout
+            for name in list(files)[:4]:
+                assert read(f"{target}/{name}") == files[name]
+            os.kill(daemon.workers()["ns/default"], signal.SIGKILL)
+            assert wait_until(lambda: daemon.json("cache", "ls") and "reserve" in unkept(daemon))
+            for name in list(files)[4:8]:
+                assert read(f"{target}/{name}") == files[name]
+            assert local(daemon) == 0
+            assert daemon.json("status")["pools"]["free"] >= 20 << 20
+        assert daemon.json("cache", "ls")["state"] == "ready"
+        assert unkept(daemon) == ""
+        assert read(f"{target}/d/9") == files["d/9"]
+        assert local(daemon) >= 1 << 20
+        assert "Traceback" not in daemon.tail()
+
+
+def test_a_disk_that_becomes_read_only_is_read_past_and_is_used_again_when_it_is_mended(
+    registry: FakeRegistry, small_disk: Path, tmp_path: Path
+) -> None:
+    files, layer = make("ro", 1 << 20, 12)
+    reference = publish(registry, Image((layer,)), "ro")
+    target = tmp_path / "mnt"
+    target.mkdir()
+    settings = {**SETTINGS, "root": str(small_disk / "root")}
+    with mortal_daemons(str(tmp_path / "d"), settings) as start:
+        daemon = start()
+        daemon.nsfs("mount", reference, str(target))
+        daemon.nsfs("evict", reference)
+        assert read(f"{target}/d/0") == files["d/0"]
+        turn_read_only(small_disk)
+        for _ in range(2):
+            assert {name: read(f"{target}/{name}") for name in files} == files
+        assert "Read-only" in unkept(daemon)
+        daemon.nsfs("inspect", reference)
+        refused = daemon.nsfs("umount", str(target), check=False)
+        assert (refused.returncode, "Read-only" in refused.stderr) == (NO_SPACE, True)
+        assert not os.path.ismount(target)
+        assert "Traceback" not in daemon.tail()
+    image = tmp_path / "ext4"
+    assert wait_until(lambda: subprocess.run(["umount", small_disk], check=False).returncode == 0)
+    assert wait_until(lambda: not subprocess.check_output(["losetup", "-j", image]))
+    subprocess.run(["mount", "-o", "loop", image, small_disk], check=True)
+    with run_daemon(str(tmp_path / "d"), settings) as daemon, daemon.mounted(reference, str(target)):
+        assert {name: read(f"{target}/{name}") for name in files} == files
+        assert unkept(daemon) == ""
+        assert local(daemon) >= 12 << 20
+
+
+def turn_read_only(mountpoint: Path) -> None:
+    """As ext4 does by itself when it finds an error: from one moment to the next, under open files."""
+    device = subprocess.check_output(["findmnt", "-no", "SOURCE", mountpoint], text=True).strip()
+    with open(f"/sys/fs/ext4/{os.path.basename(device)}/trigger_fs_error", "w", encoding="ascii") as trigger:
+        trigger.write("1")
 
 
 def test_what_is_claimed_after_kills_is_what_was_fetched(registry: FakeRegistry, tmp_path: Path) -> None:

@@ -99,7 +99,26 @@ def test_a_namespace_has_its_quota(daemon: Daemon, registry: Registry, meter: Me
     daemon.json("cache", "ls")
     found = [(i["domain"], i["local"] > 0) for i in daemon.json("cache", "ls")["images"] if i["reference"] in images]
     assert ("ns/default", True) in found
+    assert daemon.json("ns", "show", "small")["quota"] == 2 * SIZE
     assert sorted(found) == [("ns/default", True), ("ns/small", False), ("ns/small", True)]
+
+
+def test_an_image_larger_than_the_cap_mounts_and_says_so(
+    daemon: Daemon, registry: Registry, meter: Meter, arena: Path
+) -> None:
+    files = {f"f{number}": noise(SIZE, 50 + number) for number in range(5)}
+    layers = tuple(gzip_layer([file(name, data)], level=1) for name, data in files.items())
+    push(Image(layers), registry, arena, "large")
+    reference = f"{meter.host}/large:latest"
+    (arena / "mnt").mkdir()
+    said = daemon.nsfs("mount", reference, str(arena / "mnt")).stderr
+    assert "larger than what pools may take, and is never all here: 15.0 MiB of 12.0 MiB" in said
+    for name, data in files.items():
+        assert read(f"{arena}/mnt/{name}") == data
+    settled(daemon, CAP)
+    for name, data in files.items():
+        assert read(f"{arena}/mnt/{name}") == data
+    daemon.nsfs("umount", str(arena / "mnt"))
 
 
 def test_pruning_says_what_would_go_and_spares_what_was_used(

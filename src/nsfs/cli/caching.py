@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nsfs.cli.options import Choice, image_options, json_option
-from nsfs.cli.render import render_columns, render_json
+from nsfs.cli.render import render_columns, render_json, render_pools
 from nsfs.cli.session import Session, pass_session
 from nsfs.errors import UnreachableError, UsageError
 from nsfs.model.report import render_count, render_size
@@ -35,8 +35,7 @@ def ls(session: Session, *, as_json: bool) -> None:
     if as_json:
         click.echo(render_json(report))
         return
-    taken = f"{render_size(report.used)} of {render_size(report.cap)} taken, {render_size(report.free)} free"
-    click.echo(f"{taken}: {report.state}")
+    click.echo(render_pools(report))
     if report.images:
         now = time.time()
         rows = [_HEAD, *(_row(image, now) for image in report.images)]

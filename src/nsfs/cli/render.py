@@ -175,10 +175,16 @@ def _layer_rows(layer: LayerReport) -> list[tuple[str, str]]:
 def render_status(report: api.StatusReport) -> list[str]:
     """`nsfs status`."""
     who = "private daemon" if report.private else "daemon"
-    lines = [f"{who} {report.version}, state in {report.root}", ""]
+    lines = [f"{who} {report.version}, state in {report.root}", f"pools: {render_pools(report.pools)}", ""]
     lines += _table(_MOUNT_HEAD, map(_mount_row, report.mounts), "no mounts", frozenset({5, 6, 7, 8}))
     lines += ["", *_table(_DOMAIN_HEAD, map(_domain_row, report.domains), "no domains", frozenset({1, 2, 3, 4, 5}))]
     return lines
+
+
+def render_pools(pools: api.PoolsReport) -> str:
+    """What pools take, and what is left."""
+    taken = f"{render_size(pools.used)} of {render_size(pools.cap)} taken"
+    return f"{taken}, {render_size(pools.free)} free, {render_size(pools.reserve)} of it in reserve: {pools.state}"
 
 
 _MOUNT_HEAD = ("MOUNT", "IMAGE", "NAMESPACE", "DOMAIN", "DRIVER", "FILES", "SIZE", "LOCAL", "FETCHED", "STATE")
@@ -198,7 +204,11 @@ def _mount_row(mount: api.MountReport) -> tuple[str, ...]:
 
 def _domain_row(domain: api.DomainReport) -> tuple[str, ...]:
     sizes = (render_size(domain.local), render_size(domain.fetched), str(domain.waiting))
-    return (domain.name, str(domain.pid or "-"), str(domain.layers), *sizes, domain.state)
+    return (domain.name, str(domain.pid or "-"), str(domain.layers), *sizes, _domain_state(domain))
+
+
+def _domain_state(domain: api.DomainReport) -> str:
+    return f"{domain.state}; keeps nothing more: {domain.unkept}" if domain.unkept else domain.state
 
 
 def render_json(report: msgspec.Struct, indent: int | None = 2) -> str:

@@ -11,6 +11,7 @@ when a blob's bytes are first wanted, so that nothing that starts needs a networ
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from nsfs.core.images import Sources
     from nsfs.core.ports import Source
     from nsfs.model.digest import Digest
+
+log = logging.getLogger(__name__)
 
 NOBODY = Access()
 """Of a domain that is one owner's: whoever it is, of whichever registry."""
@@ -64,12 +67,18 @@ class Blobs:
         self._found: dict[tuple[Digest, Holder], Blob] = {}
         self._working: dict[tuple[Digest, Access], Holder] = {}
         """Of blobs whose latest repository failed, the one that did not."""
+        self._unwritten: dict[tuple[Digest, Access], Holder] = {}
+        """What could not be remembered for longer than we live."""
 
     async def add(self, digests: Collection[Digest], repository: str, access: Access = NOBODY) -> None:
         """Remember that `repository` has the blobs."""
         for digest in digests:
             self._working.pop((digest, access), None)
-        await trio.to_thread.run_sync(self._origins.put_origin, digests, repository, access)
+        try:
+            await trio.to_thread.run_sync(self._origins.put_origin, digests, repository, access)
+        except NsfsError as error:
+            log.warning("it is not written down that %s has these blobs: %s", repository, error)
+            self._unwritten.update({(digest, access): Holder(access.owner, repository) for digest in digests})
 
     def blob(self, digest: Digest, size: int, access: Access = NOBODY) -> OriginBlob:
         """The blob; nothing is asked yet."""
@@ -92,6 +101,9 @@ class Blobs:
     def holders(self, digest: Digest, access: Access) -> list[Holder]:
         """Who may have the blob, in the order in which they are asked."""
         known = [Holder(*each) for each in self._origins.origins(digest, access)]
+        unwritten = self._unwritten.get((digest, access))
+        if unwritten is not None:
+            known = [unwritten, *(holder for holder in known if holder != unwritten)]
         working = self._working.get((digest, access))
         return known if working is None else sorted(known, key=lambda holder: holder != working)
 

@@ -20,18 +20,18 @@ import msgspec
 import trio
 
 from nsfs.core import worker_api
+from nsfs.core.manual import Workers
 from nsfs.core.tasks import run_all
 from nsfs.errors import NsfsError
 from nsfs.model.cache import Limits, plan_eviction, plan_images, plan_prune, plan_room
 from nsfs.model.policy import Domain, Isolation, own_domain
-from nsfs.model.report import render_count, render_size
+from nsfs.model.report import Note, render_count, render_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from msgspec import Struct
 
-    from nsfs.core.manual import Workers
     from nsfs.core.namespaces import Footprint
     from nsfs.model.cache import CachedImage, HeldImage, HeldLayer
 
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY = 10.0
 _ANSWERS_WITHIN = 30.0
+_GONE = "all of the pools that may go is gone"
 
 
 class Disks(Protocol):
@@ -54,6 +55,16 @@ class Disks(Protocol):
 
     def free(self) -> int:
         """Bytes that the filesystem has left."""
+
+
+class RunningWorkers(Workers, Protocol):
+    """The domains' workers, and which of them run."""
+
+    def pids(self) -> dict[str, int]:
+        """Those of workers, by domain; 0 where none runs."""
+
+    async def ask_now(self, domain: str, method: str, params: Struct, result: type[T]) -> T:
+        """Ask one that runs; raises NsfsError where it does not answer at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +81,11 @@ class Room:
     def need(self) -> int:
         """What is to go."""
         return plan_room(self.used, self.free, self.limits)
+
+    @property
+    def unless(self) -> str:
+        """Why nothing more is to be kept; empty where there is room."""
+        return self.state if self.free < self.limits.reserve else ""
 
     @property
     def state(self) -> str:
@@ -89,9 +105,15 @@ class Pruned:
 
 
 class Cache:
-    """The service; `quotas` are caps of owners' own domains, by owner."""
+    """The service; `quotas` are caps of owners' own domains, by owner.
 
-    def __init__(self, workers: Workers, disks: Disks, limits: Limits, quotas: Mapping[str, int]) -> None:
+    Where it `refuses`, workers keep nothing more once the reserve is used and nothing is left to go.
+    """
+
+    def __init__(
+        self, workers: RunningWorkers, disks: Disks, limits: Limits, quotas: Mapping[str, int], *, refuses: bool
+    ) -> None:
+        self._refuses = refuses
         self._workers = workers
         self._disks = disks
         self._limits = limits
@@ -133,11 +155,32 @@ class Cache:
         if room.need:
             layers, _ = await self._held(domains)
             freed = await self._drop(plan_eviction(layers, room.need), room.state)
-            held_up = "" if freed >= room.need else "what is left is pinned, or is still being read for the first time"
+            held_up = "" if freed >= room.need else _GONE
             room = await self._room(max(0, used - freed), held_up)
             if held_up and self.room.state != room.state:
                 log.warning("%s", room.state)
         self.room = room
+        await self._tell()
+
+    async def _tell(self) -> None:
+        """Have every worker keep what it fetches, or nothing more: each time, since it may be new, or we."""
+        if self._refuses:
+            keep = worker_api.Keep(unless=self.room.unless)
+            await run_all(partial(self._tell_one, domain, keep) for domain in self._workers.pids())
+
+    async def _tell_one(self, domain: str, keep: worker_api.Keep) -> None:
+        try:
+            await self._workers.ask_now(domain, "Keep", keep, worker_api.Empty)
+        except NsfsError as error:
+            log.info("domain %s is told later whether to keep what it fetches: %s", domain, error)
+
+    def larger_than_all(self, size: int) -> Note | None:
+        """What to say of an image of so many bytes, if it cannot be kept whole."""
+        most = self._limits.most
+        if size <= most:
+            return None
+        sizes = f"{render_size(size)} of {render_size(most)}"
+        return Note(text=f"the image is larger than what pools may take, and is never all here: {sizes}")
 
     async def _room(self, used: int, held_up: str = "") -> Room:
         return Room(used, await trio.to_thread.run_sync(self._disks.free), self._limits, held_up)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import trio
 
@@ -64,6 +64,15 @@ class Shown(Protocol):
         """Take it away."""
 
 
+class Health(NamedTuple):
+    """What is wrong in a worker, beside what its readers wait for."""
+
+    bugs: int
+    """Errors so far."""
+    unkept: str
+    """Why what is fetched is not kept; empty where it is."""
+
+
 class Domain:
     """The service."""
 
@@ -76,7 +85,7 @@ class Domain:
         looking: Looking,
         catalog: Catalog,
         shown: Shown,
-        bugs: Callable[[], int],
+        health: Callable[[], Health],
     ) -> None:
         self._images = images
         self._layers = layers
@@ -85,7 +94,7 @@ class Domain:
         self._looking = looking
         self._catalog = catalog
         self._shown = shown
-        self._bugs = bugs
+        self._health = health
 
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
         """What the daemon may call, by name."""
@@ -222,7 +231,7 @@ class Domain:
         return self._views.usage(params.maps)
 
     async def _status(self, params: worker_api.StatusRequest, _report: Report) -> worker_api.WorkerStatus:
-        records, waits = self._catalog.layers(), self._views.waits(None)
+        records, waits, health = self._catalog.layers(), self._views.waits(None), self._health()
         return worker_api.WorkerStatus(
             layers=len(records),
             local=self._views.local_bytes([record.key for record in records]) if params.measured else 0,
@@ -231,7 +240,8 @@ class Domain:
             state=self._views.state(None),
             longest=waits.longest,
             reason=waits.reason,
-            bugs=self._bugs(),
+            bugs=health.bugs,
+            unkept=health.unkept,
         )
 
     async def _show_views(self, params: worker_api.Views, _report: Report) -> worker_api.Empty:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from msgspec import Struct
 
     from nsfs.core.images import Image, Images
+    from nsfs.core.keeping import KeptPool
     from nsfs.core.layers import Layers
     from nsfs.core.looking import Looking
     from nsfs.core.views import Views
@@ -120,6 +121,7 @@ class DomainCache:
         views: Views,
         looking: Looking,
         shown: Shown,
+        pool: KeptPool,
         nursery: trio.Nursery,
     ) -> None:
         self._catalog = catalog
@@ -128,6 +130,7 @@ class DomainCache:
         self._views = views
         self._looking = looking
         self._shown = shown
+        self._pool = pool
         self._nursery = nursery
         self._completing = trio.CapacityLimiter(1)
         self._awaited: dict[Digest, trio.CancelScope] = {}
@@ -139,6 +142,7 @@ class DomainCache:
             "Evict": (worker_api.Name, self._evict),
             "Held": (worker_api.Empty, self._held),
             "Drop": (worker_api.Drop, self._drop),
+            "Keep": (worker_api.Keep, self._keep),
             "Pin": (worker_api.Name, self._pin),
             "Unpin": (worker_api.Name, self._unpin),
             "Offline": (worker_api.Name, self._offline),
@@ -187,6 +191,10 @@ class DomainCache:
     def _pinned(self) -> set[Digest]:
         """Blobs of pinned images."""
         return {blob for record in self._catalog.images() if record.pinned for blob in _blobs_of(record)}
+
+    async def _keep(self, params: worker_api.Keep, _report: Report) -> worker_api.Empty:
+        self._pool.refuse(params.unless)
+        return worker_api.Empty()
 
     async def _drop(self, params: worker_api.Drop, _report: Report) -> worker_api.Evicted:
         """Give up what the daemon chose, if that is still idle where it was."""

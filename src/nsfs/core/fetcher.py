@@ -252,8 +252,15 @@ class Fetcher:
             return self._pool.read_present(address, size)
         except CorruptError as error:
             log.warning("blocks are given up and fetched again: %s", error)
-            self._pool.evict(address, size)
+            self._give_up(address, size)
             return None
+
+    def _give_up(self, address: int, size: int) -> None:
+        """Blocks that cannot be read are absent from now on, whether or not that can be written down."""
+        try:
+            self._pool.evict(address, size)
+        except NsfsError as error:
+            log.warning("it is not made durable that they are given up: %s", error)
 
     async def _supply(self, view: View, address: int, size: int, patience: float | None) -> Supply:
         """Have all that the absent blocks of these addresses are made of, and store it."""

@@ -13,6 +13,7 @@ A mount that was made stays: what it reads is there, or is asked of the registry
 
 from __future__ import annotations
 
+import logging
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from nsfs.core.blobs import Blobs
     from nsfs.core.images import Image, Layer
     from nsfs.model.digest import Digest
+
+log = logging.getLogger(__name__)
 
 
 class Ledger(Protocol):
@@ -97,4 +100,7 @@ class Grants:
         record = GrantRecord(
             owner=owner, repository=repository, blob=layer.digest, proved=now, expires=now + self._lifetime
         )
-        await trio.to_thread.run_sync(self._ledger.put_grant, record)
+        try:
+            await trio.to_thread.run_sync(self._ledger.put_grant, record)
+        except NsfsError as error:
+            log.warning("a grant is not kept, and proved again: %s", error)

@@ -15,7 +15,7 @@ import msgspec
 import trio
 
 from nsfs.core.blobs import NOBODY
-from nsfs.errors import CorruptError, NotFoundError, UnreachableError
+from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnreachableError
 from nsfs.model import oci
 from nsfs.model.digest import DiffId, Digest
 from nsfs.model.pool import ImageRecord
@@ -156,8 +156,15 @@ class Images:
             log.warning("%s, going on with what %s was: %s", error, located.reference, _digest_of(remembered))
             return _read(located, remembered, stale=str(error))
         if record != remembered:
-            await trio.to_thread.run_sync(self._memory.put_image, key, record)
+            await self._remember(key, record)
         return _read(located, record)
+
+    async def _remember(self, key: str, record: ImageRecord) -> None:
+        """What cannot be written is asked for again."""
+        try:
+            await trio.to_thread.run_sync(self._memory.put_image, key, record)
+        except NsfsError as error:
+            log.warning("%s is not remembered: %s", record.reference or record.repository, error)
 
     async def remembered(self, reference: str, platform: str | None, owner: str = "") -> tuple[Image, ImageRecord]:
         """What `reference` was when it was resolved last; needs no network. Raises NotFoundError."""
@@ -180,7 +187,7 @@ class Images:
             record = await _fetch(located, self._platform, None)
             if _digest_of(record) != located.version:
                 raise CorruptError(f"not a manifest's digest: {located.version}")
-            await trio.to_thread.run_sync(self._memory.put_image, key, record)
+            await self._remember(key, record)
         return await self._admitted(_read(located, record))
 
 

@@ -136,6 +136,8 @@ class WorkerStatus(Struct, kw_only=True):
     """For what."""
     bugs: int = 0
     """Since the worker started."""
+    unkept: str = ""
+    """Why what is fetched is not kept; empty where it is."""
 
 
 class Name(Struct, kw_only=True):
@@ -200,6 +202,12 @@ class Held(Struct, kw_only=True):
 
     layers: list[HeldLayer]
     images: list[HeldImage]
+
+
+class Keep(Struct, kw_only=True):
+    """Keep what is fetched, or, where `unless` says why, nothing more of it. Answered by Empty."""
+
+    unless: str = ""
 
 
 class Drop(Struct, kw_only=True):

@@ -158,6 +158,19 @@ class MountReport(Struct, kw_only=True):
     """For what."""
 
 
+class PoolsReport(Struct, kw_only=True):
+    """What all pools take together, as it was at the last look. Bytes."""
+
+    used: int
+    """On disk, their indexes included."""
+    cap: int
+    free: int
+    """What the filesystem has left."""
+    reserve: int
+    state: str
+    """ready, or what is short."""
+
+
 class DomainReport(Struct, kw_only=True):
     """One domain."""
 
@@ -174,6 +187,8 @@ class DomainReport(Struct, kw_only=True):
     """Seconds that the first of them has waited."""
     reason: str = ""
     """For what."""
+    unkept: str = ""
+    """Why it does not keep what it fetches; empty where it does."""
 
 
 class StatusReport(Struct, kw_only=True):
@@ -182,6 +197,7 @@ class StatusReport(Struct, kw_only=True):
     version: str
     private: bool
     root: str
+    pools: PoolsReport
     mounts: list[MountReport]
     domains: list[DomainReport]
 
@@ -275,17 +291,9 @@ class NamespaceEnded(Struct, kw_only=True):
     """Bytes of disk."""
 
 
-class CacheReport(Struct, kw_only=True):
-    """`nsfs cache ls`. Bytes."""
+class CacheReport(PoolsReport, kw_only=True):
+    """`nsfs cache ls`. Looks before."""
 
-    used: int
-    """What pools take on disk, their indexes included."""
-    cap: int
-    free: int
-    """What the filesystem has left."""
-    reserve: int
-    state: str
-    """ready, or what is short."""
     images: list[CachedImage]
 
 

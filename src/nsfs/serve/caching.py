@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+
 from nsfs.core import worker_api
 from nsfs.serve import api
 
@@ -39,15 +41,8 @@ class Caching:
 
     async def _list(self, _request: api.Empty, _report: Report) -> api.CacheReport:
         await self._cache.look()
-        room = self._cache.room
-        return api.CacheReport(
-            used=room.used,
-            cap=room.limits.most,
-            free=room.free,
-            reserve=room.limits.reserve,
-            state=room.state,
-            images=await self._cache.images(),
-        )
+        pools = self._control.pools_report()
+        return api.CacheReport(**msgspec.structs.asdict(pools), images=await self._cache.images())
 
     async def _prune(self, request: api.PruneRequest, _report: Report) -> api.PruneReport:
         pruned = await self._cache.prune(request.older, dry_run=request.dry_run)

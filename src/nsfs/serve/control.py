@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from msgspec import Struct
 
+    from nsfs.core.cache import Cache
     from nsfs.core.scopes import Scopes
     from nsfs.model.mounts import MountRecord
     from nsfs.model.policy import Domain
@@ -46,6 +47,7 @@ class Control:
         supervisor: Supervisor,
         scopes: Scopes,
         keychain: Keychain,
+        cache: Cache,
         *,
         private: bool,
     ) -> None:
@@ -54,6 +56,7 @@ class Control:
         self._mounts = mounts
         self._supervisor = supervisor
         self._keychain = keychain
+        self._cache = cache
         self.private = private
         self.running = 0
         """Calls under way, Status and Version aside."""
@@ -114,6 +117,7 @@ class Control:
             on_error=request.on_error or self._config.on_error,
         )
         record = await self._mounts.mount(wish, report)
+        await self._say_if_large(record.size, report)
         return await self._mount_report(record)
 
     async def _umount(self, request: api.UmountRequest, _report: Report) -> api.Empty:
@@ -145,7 +149,13 @@ class Control:
         """Before containerd asks for the image's snapshots."""
         if self.private or not self._mounts.is_root:
             raise UnsupportedError("this daemon serves no layers to containerd", hint="see nsfs doctor")
-        return await self._report_image("Index", request, report)
+        found = await self._report_image("Index", request, report)
+        await self._say_if_large(sum(layer.stream_size for layer in found.layers), report)
+        return found
+
+    async def _say_if_large(self, size: int, report: Report) -> None:
+        if note := self._cache.larger_than_all(size):
+            await report(note)
 
     async def _inspect(self, request: api.ImageRequest, report: Report) -> ImageReport:
         return await self._report_image("Inspect", request, report)
@@ -206,8 +216,20 @@ class Control:
             version=__version__,
             private=self.private,
             root=self._config.root,
+            pools=self.pools_report(),
             mounts=[mounts[record.id] for record in records],
             domains=[domains[name] for name in sorted(pids)],
+        )
+
+    def pools_report(self) -> api.PoolsReport:
+        """How all pools stood at the last look."""
+        room = self._cache.room
+        return api.PoolsReport(
+            used=room.used,
+            cap=room.limits.most,
+            free=room.free,
+            reserve=room.limits.reserve,
+            state=room.state,
         )
 
     async def _mount_report(self, record: MountRecord) -> api.MountReport:
@@ -252,4 +274,5 @@ class Control:
             state=status.state,
             longest=status.longest,
             reason=status.reason,
+            unkept=status.unkept,
         )

@@ -185,6 +185,8 @@ def _worker_families(figures: Figures) -> Iterator[Metric]:
     yield _by_domain("nsfs_workers", "Domains in use, each with a worker.", dict.fromkeys(workers, 1))
     yield _by_domain("nsfs_workers_up", "Workers that answer at once.", up)
     yield _by_domain("nsfs_layers", "Layers that are indexed.", layers)
+    unkept = {domain: bool(status.unkept) for domain, status in answers.items()}
+    yield _by_domain("nsfs_unkept", "1 where what is fetched cannot be kept.", unkept)
     yield _lasting("nsfs_worker_restarts", "Workers that were started again.", figures.restarts)
     yield _lasting("nsfs_fetched_bytes", "Bytes of layers fetched since the worker started.", fetched)
     yield _lasting("nsfs_worker_bugs", "Errors since the worker started that were bugs.", bugs)

@@ -15,6 +15,9 @@ from nsfs.errors import CorruptError, NoSpaceError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_UNWRITABLE = ("No space left", "Disk quota", "Read-only file system")
+"""Of strerror(3), which LMDB passes on as words alone."""
+
 
 @contextmanager
 def mapped_errors(what: str, path: str) -> Iterator[None]:
@@ -28,6 +31,6 @@ def mapped_errors(what: str, path: str) -> Iterator[None]:
     except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError) as error:
         raise CorruptError(f"{what} is damaged: {path}: {error}") from error
     except lmdb.Error as error:
-        if "No space left" in str(error) or "Disk quota" in str(error):
+        if any(words in str(error) for words in _UNWRITABLE):
             raise NoSpaceError(f"{what} cannot be written: {path}: {error}") from error
         raise CorruptError(f"{what} cannot be used: {path}: {error}") from error
