@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import resource
 import socket
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -87,6 +88,8 @@ def main(args: bytes, fds: list[int]) -> int:
     params = msgspec.msgpack.decode(args, type=WorkerArgs)
     config = unpack_config(params.config)
     start_logging(config.log_format, config.log_level)
+    if params.memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (params.memory, params.memory))
     forks = fork_server()
     widen_descriptors()
     trio.run(_run, params, config, fds, forks)

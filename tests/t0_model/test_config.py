@@ -134,6 +134,7 @@ def test_where_metrics_are_served() -> None:
         ("[fetch]\nread_ahead = -1", "fetch.read_ahead: not a size", None),
         ("[namespace.a]\ndocker_confg = '/x'", "unknown key: namespace.a.docker_confg", "namespace.a.docker_config"),
         ("[namespace.a]\ndocker_config = 'x'", "namespace.a.docker_config: not an absolute path", None),
+        ("[namespace.a]\nmemory = '1MiB'", "namespace.a.memory: less than a worker needs", "256 MiB"),
         ("[namespace.a]\nnetns = 'a'", "namespace.a.netns: not an absolute path", None),
         ("uid_range = '9-7'", "uid_range: not a range of uids: '9-7'", "FIRST-LAST"),
         ("uid_range = '0-7'", "uid_range: not a range of uids", "FIRST-LAST"),

@@ -96,7 +96,10 @@ def watching(pid: int) -> Iterator[Watch]:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {"registry": {"read_timeout": "2s"}}) as running:
+    with run_daemon(
+        str(tmp_path_factory.mktemp("daemon")),
+        {"registry": {"read_timeout": "2s"}, "namespace.tight": {"memory": "256MiB"}},
+    ) as running:
         yield running
 
 
@@ -538,3 +541,11 @@ def test_a_million_entries(daemon: Daemon, registry: FakeRegistry, worker: int, 
         print(f"peak memory of a job with a million entries: {max(watch.peaks.values()) >> 20} MiB")
         assert max(watch.peaks.values()) < 1500 << 20
     check_alive(daemon, registry, worker, arena)
+    (arena / "tight").mkdir()
+    tight = daemon.nsfs(
+        "mount", f"{registry.host}/million/0", str(arena / "tight"), "--namespace", "tight", check=False
+    )
+    assert (tight.returncode, f"more memory than a job may have: {256 << 20} bytes" in tight.stderr) == (7, True)
+    small = publish(registry, Image((gzip_layer([file("f", b"small")]),)), "million/small")
+    with daemon.mounted(small, str(arena / "tight"), "--namespace", "tight"):
+        assert (arena / "tight/f").read_bytes() == b"small"

@@ -87,11 +87,11 @@ def run_job(kind: type[A], work: Callable[[A, Sequence[int], Channel], Struct], 
     For a process of its own: limits the memory of the one that calls it.
     """
     channel = Channel(fds[0])
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    most = _limit_memory()
     try:
         result = work(msgspec.msgpack.decode(args, type=kind), fds[1:], channel)
     except MemoryError:
-        error = NoSpaceError(f"the layer takes more memory than a job may have: {MEMORY} bytes")
+        error = NoSpaceError(f"the layer takes more memory than a job may have: {most} bytes")
         channel.send(JobFailed(error.code, error.message, error.hint))
         return error.exit_code
     except NsfsError as error:
@@ -99,6 +99,14 @@ def run_job(kind: type[A], work: Callable[[A, Sequence[int], Channel], Struct], 
         return error.exit_code
     channel.send(JobDone(Raw(msgspec.msgpack.encode(result))))
     return 0
+
+
+def _limit_memory() -> int:
+    """Hold this process to what a job may have, or to what its worker may, if that is less; gives what that is."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    return limit
 
 
 class Process(Protocol):

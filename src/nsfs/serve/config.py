@@ -65,6 +65,8 @@ class Duration(float):
 
 Count = Annotated[int, Meta(ge=1, le=1024)]
 Part = Annotated[float, Meta(gt=0, le=1)]
+LEAST_MEMORY = 256 << 20
+"""Of a worker, most of it its threads' stacks, which take addresses and no memory."""
 
 
 class Registry(Struct, frozen=True, kw_only=True):
@@ -149,6 +151,8 @@ class Namespace(Struct, frozen=True, kw_only=True):
     """The cgroup for which its work counts, as /proc/PID/cgroup names it; empty for the daemon's."""
     connections: Annotated[int, Meta(ge=0, le=1024)] = 0
     """At most so many to one registry server on the namespace's behalf; 0 for `registry.connections`."""
+    memory: Size = Size(0)
+    """Private memory that its worker, and each of its jobs, may have (setrlimit(2), RLIMIT_DATA); 0 for jobs' 4 GiB."""
     quota: Size = Size(0)
     """Disk that the namespace's own pool may take; 0 for no limit but the cap of all."""
     credential_provider: tuple[str, ...] = ()
@@ -406,11 +410,21 @@ def _complete(config: Config, source: str) -> Config:
     if config.metrics.listen:
         with _naming(source, "metrics.listen"):
             parse_endpoint(config.metrics.listen)
+    _check_memory(config, source)
     with _naming(source, "on_error"):
         parse_patience(config.on_error)
     with _naming(source, "uid_range"):
         parse_uid_range(config.uid_range)
     return config
+
+
+def _check_memory(config: Config, source: str) -> None:
+    for name, namespace in config.namespace.items():
+        if 0 < namespace.memory < LEAST_MEMORY:
+            raise UsageError(
+                f"{source}: {_NAMESPACES}.{name}.memory: less than a worker needs: {namespace.memory} bytes",
+                hint=f"at least {LEAST_MEMORY >> 20} MiB",
+            )
 
 
 @contextmanager

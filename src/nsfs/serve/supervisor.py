@@ -587,6 +587,7 @@ class Supervisor:
             config=pack_config(self._config.for_worker(kept.owner)),
             build=self.build,
             fuse=connection is not None,
+            memory=int(self._config.of_namespace(kept.owner).memory),
             line=kept.line is not None,
             is_shared=not kept.owner and self._connect is not None,
             init=connection.init if connection else b"",

@@ -22,6 +22,8 @@ class WorkerArgs(Struct, kw_only=True):
     build: str
     """Of what code the daemon is (`serve.build`), which started the worker from the same."""
     fuse: bool
+    memory: int = 0
+    """Bytes of private memory that it, and each of its jobs, may have; 0 for no limit of its own."""
     clone: bool = False
     """Requests are taken by a device of its own, since the kernel does not repeat, or shall not, what it took."""
     is_shared: bool = False
