@@ -70,6 +70,7 @@ def test_a_forged_image_is_refused_by_name_taken_back_and_in_nobodys_way(node: N
     registry.go_on.set()
     said = start(node, forged, "a")
     assert "diff ID" in said or "not found" in said, said
+    node.collect_garbage("red")
     assert wait_until(lambda: images(node) == node.snapshots("red") == [], 30), node.daemon.tail()
     assert f"image {forged} is deleted from containerd, namespace red" in node.daemon.tail()
     assert "not found" in start(node, forged, "b")
@@ -95,4 +96,5 @@ def test_who_starts_it_while_it_is_read_is_told_what_is_wrong(node: Node, regist
         said = started.result()
     assert str(FORGED.digest) in said
     assert "the diff ID is not what it is said to be" in said
+    node.collect_garbage("red")
     assert wait_until(lambda: images(node) == node.snapshots("red") == [], 30), node.daemon.tail()
