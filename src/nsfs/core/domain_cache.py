@@ -133,8 +133,8 @@ class DomainCache:
         self._pool = pool
         self._nursery = nursery
         self._completing = trio.CapacityLimiter(1)
-        self._awaited: dict[Digest, trio.CancelScope] = {}
-        """Pinned images that are being completed, by manifest."""
+        self._awaited: dict[str, trio.CancelScope] = {}
+        """Pins whose images are being completed, by key."""
 
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
         """What the daemon may call, by name."""
@@ -152,7 +152,7 @@ class DomainCache:
         """Go on completing what is pinned."""
         for record in self._catalog.images():
             if record.pinned:
-                self._begin(_digest_of(record), [record])
+                self._begin(record)
 
     def note_use(self, maps: set[str]) -> None:
         """Somebody begins or ends to use these maps."""
@@ -185,7 +185,7 @@ class DomainCache:
             )
             for record in self._catalog.layers()
         ]
-        images = {_digest_of(record): record for record in sorted(self._catalog.images(), key=_is_pinned)}
+        images = {record.manifest_digest: record for record in sorted(self._catalog.images(), key=_is_pinned)}
         return worker_api.Held(layers=layers, images=[_held_image(each) for each in images.values()])
 
     def _pinned(self) -> set[Digest]:
@@ -236,21 +236,21 @@ class DomainCache:
         record = msgspec.structs.replace(record, pinned=True, owner=params.owner)
         await trio.to_thread.run_sync(self._catalog.put_image, _pin_key(record), record)
         absent = self._absent(image)
-        self._begin(image.digest, [record])
+        self._begin(record)
         return worker_api.Pinned(reference=image.reference, digest=str(image.digest), absent=absent)
 
     async def _unpin(self, params: worker_api.Name, _report: Report) -> worker_api.Pinned:
         pins = [each for each in self._catalog.images() if each.pinned and each.owner == params.owner]
         image = await self._known(params)
         named = image.digest if image else None
-        found = [record for record in pins if _digest_of(record) == named or record.reference == params.reference]
+        found = [record for record in pins if record.manifest_digest == named or record.reference == params.reference]
         if not found:
             raise NotFoundError(f"not pinned in this domain: {params.reference}", hint="nsfs cache ls shows what is")
         for record in found:
-            if scope := self._awaited.pop(_digest_of(record), None):
+            if scope := self._awaited.pop(_pin_key(record), None):
                 scope.cancel()
             await trio.to_thread.run_sync(self._catalog.drop_image, _pin_key(record))
-        return worker_api.Pinned(reference=found[0].reference, digest=str(_digest_of(found[0])), absent=0)
+        return worker_api.Pinned(reference=found[0].reference, digest=str(found[0].manifest_digest), absent=0)
 
     async def _known(self, params: worker_api.Name) -> Image | None:
         try:
@@ -259,12 +259,13 @@ class DomainCache:
             return None
         return image
 
-    def _begin(self, digest: Digest, records: Sequence[ImageRecord]) -> None:
-        if digest not in self._awaited:
-            scope = self._awaited[digest] = trio.CancelScope()
-            self._nursery.start_soon(self._complete, digest, records[0], scope)
+    def _begin(self, pin: ImageRecord) -> None:
+        key = _pin_key(pin)
+        if key not in self._awaited:
+            scope = self._awaited[key] = trio.CancelScope()
+            self._nursery.start_soon(self._complete, pin, scope)
 
-    async def _complete(self, digest: Digest, record: ImageRecord, scope: trio.CancelScope) -> None:
+    async def _complete(self, record: ImageRecord, scope: trio.CancelScope) -> None:
         """Fetch what is absent of a pinned image, for as long as that takes."""
         pause = _PAUSE_LEAST
         with scope:
@@ -278,8 +279,8 @@ class DomainCache:
                 await trio.sleep(pause)
                 pause = min(2 * pause, _PAUSE_MOST)
             log.info("complete, and needs no registry: %s", record.reference)
-        if self._awaited.get(digest) is scope:
-            del self._awaited[digest]
+        if self._awaited.get(_pin_key(record)) is scope:
+            del self._awaited[_pin_key(record)]
 
     async def _complete_once(self, pin: ImageRecord) -> None:
         blobs = _blobs_of(pin)
@@ -289,7 +290,11 @@ class DomainCache:
 
     def _absent(self, image: Image) -> int:
         keys = {record.key for layer in image.layers if (record := self._layers.record(layer))}
-        return sum(self._views.size_of(key) - self._views.local_bytes([key]) for key in keys)
+        return sum(map(self._absent_of, keys))
+
+    def _absent_of(self, key: LayerKey) -> int:
+        """Bytes of a layer's contents."""
+        return self._views.size_of(key) - self._views.local_bytes([key])
 
     async def _offline(self, params: worker_api.Name, _report: Report) -> worker_api.Offline:
         try:
@@ -307,8 +312,7 @@ class DomainCache:
             if record is None:
                 yield f"layer {short(layer.digest)} was never read here: {layer.descriptor.size} bytes"
                 continue
-            absent = self._views.size_of(record.key) - self._views.local_bytes([record.key])
-            if absent:
+            if absent := self._absent_of(record.key):
                 yield f"layer {short(layer.digest)} is not complete: {absent} bytes of its contents"
 
 
@@ -319,21 +323,17 @@ def _is_pinned(record: ImageRecord) -> bool:
 def _held_image(record: ImageRecord) -> HeldImage:
     return HeldImage(
         reference=record.reference or record.repository,
-        digest=str(_digest_of(record)),
+        digest=str(record.manifest_digest),
         blobs=list(map(str, _blobs_of(record))),
         pinned=record.pinned,
     )
 
 
 def _blobs_of(record: ImageRecord) -> list[Digest]:
-    document = oci.Document(record.manifest, record.media_type, _digest_of(record))
+    document = oci.Document(record.manifest, record.media_type, record.manifest_digest)
     return [layer.digest for layer in oci.parse_manifest(document).layers]
-
-
-def _digest_of(record: ImageRecord) -> Digest:
-    return Digest(record.digest) if record.digest else Digest.of(record.manifest)
 
 
 def _pin_key(record: ImageRecord) -> str:
     """Under which the domain remembers a pin: no reference has a space in it."""
-    return f"pin {record.owner} {_digest_of(record)}"
+    return f"pin {record.owner} {record.manifest_digest}"

@@ -17,11 +17,11 @@ import trio
 from nsfs.core.blobs import NOBODY
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnreachableError
 from nsfs.model import oci
-from nsfs.model.digest import DiffId, Digest
 from nsfs.model.pool import ImageRecord
 
 if TYPE_CHECKING:
     from nsfs.core.ports import Source
+    from nsfs.model.digest import DiffId, Digest
     from nsfs.model.pool import Access
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Images:
         except UnreachableError as error:
             if remembered is None:
                 raise
-            log.warning("%s, going on with what %s was: %s", error, located.reference, _digest_of(remembered))
+            log.warning("%s, going on with what %s was: %s", error, located.reference, remembered.manifest_digest)
             return _read(located, remembered, stale=str(error))
         if record != remembered:
             await self._remember(key, record)
@@ -183,9 +183,9 @@ class Images:
         located = await self._sources.locate(reference, owner)
         key = located.key(self._platform)
         record = self._memory.image(key)
-        if record is None or _digest_of(record) != located.version:
+        if record is None or record.manifest_digest != located.version:
             record = await _fetch(located, self._platform, None)
-            if _digest_of(record) != located.version:
+            if record.manifest_digest != located.version:
                 raise CorruptError(f"not a manifest's digest: {located.version}")
             await self._remember(key, record)
         return await self._admitted(_read(located, record))
@@ -217,12 +217,8 @@ async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord
     raise CorruptError(f"image indexes are nested too deeply: {located.reference}")
 
 
-def _digest_of(record: ImageRecord) -> Digest:
-    return Digest(record.digest) if record.digest else Digest.of(record.manifest)
-
-
 def _read(located: Located, record: ImageRecord, stale: str = "") -> Image:
-    document = oci.Document(record.manifest, record.media_type, _digest_of(record))
+    document = oci.Document(record.manifest, record.media_type, record.manifest_digest)
     manifest = oci.parse_manifest(document)
     config = oci.parse_config(record.config, manifest)
     layers = tuple(

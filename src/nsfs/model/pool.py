@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
-from nsfs.model.digest import Digest  # noqa: TC001  msgspec looks it up when it decodes
+from nsfs.model.digest import Digest
 
 
 class Extent(NamedTuple):
@@ -143,3 +143,8 @@ class ImageRecord(Struct, frozen=True, kw_only=True):
     """Its contents are to be complete, and stay."""
     owner: str = ""
     """Who pinned it, where several share the domain."""
+
+    @property
+    def manifest_digest(self) -> Digest:
+        """By which the manifest is known."""
+        return Digest(self.digest) if self.digest else Digest.of(self.manifest)
