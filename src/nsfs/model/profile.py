@@ -1,0 +1,207 @@
+"""What a start of an image reads, in the order of first use, in coordinates that hold on every node. Pure.
+
+Owns the format of a profile: `nsfsprof`, a version (u32, little-endian), and a msgpack map of the fields of `Profile`.
+A run is a piece of a layer's stream, not of addresses, which every domain gives out for itself; which stream that is
+depends on what the layer is read by (`stream_of`). Refuses, as it may come from anybody, what could not have been
+recorded: runs that overlap, that lead past any stream, or that are more than a recording keeps.
+
+Invariants of a Profile that `plan_profile` or `parse_profile` gave: no layer twice, no two runs overlap, none is empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import struct
+from bisect import bisect_right
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from msgspec import Struct
+
+from nsfs.errors import CorruptError, UnsupportedError, UsageError
+from nsfs.model.digest import Digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+VERSION: Final = 1
+TAR: Final = "tar"
+"""The stream of a layer that is read by an index of its tar, whoever made that."""
+MAX_LAYERS: Final = 1024
+MAX_RUNS: Final = 1 << 17
+MAX_BYTES: Final = 4 << 30
+"""Of all runs."""
+MAX_RENDERED: Final = 4 << 20
+"""Bytes of a profile as it is stored or sent."""
+
+_HEADER = struct.Struct("<8sI")
+_MAGIC = b"nsfsprof"
+_STREAM_LIMIT = 1 << 62
+_MAX_TEXT = 300
+_TOC = "estargz-"
+_STREAM = re.compile(rf"{TAR}|{_TOC}[0-9a-f]{{64,128}}")
+
+
+class ProfiledLayer(Struct, frozen=True, gc=False, array_like=True):
+    """A layer that runs are pieces of."""
+
+    blob: str
+    """Its blob's digest."""
+    stream: str = TAR
+    """Which of the streams that the blob may be read as: `stream_of`."""
+
+
+class Run(Struct, frozen=True, gc=False, array_like=True):
+    """One piece of one layer's stream, first used here."""
+
+    layer: int
+    """Its number in Profile.layers."""
+    start: int
+    """Stream offset, bytes."""
+    length: int
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """What one start of an image read."""
+
+    layers: list[ProfiledLayer]
+    """Lowest first, each once."""
+    runs: list[Run]
+    """In the order of first use."""
+    flaw: str = ""
+    """Why something may be missing from it: then it is of use here, but never published. Empty where nothing is."""
+    recorded: float = 0.0
+    """When, in seconds since the epoch."""
+    seconds: float = 0.0
+    """From the first read to the last new one."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a start that has all of the runs needs nothing else."""
+        return not self.flaw
+
+    @property
+    def size(self) -> int:
+        """Bytes of all runs."""
+        return sum(run.length for run in self.runs)
+
+
+def stream_of(index: str) -> str:
+    """The stream that a layer is read as by that index (`pool.LayerKey.index`).
+
+    A table of contents has a stream of its own, of the chunks it names; all others are indexes of the tar.
+    """
+    return index if index.startswith(_TOC) else TAR
+
+
+def merge_runs(runs: Iterable[Run]) -> list[Run]:
+    """`runs` with each byte at its first use only; what follows on what came just before is one run with it."""
+    seen: defaultdict[int, _Seen] = defaultdict(_Seen)
+    merged: list[Run] = []
+    for run in runs:
+        for start, end in seen[run.layer].add(run.start, run.start + run.length):
+            last = merged[-1] if merged else None
+            if last is not None and last.layer == run.layer and last.start + last.length == start:
+                merged[-1] = Run(run.layer, last.start, end - last.start)
+            else:
+                merged.append(Run(run.layer, start, end - start))
+    return merged
+
+
+class _Seen:
+    """Parts of one stream: disjoint and sorted, neighbours joined."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Count [start, end) in; gives what of it is new, (start, end) each."""
+        low = bisect_right(self._ends, start - 1)
+        high = bisect_right(self._starts, end)
+        known = list(zip(self._starts[low:high], self._ends[low:high], strict=True))
+        if start < end:
+            self._starts[low:high] = [min([start, *(begin for begin, _ in known[:1])])]
+            self._ends[low:high] = [max([end, *(stop for _, stop in known[-1:])])]
+        edges = [start, *(edge for part in known for edge in part), end]
+        gaps = zip(edges[::2], edges[1::2], strict=True)
+        return [(begin, stop) for begin, stop in gaps if begin < stop]
+
+
+def plan_profile(
+    layers: Sequence[ProfiledLayer], uses: Iterable[Run], *, flaw: str = "", recorded: float = 0.0, seconds: float = 0.0
+) -> Profile:
+    """The profile of `uses`, in their order and however they overlap; what is too much is left out, and said."""
+    merged = merge_runs(uses)
+    kept = _cut(merged)
+    if len(kept) < len(merged):
+        flaw = flaw or f"more was read than a profile keeps: {len(merged)} runs"
+    return Profile(layers=list(layers), runs=kept, flaw=flaw[:_MAX_TEXT], recorded=recorded, seconds=seconds)
+
+
+def _cut(runs: list[Run]) -> list[Run]:
+    """The first of them, as many as a profile keeps."""
+    size = 0
+    for number, run in enumerate(runs[:MAX_RUNS]):
+        size += run.length
+        if size > MAX_BYTES:
+            return runs[:number]
+    return runs[:MAX_RUNS]
+
+
+def render_profile(profile: Profile) -> bytes:
+    """As it is stored and sent; the same profile gives the same bytes."""
+    return _HEADER.pack(_MAGIC, VERSION) + msgspec.msgpack.encode(profile)
+
+
+def parse_profile(data: bytes) -> Profile:
+    """What `render_profile` gave, checked; raises CorruptError, and UnsupportedError for a newer format."""
+    if len(data) > MAX_RENDERED:
+        raise CorruptError(f"a profile is too large: {len(data)} bytes")
+    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        raise CorruptError("not a profile")
+    _, version = _HEADER.unpack_from(data)
+    if version != VERSION:
+        raise UnsupportedError(f"a profile has another format: {version}", hint=f"this nsfs reads format {VERSION}")
+    try:
+        profile = msgspec.msgpack.decode(data[_HEADER.size :], type=Profile)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CorruptError(f"a profile cannot be read: {error}") from error
+    _check(profile)
+    return profile
+
+
+def _check(profile: Profile) -> None:
+    layers, runs = profile.layers, profile.runs
+    if len(layers) > MAX_LAYERS or len({layer.blob for layer in layers}) < len(layers):
+        raise CorruptError(f"a profile has too many layers, or one twice: {len(layers)}")
+    for layer in layers:
+        _check_layer(layer)
+    if len(runs) > MAX_RUNS or any(not _is_sound(run, len(layers)) for run in runs):
+        raise CorruptError(f"a profile has too many runs, or runs that cannot be: {len(runs)}")
+    if profile.size > MAX_BYTES or _overlap(runs):
+        raise CorruptError(f"the runs of a profile overlap, or are too large: {profile.size} bytes")
+    if len(profile.flaw) > _MAX_TEXT or not (math.isfinite(profile.recorded) and math.isfinite(profile.seconds)):
+        raise CorruptError("a profile says of itself what cannot be")
+
+
+def _check_layer(layer: ProfiledLayer) -> None:
+    try:
+        Digest(layer.blob)
+    except UsageError as error:
+        raise CorruptError(f"a profile names no layer: {error}") from error
+    if _STREAM.fullmatch(layer.stream) is None:
+        raise CorruptError(f"a profile names no stream: {layer.stream[:200]!r}")
+
+
+def _is_sound(run: Run, layers: int) -> bool:
+    return 0 <= run.layer < layers and run.start >= 0 < run.length and run.start + run.length <= _STREAM_LIMIT
+
+
+def _overlap(runs: list[Run]) -> bool:
+    ordered = sorted(runs, key=lambda run: (run.layer, run.start))
+    pairs = itertools.pairwise(ordered)
+    return any(one.layer == other.layer and one.start + one.length > other.start for one, other in pairs)

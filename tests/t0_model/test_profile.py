@@ -1,0 +1,135 @@
+"""Profiles come from recordings, and from registries that may say anything."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsfs.errors import CorruptError, UnsupportedError
+from nsfs.model import profile as profiles
+from nsfs.model.profile import (
+    TAR,
+    Profile,
+    ProfiledLayer,
+    Run,
+    merge_runs,
+    parse_profile,
+    plan_profile,
+    render_profile,
+    stream_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+LAYERS = [ProfiledLayer("sha256:" + digit * 64) for digit in "abc"]
+GOOD = Profile(layers=LAYERS, runs=[Run(1, 50, 10), Run(0, 0, 4096), Run(1, 0, 50)], recorded=1e9, seconds=2.5)
+
+uses = st.lists(st.builds(Run, st.integers(0, 2), st.integers(0, 60), st.integers(0, 20)), max_size=30)
+
+
+def bytes_of(runs: Iterable[Run]) -> list[tuple[int, int]]:
+    return [(run.layer, at) for run in runs for at in range(run.start, run.start + run.length)]
+
+
+@given(uses)
+def test_merging_keeps_each_byte_once_where_it_was_used_first(runs: list[Run]) -> None:
+    merged = merge_runs(runs)
+    assert bytes_of(merged) == list(dict.fromkeys(bytes_of(runs)))
+    assert all(run.length > 0 for run in merged)
+    pairs = itertools.pairwise(merged)
+    assert not any((one.layer, one.start + one.length) == (other.layer, other.start) for one, other in pairs)
+
+
+@given(uses, st.text(max_size=20))
+def test_a_profile_comes_back_as_it_was(runs: list[Run], flaw: str) -> None:
+    made = plan_profile(LAYERS, runs, flaw=flaw, recorded=5.0, seconds=1.0)
+    again = parse_profile(render_profile(made))
+    assert again == made
+    assert again.is_complete == (not flaw)
+    assert again.size == len(bytes_of(again.runs))
+
+
+def test_what_is_more_than_a_profile_keeps_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "MAX_BYTES", 100)
+    made = plan_profile(LAYERS, [Run(0, 0, 60), Run(1, 0, 40), Run(2, 0, 1)])
+    assert made.runs == [Run(0, 0, 60), Run(1, 0, 40)]
+    assert "more was read than a profile keeps" in made.flaw
+    monkeypatch.setattr(profiles, "MAX_RUNS", 1)
+    assert plan_profile(LAYERS, GOOD.runs).runs == GOOD.runs[:1]
+
+
+def test_a_table_of_contents_has_a_stream_of_its_own() -> None:
+    toc = f"estargz-{'0' * 64}"
+    assert [stream_of(index) for index in ("plain", toc, "artifact-00")] == [TAR, toc, TAR]
+
+
+def test_the_largest_that_a_recording_keeps_can_be_sent() -> None:
+    runs = [Run(profiles.MAX_LAYERS - 1, (1 << 61) + 2 * number, 1) for number in range(profiles.MAX_RUNS)]
+    layers = [ProfiledLayer(f"sha512:{number:0128x}", f"estargz-{'0' * 128}") for number in range(profiles.MAX_LAYERS)]
+    assert parse_profile(render_profile(plan_profile(layers, runs))).runs == runs
+
+
+def changed(**fields: Any) -> bytes:
+    """A profile that says something else, whatever its type."""
+    body = {**msgspec.to_builtins(GOOD), **fields}
+    return render_profile(GOOD)[:12] + msgspec.msgpack.encode(body)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": [["sha256:../../etc/passwd", TAR]]},
+        {"layers": [["sha256:" + "a" * 64, "../x"]]},
+        {"layers": [["sha256:" + "a" * 64, TAR]] * 2},
+        {"layers": [["sha256:" + "a" * 64, TAR]]},
+        {"runs": [[3, 0, 1]]},
+        {"runs": [[-1, 0, 1]]},
+        {"runs": [[0, -1, 2]]},
+        {"runs": [[0, 0, 0]]},
+        {"runs": [[0, 0, -1]]},
+        {"runs": [[0, 1 << 62, 1]]},
+        {"runs": [[0, 0, 10], [1, 0, 1], [0, 9, 1]]},
+        {"runs": [[0, 0, 3 << 30], [1, 0, 3 << 30]]},
+        {"runs": [[0, 0]]},
+        {"runs": "runs"},
+        {"flaw": "x" * 1000},
+        {"recorded": math.nan},
+        {"seconds": math.inf},
+    ],
+)
+def test_what_could_not_have_been_recorded_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(CorruptError):
+        parse_profile(changed(**fields))
+
+
+def test_more_than_a_recording_keeps_is_refused() -> None:
+    with pytest.raises(CorruptError, match="too many runs"):
+        parse_profile(changed(runs=[[0, 2 * number, 1] for number in range(profiles.MAX_RUNS + 1)]))
+    with pytest.raises(CorruptError, match="too large"):
+        parse_profile(render_profile(GOOD) + bytes(profiles.MAX_RENDERED))
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused_in_clear_words(noise: bytes) -> None:
+    for data in (noise, render_profile(GOOD)[:12] + noise):
+        with pytest.raises(CorruptError, match="profile"):
+            parse_profile(data)
+
+
+def test_one_that_ends_early_is_refused() -> None:
+    whole = render_profile(GOOD)
+    for end in range(len(whole)):
+        with pytest.raises(CorruptError, match="profile"):
+            parse_profile(whole[:end])
+
+
+def test_a_newer_format_is_refused_by_its_number() -> None:
+    with pytest.raises(UnsupportedError, match="another format: 2"):
+        parse_profile(b"nsfsprof\x02\0\0\0")
