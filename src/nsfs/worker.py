@@ -41,6 +41,7 @@ from nsfs.core.views import Views
 from nsfs.errors import NotFoundError, NsfsError
 from nsfs.model.oci import Platform
 from nsfs.model.policy import parse_view_name, view_name
+from nsfs.remote.client import range_connections
 from nsfs.remote.reference import LayoutReference, parse_reference
 from nsfs.remote.source import open_remote
 from nsfs.remote.transport import Timeouts
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from nsfs.core.ports import Content, Source
     from nsfs.model.pool import LayerKey
     from nsfs.remote.source import Remote
-    from nsfs.serve.config import Config, Fetch
+    from nsfs.serve.config import Config
     from nsfs.serve.forkserver import ServerProcess
     from nsfs.serve.relay import Reach
     from nsfs.serve.wire import Methods
@@ -160,7 +161,7 @@ async def _compose(
     nursery = await stack.enter_async_context(trio.open_nursery())
     stack.callback(nursery.cancel_scope.cancel)
     kept = KeptPool(pool)
-    fetcher = await stack.enter_async_context(open_fetcher(kept, fetch_config(config.fetch)))
+    fetcher = await stack.enter_async_context(open_fetcher(kept, fetch_config(config)))
     blobs = Blobs(reach.sources, index)
     cores = os.cpu_count() or 1
     jobs = Jobs(spawner, limit=max(2, cores), fed_limit=max(4, 2 * cores))
@@ -397,13 +398,16 @@ class ShownTree:
         self._hide(f"tree/{tree_id}")
 
 
-def fetch_config(config: Fetch) -> FetchConfig:
-    """What the configuration says of fetching; the first step of a read-ahead is no longer than the longest."""
+def fetch_config(config: Config) -> FetchConfig:
+    """What the configuration says of fetching.
+
+    A range whose turn it is has a connection; the first step of a read-ahead is no longer than the longest.
+    """
     usual = FetchConfig()
     return FetchConfig(
-        fetches_per_layer=config.concurrency,
-        read_ahead_least=min(usual.read_ahead_least, config.read_ahead),
-        read_ahead_most=config.read_ahead,
+        places=min(config.fetch.concurrency, range_connections(config.registry.connections)),
+        read_ahead_least=min(usual.read_ahead_least, config.fetch.read_ahead),
+        read_ahead_most=config.fetch.read_ahead,
     )
 
 

@@ -329,9 +329,9 @@ def test_a_full_pool_costs_no_byte() -> None:
     run(test)
 
 
-def test_fetches_per_layer_are_bounded_and_urgent_ones_go_first() -> None:
+def test_ranges_on_a_line_are_bounded_and_reads_go_first() -> None:
     layout = lay_out([[(0, 400_000, 0)]], [10_000])
-    config = replace(NO_AHEAD, fetches_per_layer=2, range_limit=1)
+    config = replace(NO_AHEAD, places=2, range_limit=1)
 
     async def test() -> None:
         async with world(layout, config=config) as w:
@@ -369,7 +369,7 @@ def test_sequential_reads_are_fetched_ahead_and_random_ones_are_not() -> None:
 
 def test_misses_beyond_the_views_share_queue_and_hits_pass_them() -> None:
     async def test() -> None:
-        async with world(script="T" * 9, config=replace(NO_AHEAD, range_limit=1, fetches_per_layer=99)) as w:
+        async with world(script="T" * 9, config=replace(NO_AHEAD, range_limit=1, places=99)) as w:
             w.view = View("busy", [w.source], waiting=2)
             w.pool.write(BASE + 196_608, bytes(w.layout.disk[196_608:200_704]))
             async with trio.open_nursery() as nursery:

@@ -14,6 +14,7 @@ from nsfs.core.views import Views, map_of
 from nsfs.errors import NotFoundError, NsfsError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.pool import Access, LayerKey, LayerRecord, MapRecord
+from nsfs.model.route import Route
 from trio_tests import run
 
 BLOCK = 4096
@@ -113,12 +114,21 @@ class FakeFetcher:
         return FetcherStatistics(0, 0, 0, 0, 0, {}, self.waiting)
 
 
+@dataclass
+class FakeBlob:
+    digest: Digest
+    size: int
+
+    def route(self) -> Route:
+        return Route(str(self.digest))
+
+
 class FakeBlobs:
     def __init__(self) -> None:
         self.fetched = {key(number).blob: number for number in range(10)}
 
-    def blob(self, digest: Digest, size: int, access: Access) -> tuple[Digest, int]:
-        return digest, size
+    def blob(self, digest: Digest, size: int, access: Access) -> FakeBlob:
+        return FakeBlob(digest, size)
 
 
 class Site:

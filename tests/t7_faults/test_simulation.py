@@ -21,9 +21,11 @@ import once
 from layouts import BASE, Layout, lay_out
 from nsfs.core.fetcher import Fetcher, open_fetcher
 from nsfs.core.fetchview import FetchConfig, LayerSource, View
+from nsfs.core.runway import Priority
 from nsfs.errors import DeniedError, NoSpaceError, NsfsError, UnreachableError
 from nsfs.model.digest import Digest
 from nsfs.model.layer import Codec
+from nsfs.model.route import Route
 from nsfs.store.layout import Layout as Paths
 from nsfs.store.pool import Pool, create_bitmap
 
@@ -115,7 +117,7 @@ class World:
         self._bare = self.layout.table(self._directory("bare"), with_spans=False)
         self._table = self.layout.table(self._directory("spans"))
         self._config = FetchConfig(
-            fetches_per_layer=rng.randint(1, 3),
+            places=rng.randint(1, 3),
             range_limit=rng.choice([1, 10_000, 4 << 20]),
             read_ahead_least=rng.choice([0, 4096]),
             read_ahead_most=rng.choice([0, 20_000]),
@@ -149,7 +151,8 @@ class World:
         """One worker, until it is killed; the last one stays until nothing is wrong any more."""
         pool = once.open_watched(self._domain, self._bitmap)
         table = self._table if self.rng.random() < 0.7 else self._bare
-        source = LayerSource("layer", table, self.blob, self._make_spans)
+        route = Route("registry", self.rng.choice([0.0, 0.03]), self.rng.choice([0.0, 1e5, 1e9]))
+        source = LayerSource("layer", table, self.blob, self._make_spans, lambda: route)
         views = [View(name, [source], waiting=self.rng.randint(1, 8)) for name in ("a", "b")]
         try:
             used: Any = FicklePool(pool, self.rng)
@@ -180,6 +183,7 @@ class Worker:
             for _ in range(self._rng.randint(1, 8)):
                 nursery.start_soon(self._read_often)
             nursery.start_soon(self._evict_often)
+            nursery.start_soon(self._fill_often)
 
     async def _read_often(self) -> None:
         for _ in range(self._rng.randint(1, 6)):
@@ -206,6 +210,16 @@ class Worker:
             self._pool.evict(address, self._rng.randint(1, 30_000))
             self._fetcher.forget("layer")
 
+    async def _fill_often(self) -> None:
+        """Bytes that nobody waits for, of any priority."""
+        for _ in range(self._rng.randint(0, 4)):
+            await trio.sleep(self._rng.expovariate(1))
+            offset, priority = self._rng.randrange(len(self._layout.disk)), self._rng.choice(list(Priority))
+            with trio.move_on_after(self._rng.choice([0.3, 1000.0])), suppress(NsfsError):
+                await self._fetcher.make_present(
+                    self._views[0], BASE + offset, self._rng.randint(1, 60_000), patience=40.0, priority=priority
+                )
+
     async def check_end(self, blob: Registry) -> None:
         """When the trouble is over all can be read, and then nothing is left in the air."""
         await trio.sleep_until(TROUBLE)
@@ -216,7 +230,7 @@ class Worker:
         assert self._fetcher._flights == {}, "flights are left"
         assert self._fetcher.statistics().waiting == ()
         assert blob.at_once == 0
-        assert all(runway._busy == 0 and not any(runway._queues) for runway in self._fetcher._runways.values())
+        assert all(len(runway) == 0 for runway in self._fetcher._runways.values()), "places are left"
         assert all(view.limiter.borrowed_tokens == 0 for view in self._views)
 
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import trio
 
-from nsfs.core.ports import Blob, LocalBlob
+from nsfs.core.ports import Blob, LocalBlob, MeasuredBlob
 from nsfs.errors import NotFoundError, NsfsError
 from nsfs.model.oci import Descriptor
 from nsfs.model.pool import Access
+from nsfs.model.route import Route
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 NOBODY = Access()
 """Of a domain that is one owner's: whoever it is, of whichever registry."""
 _ANY = "application/octet-stream"
+_LAYOUT = "oci:"
 _KEPT = 1024
 """Blobs that stay open; another one costs an object, no request."""
 
@@ -111,6 +113,12 @@ class Blobs:
         """Ask `holder` first from now on: it has given the blob, and others have not."""
         self._working[digest, access] = holder
 
+    def measured(self, digest: Digest, holder: Holder, name: str) -> Route:
+        """What is known of the way to a blob of `holder`, as the route called `name`."""
+        found = self._found.get((digest, holder))
+        route = found.route() if isinstance(found, MeasuredBlob) else Route()
+        return Route(name, route.round_trip, route.rate)
+
     async def open(self, digest: Digest, size: int, holder: Holder) -> Blob:
         """The blob as `holder` has it; raises NsfsError."""
         found = self._found.pop((digest, holder), None)
@@ -131,6 +139,17 @@ class OriginBlob:
         self._access = access
         self.digest = digest
         self.size = size
+
+    def route(self) -> Route:
+        """What is known of the way to the registry that is asked first; whoever asks on somebody's behalf has his own.
+
+        What is called a registry here is what its name says, whichever server it is that answers.
+        """
+        holder = next(iter(self._holders()), None)
+        if holder is None or holder.repository.startswith(_LAYOUT):
+            return Route()
+        name = " ".join(filter(None, (holder.repository.partition("/")[0], holder.owner)))
+        return self._blobs.measured(self.digest, holder, name)
 
     def _holders(self) -> list[Holder]:
         return self._blobs.holders(self.digest, self._access)

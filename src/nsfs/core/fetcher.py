@@ -31,7 +31,7 @@ from nsfs.core.fetchplan import (
     address_of,
     intersect,
     plan_ahead,
-    plan_batches,
+    plan_ranges,
     plan_read,
     render_blocks,
     subtract,
@@ -39,7 +39,7 @@ from nsfs.core.fetchplan import (
 from nsfs.core.fetchview import FetchConfig, Head, LayerSource, View
 from nsfs.core.landing import Decoded, Landing, Pool, Supply, store_supply, take_apart
 from nsfs.core.ports import BLOCK
-from nsfs.core.runway import NO_SPANS, Failures, Flight, GroupKey, Kept, Runway
+from nsfs.core.runway import NO_SPANS, Failures, Flight, GroupKey, Kept, Priority, Runway
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NsfsError, UnreachableError
 
@@ -91,7 +91,8 @@ class _Waiter:
     view: str
     address: int
     size: int
-    since: float
+    since: float = field(default_factory=trio.current_time)
+    priority: Priority = Priority.READ
     reason: str = "its turn"
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -164,6 +165,7 @@ class Fetcher:
         self._flights: dict[GroupKey, Flight] = {}
         self._failures = Failures(config, jitter)
         self._runways: dict[str, Runway] = {}
+        """By the names of the routes that anything was fetched over."""
         self._kept = Kept(config.kept_bytes)
         self._waiters: set[_Waiter] = set()
         self._requests = self._hits = self._misses = self._refused = 0
@@ -210,19 +212,23 @@ class Fetcher:
             self._begin_read_ahead(view, head)
         return data
 
-    async def make_present(self, view: View, address: int, size: int, *, patience: float | None) -> None:
+    async def make_present(
+        self, view: View, address: int, size: int, *, patience: float | None, priority: Priority = Priority.READ
+    ) -> None:
         """Return when the blocks of these addresses that belong to files of the view are in the pool.
 
         Raises as `read` does, and NoSpaceError where the pool cannot take them.
         """
         start, end = _whole_blocks(address, size)
         for step in range(start, end, _STEP):
-            await self._make_present(view, step, min(_STEP, end - step), patience)
+            await self._make_present(view, step, min(_STEP, end - step), patience, priority)
 
-    async def _make_present(self, view: View, address: int, size: int, patience: float | None) -> None:
+    async def _make_present(
+        self, view: View, address: int, size: int, patience: float | None, priority: Priority
+    ) -> None:
         while self._pool.missing(address, size):
             self._misses += 1
-            supply = await self._supply(view, address, size, patience)
+            supply = await self._supply(view, _Waiter(view.name, address, size, priority=priority), patience)
             if supply.refused is not None:
                 raise supply.refused.with_traceback(None)
             if not intersect(self._pool.missing(address, size), supply.plan.covered):
@@ -231,7 +237,7 @@ class Fetcher:
     async def _read_absent(self, view: View, address: int, size: int, patience: float | None) -> bytes:
         start, end = _whole_blocks(address, size)
         while True:
-            supply = await self._supply(view, start, end - start, patience)
+            supply = await self._supply(view, _Waiter(view.name, start, end - start), patience)
             data = self._put_together(supply, start, end - start)
             if data is not None:
                 return bytes(memoryview(data)[address - start : address - start + size])
@@ -262,9 +268,8 @@ class Fetcher:
         except NsfsError as error:
             log.warning("it is not made durable that they are given up: %s", error)
 
-    async def _supply(self, view: View, address: int, size: int, patience: float | None) -> Supply:
-        """Have all that the absent blocks of these addresses are made of, and store it."""
-        waiter = _Waiter(view.name, address, size, trio.current_time())
+    async def _supply(self, view: View, waiter: _Waiter, patience: float | None) -> Supply:
+        """Have all that the absent blocks which somebody waits for are made of, and store it."""
         self._waiters.add(waiter)
         try:
             with waiter.scope:
@@ -318,7 +323,7 @@ class Fetcher:
                 waiter.reason = f"the next attempt: {self._failures.why(due)}"
                 await trio.sleep_until(min(due.values()))
                 continue
-            flights = self._join(ready, is_urgent=True)
+            flights = self._join(ready, waiter.priority)
             await self._wait(flights, waiter, patience, deadline)
             for flight in flights:
                 got.update(flight.decoded)
@@ -391,14 +396,14 @@ class Fetcher:
             return
         head.end = max([head.end, *(source.table.stream_range(group.spans)[1] for group in groups)])
         wanted = [_Wanted(source, group) for group in groups]
-        self._join([want for want in wanted if self._is_worth_fetching(want.key)], is_urgent=False)
+        self._join([want for want in wanted if self._is_worth_fetching(want.key)], Priority.AHEAD)
 
     def _is_worth_fetching(self, key: GroupKey) -> bool:
         return key not in self._failures and self._kept.get(key) is None
 
     # Flights
 
-    def _join(self, wanted: Iterable[_Wanted], *, is_urgent: bool) -> list[Flight]:
+    def _join(self, wanted: Iterable[_Wanted], priority: Priority) -> list[Flight]:
         """The flights that bring `wanted`: those under way, and new ones for the rest."""
         flights: dict[int, Flight] = {}
         fresh: dict[str, list[_Wanted]] = {}
@@ -407,30 +412,32 @@ class Fetcher:
             if flight is None:
                 fresh.setdefault(want.source.key, []).append(want)
                 continue
-            if is_urgent and not flight.is_urgent:
-                self._runway(flight.source.key).promote(flight)
+            if priority < flight.priority and flight.runway is not None:
+                flight.runway.promote(flight, priority)
             flights[id(flight)] = flight
-        begun = [flight for wants in fresh.values() for flight in self._begin(wants, is_urgent=is_urgent)]
+        begun = [flight for wants in fresh.values() for flight in self._begin(wants, priority)]
         return [*flights.values(), *begun]
 
-    def _begin(self, wants: list[_Wanted], *, is_urgent: bool) -> Iterator[Flight]:
+    def _begin(self, wants: list[_Wanted], priority: Priority) -> Iterator[Flight]:
         source = wants[0].source
+        route = source.route()
+        limits = self._config.limits(route)
         groups = [want.group for want in wants if want.group is not None]
-        batches: list[Batch | None] = [*plan_batches(groups, self._config.range_limit, self._config.range_slack)]
+        batches: list[Batch | None] = [*plan_ranges(groups, limits)]
         if len(groups) < len(wants):
             batches.append(None)
         for batch in batches:
-            flight = Flight(source, batch, is_urgent, trio.current_time())
+            flight = Flight(source, batch, priority, trio.current_time())
             self._flights.update({(source.key, first): flight for first in flight.firsts})
+            if batch is None:
+                flight.departs.set()
+            else:
+                flight.runway = self._runways.setdefault(route.name, Runway(self._config.places))
+                flight.runway.enter(flight, limits.filling)
             self._nursery.start_soon(self._fly, flight)
             yield flight
 
-    def _runway(self, key: str) -> Runway:
-        return self._runways.setdefault(key, Runway(self._config.fetches_per_layer))
-
     async def _fly(self, flight: Flight) -> None:
-        runway = self._runway(flight.source.key)
-        runway.enter(flight)
         await flight.departs.wait()
         try:
             landing = await (
@@ -443,7 +450,8 @@ class Fetcher:
             bug = NsfsError(f"a bug: {type(error).__name__}: {error}", hint="the log of the worker says more")
             landing = Landing({}, dict.fromkeys(flight.firsts, bug))
         finally:
-            runway.leave()
+            if flight.runway is not None:
+                flight.runway.leave(flight)
         self._land(flight, landing)
 
     async def _make_spans(self, source: LayerSource) -> Landing:

@@ -17,9 +17,10 @@ from nsfs.core.ports import BLOCK
 from nsfs.errors import CorruptError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from nsfs.model.layer import Codec, Covers, Span
+    from nsfs.model.route import RangeLimits
 
 Range = tuple[int, int]
 """(address, size)."""
@@ -154,6 +155,14 @@ def plan_batches(groups: Iterable[Group], limit: int, slack: int) -> list[Batch]
                 continue
         batches.append(Batch((group,), group.offset, group.length))
     return batches
+
+
+def plan_ranges(groups: Collection[Group], limits: RangeLimits) -> list[Batch]:
+    """`groups` of one layer as ranges that suit the route: fewer of them, for more bytes, once some have to wait."""
+    batches = plan_batches(groups, limits.size, limits.slack)
+    if len(batches) <= limits.at_once:
+        return batches
+    return plan_batches(groups, limits.size, limits.wide_slack)
 
 
 class Window:

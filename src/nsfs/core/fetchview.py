@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from nsfs.model.route import RangeLimits, Route, plan_limits
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
@@ -26,12 +28,13 @@ _SLACK = 256 << 10
 class FetchConfig:
     """Limits of a domain's fetcher. Times in seconds, sizes in bytes."""
 
-    fetches_per_layer: int = 4
+    places: int = 12
+    """Ranges that are on one route at a time."""
     decode_threads: int = 2
     range_limit: int = 4 << 20
-    """The most that is asked for at once, unless one span is larger."""
+    """The most that is asked for at once, unless one span is larger; less where that suits the route."""
     range_slack: int = 16 << 10
-    """What is fetched for nothing rather than to make two ranges."""
+    """What is fetched for nothing rather than to make two ranges, at least."""
     read_ahead_least: int = 512 << 10
     read_ahead_most: int = 4 << 20
     kept_bytes: int = 16 << 20
@@ -41,6 +44,10 @@ class FetchConfig:
     retry_permanent: float = 60.0
     """Where trying again is not expected to help, but a reader waits for ever."""
     retry_after_most: float = 3600.0
+
+    def limits(self, route: Route) -> RangeLimits:
+        """How ranges over `route` are to be chosen."""
+        return plan_limits(route, most=self.range_limit, slack=self.range_slack, places=self.places)
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -56,6 +63,8 @@ class LayerSource:
     table: Table
     blob: Blob
     make_spans: Callable[[], Awaitable[Table]] | None = None
+    route: Callable[[], Route] = Route
+    """What is known now of the way to the blob."""
 
 
 class View:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from nsfs.model.digest import Digest
     from nsfs.model.oci import Descriptor, Document, Traffic
+    from nsfs.model.route import Route
 
 BLOCK = 4096
 """Bytes per block: the unit of presence, of alignment, and of every map's addresses."""
@@ -73,6 +74,14 @@ class LocalBlob(Blob, Protocol):
     @property
     def directory(self) -> str:
         """The layout's."""
+
+
+@runtime_checkable
+class MeasuredBlob(Blob, Protocol):
+    """A blob of a registry, the way to which is measured."""
+
+    def route(self) -> Route:
+        """What is known of that way now; its name is the server's."""
 
 
 class Source(Protocol):

@@ -18,16 +18,19 @@ import trio
 from msgspec import Struct
 
 from nsfs.core.blobs import Holder
+from nsfs.core.ports import MeasuredBlob
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NsfsError, UnreachableError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.oci import Descriptor, Document, Traffic
 from nsfs.model.report import Data
+from nsfs.model.route import Route
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
     from nsfs.core.blobs import Blobs
+    from nsfs.core.ports import Blob
 
     Report = Callable[[Struct], Awaitable[None]]
 
@@ -63,7 +66,9 @@ class Range(Struct, kw_only=True):
 
 
 class Sent(Struct, kw_only=True):
-    """Everything was."""
+    """Everything was, by this route."""
+
+    route: Route = Route()
 
 
 class Line(Protocol):
@@ -133,6 +138,7 @@ class RelayBlob:
         self._source = source
         self._repository = repository
         self._descriptor = descriptor
+        self._route = Route()
 
     @property
     def digest(self) -> Digest:
@@ -143,6 +149,10 @@ class RelayBlob:
     def size(self) -> int:
         """See Blob."""
         return self._descriptor.size
+
+    def route(self) -> Route:
+        """What the other worker knew of its way when it last gave something."""
+        return self._route
 
     async def fetch(self, offset: int, length: int) -> bytes:
         """See Blob."""
@@ -190,11 +200,12 @@ class RelayBlob:
         while left:
             before = left
             try:
-                await self._source.ask(method, self._range(offset + length - left, left), Sent, take)
+                sent = await self._source.ask(method, self._range(offset + length - left, left), Sent, take)
             except UnreachableError:
                 if left == before:
                     raise
             else:
+                self._route = sent.route
                 if left:
                     raise UnreachableError(f"a relay gave {length - left} bytes instead of {length}: {self.digest}")
 
@@ -216,16 +227,20 @@ def relay_methods(blobs: Blobs) -> dict[str, tuple[type[Struct], Callable[[Any, 
         data = memoryview(await blob.fetch(asked.offset, asked.length))
         for start in range(0, len(data), _PIECE):
             await report(Data(bytes(data[start : start + _PIECE])))
-        return Sent()
+        return Sent(route=_route_of(blob))
 
     async def stream(asked: Range, report: Report) -> Sent:
         blob = await blobs.open(Digest(asked.digest), asked.size, Holder("", asked.repository))
         async with blob.stream(asked.offset) as pieces:
             async for piece in pieces:
                 await report(Data(piece))
-        return Sent()
+        return Sent(route=_route_of(blob))
 
     return {"Manifest": (ManifestName, manifest), "Fetch": (Range, fetch), "Stream": (Range, stream)}
+
+
+def _route_of(blob: Blob) -> Route:
+    return blob.route() if isinstance(blob, MeasuredBlob) else Route()
 
 
 def check_document(answer: Manifest, identifier: str) -> Document:

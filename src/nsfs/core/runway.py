@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import trio
@@ -29,19 +30,34 @@ GroupKey = tuple[str, int]
 """Layer, and the first span of a group."""
 
 
+class Priority(IntEnum):
+    """For what a range is fetched; the lower one goes first."""
+
+    READ = 0
+    """Somebody waits for it."""
+    PROFILE = 1
+    """A start of the image is known to read it."""
+    AHEAD = 2
+    """It lies ahead of a sequence of reads."""
+    BACKGROUND = 3
+    """Nobody is known to want it."""
+
+
 @dataclass(eq=False, slots=True)
 class Flight:
     """One range on its way. When `landed` is set, each of its groups is in `decoded` or has a failure."""
 
     source: LayerSource
     batch: Batch | None
-    is_urgent: bool
+    priority: Priority
     started: float
     landed: trio.Event = field(default_factory=trio.Event)
     decoded: dict[GroupKey, Decoded] = field(default_factory=dict)
     was_given_up: bool = False
     """Somebody's patience ended with it in the air."""
     departs: trio.Event = field(default_factory=trio.Event)
+    runway: Runway | None = None
+    """Where it departs; what takes no range takes no place either."""
 
     @property
     def firsts(self) -> list[int]:
@@ -50,35 +66,65 @@ class Flight:
 
 
 class Runway:
-    """Who may fetch from a layer's blob: `limit` at a time, urgent ones first, one place kept free for them."""
+    """Who may fetch over one route: `limit` at a time, in the order of their priorities.
+
+    Beside reads, and where any of them is on its way, only so many others depart as keep it full (`filling`): a
+    read shares it with whatever departed before. Without reads they have half of the places. What nobody is
+    known to want departs alone.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._busy = 0
-        self._queues: tuple[deque[Flight], deque[Flight]] = (deque(), deque())
+        self._queues: dict[Priority, deque[Flight]] = {priority: deque() for priority in Priority}
+        self._busy: dict[Priority, int] = dict.fromkeys(Priority, 0)
+        self._filling = 1
 
-    def enter(self, flight: Flight) -> None:
-        """Queue up; `departs` is set when it is the flight's turn."""
-        self._queues[0 if flight.is_urgent else 1].append(flight)
+    def __len__(self) -> int:
+        """How many are on their way or wait for that."""
+        return sum(self._busy.values()) + sum(map(len, self._queues.values()))
+
+    def enter(self, flight: Flight, filling: int) -> None:
+        """Queue up; `departs` is set when it is the flight's turn. So many keep the route full now."""
+        self._filling = filling
+        self._queues[flight.priority].append(flight)
         self._go()
 
-    def promote(self, flight: Flight) -> None:
-        """Make a flight urgent that may still be queued."""
-        flight.is_urgent = True
-        if flight in self._queues[1]:
-            self._queues[1].remove(flight)
-            self.enter(flight)
+    def promote(self, flight: Flight, priority: Priority) -> None:
+        """Have a flight that entered, and did not leave, count as one of a higher priority."""
+        before, flight.priority = flight.priority, priority
+        if flight.departs.is_set():
+            self._busy[before] -= 1
+            self._busy[priority] += 1
+        else:
+            self._queues[before].remove(flight)
+            self._queues[priority].append(flight)
+        self._go()
 
-    def leave(self) -> None:
+    def leave(self, flight: Flight) -> None:
         """A flight that departed needs its place no more."""
-        self._busy -= 1
+        self._busy[flight.priority] -= 1
         self._go()
 
     def _go(self) -> None:
-        urgent, background = self._queues
-        while (urgent and self._busy < self._limit) or (background and self._busy < max(1, self._limit - 1)):
-            self._busy += 1
-            (urgent or background).popleft().departs.set()
+        while (priority := self._next()) is not None:
+            self._busy[priority] += 1
+            self._queues[priority].popleft().departs.set()
+
+    def _next(self) -> Priority | None:
+        waiting = next((priority for priority in Priority if self._queues[priority]), None)
+        if waiting is None or sum(self._busy.values()) >= self._places(waiting):
+            return None
+        return waiting
+
+    def _places(self, priority: Priority) -> int:
+        """How many flights in all there may be for one more of this priority to depart."""
+        match priority:
+            case Priority.READ:
+                return self._limit
+            case Priority.BACKGROUND:
+                return 1
+        reads = self._busy[Priority.READ]
+        return max(1, min(self._limit - 1, reads + self._filling if reads else max(self._filling, self._limit // 2)))
 
 
 class Kept:

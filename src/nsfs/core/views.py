@@ -236,11 +236,13 @@ class Views:
                     await self._layers.refill(key, lambda job: refill(job, self._pool, table), owner)
                 return table
 
+            blob = self._blobs.blob(record.blob, record.blob_size, Access(owner, key.origin))
             source = self._sources[key, owner] = LayerSource(
                 key=_name_of(key, owner),
                 table=self._open_table(key),
-                blob=self._blobs.blob(record.blob, record.blob_size, Access(owner, key.origin)),
+                blob=blob,
                 make_spans=make_spans,
+                route=blob.route,
             )
         return source
 

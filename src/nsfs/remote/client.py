@@ -24,6 +24,7 @@ import trio
 from nsfs import __version__
 from nsfs.errors import CorruptError, DeniedError, NsfsError, UnreachableError
 from nsfs.model.oci import Traffic
+from nsfs.model.route import RouteMeter
 from nsfs.remote.auth import MAX_TOKEN_ANSWER, Authorizer, TokenRequest, parse_challenges
 from nsfs.remote.hosts import Endpoint, Tls
 from nsfs.remote.response import REDIRECTS, STALE, origin, plan_redirect, refusal
@@ -87,6 +88,30 @@ class Get:
     """Takes a slot among the streams."""
 
 
+class MeteredBody:
+    """Tells a route's meter how one body comes in."""
+
+    def __init__(self, meter: RouteMeter) -> None:
+        self._meter = meter
+        self._is_open = False
+
+    def received(self, size: int) -> None:
+        """A piece is here; one of size 0 is the end."""
+        if not size:
+            self.close()
+        elif self._is_open:
+            self._meter.received(trio.current_time(), size)
+        else:
+            self._is_open = True
+            self._meter.began(trio.current_time())
+
+    def close(self) -> None:
+        """Nothing more is waited for."""
+        if self._is_open:
+            self._is_open = False
+            self._meter.ended(trio.current_time())
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A successful response whose body is still to be read."""
@@ -98,12 +123,14 @@ class Answer:
     meter: Meter
     patience: float
     """Seconds that the connection may be silent."""
+    body: MeteredBody
 
     async def receive(self) -> bytes:
         """The next piece of the body, b"" at its end; raises UnreachableError when the connection breaks."""
         with mapped_errors(self.host):
             piece = await anext(body_of(self.response), b"")
         self.meter.received += len(piece)
+        self.body.received(len(piece))
         return piece
 
     async def read(self, limit: int, what: str) -> bytes:
@@ -149,13 +176,18 @@ class Connections:
 
     def lanes(self) -> Lanes:
         """The slots for one more server."""
-        requests = trio.Semaphore(-(-self._limit // 2))
+        requests = trio.Semaphore(range_connections(self._limit))
         return Lanes(trio.Semaphore(self._limit // 2) if self._limit > 1 else requests, requests)
 
     async def aclose(self) -> None:
         """Close every connection."""
         for client in self._clients.values():
             await client.aclose()
+
+
+def range_connections(limit: int) -> int:
+    """How many of the connections that one server may have are for ranges and documents."""
+    return -(-limit // 2)
 
 
 class Server:
@@ -168,6 +200,8 @@ class Server:
         account = endpoint.host if endpoint.namespace else registry
         self._authorizer = Authorizer(account, credentials, self._ask_token, plain=endpoint.plain)
         self._down_until = 0.0
+        self.meter = RouteMeter()
+        """Of what comes from it, or from where it redirects to."""
 
     def is_down(self) -> bool:
         """Whether it did not answer lately."""
@@ -184,11 +218,13 @@ class Server:
             with bounded(self._connections.timeouts.longest, self.endpoint.host):
                 response, url = await self._resolve(get, meter)
             target = url if origin(url) != origin(self.endpoint.base) else None
-            answer = Answer(response, self.endpoint.host, target, meter, self._connections.timeouts.read)
+            body = MeteredBody(self.meter)
+            answer = Answer(response, self.endpoint.host, target, meter, self._connections.timeouts.read, body)
             try:
                 await self._refuse(answer, get)
                 yield answer
             finally:
+                body.close()
                 await response.aclose()
 
     async def _resolve(self, get: Get, meter: Meter) -> tuple[httpx.Response, str]:
@@ -243,8 +279,11 @@ class Server:
         if authorization is not None:
             headers.append(("Authorization", authorization))
         client = self._connections.client(self._tls(url))
+        sent = trio.current_time()
         with mapped_errors(self.endpoint.host):
-            return await client.send(client.build_request("GET", url, headers=headers), stream=True)
+            response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
+        self.meter.answered(trio.current_time() - sent)
+        return response
 
     def _tls(self, url: str) -> Tls:
         """Another host gets no client certificate and is always checked."""
@@ -272,7 +311,8 @@ class Server:
             built = _token_message(client, request, headers)
             response = await client.send(built, stream=True)
         try:
-            answer = Answer(response, host, None, Meter(), self._connections.timeouts.read)
+            metered = MeteredBody(RouteMeter())
+            answer = Answer(response, host, None, Meter(), self._connections.timeouts.read, metered)
             body = await answer.read(MAX_TOKEN_ANSWER, "token")
         finally:
             await response.aclose()

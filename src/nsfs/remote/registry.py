@@ -27,6 +27,8 @@ from nsfs.remote.response import Wanted, plan_skip
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 
+    from nsfs.model.route import Route
+
 T = TypeVar("T")
 
 MOST_SKIPPED = 16 << 20
@@ -107,6 +109,11 @@ class RegistryBlob:
     def size(self) -> int:
         """In bytes, as the manifest says."""
         return self._descriptor.size
+
+    def route(self) -> Route:
+        """The way to the server that is asked first."""
+        server = self._server or self._source.servers(PULL)[0]
+        return server.meter.route(server.endpoint.host)
 
     async def fetch(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at `offset`; unverified. Also UnreachableError where the registry ignores ranges."""

@@ -89,8 +89,8 @@ class Registry(Struct, frozen=True, kw_only=True):
 class Fetch(Struct, frozen=True, kw_only=True):
     """How absent content is fetched."""
 
-    concurrency: Count = 8
-    """Ranges of one layer on the line at one time."""
+    concurrency: Count = 12
+    """Ranges that are asked of one registry at one time, per domain; no more than it may have connections for."""
     read_ahead: Size = Size(4 << 20)
     """Fetched beyond what a sequential reader asks for; 0 for nothing."""
 
