@@ -6,6 +6,7 @@ they do not read, and drop the pages of what they read, so that every read asks 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import json
@@ -14,12 +15,14 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
+SLOW = 0.002
+"""Seconds; shorter waits are only counted, so that hours of reading fit."""
 _PIECE = 1 << 16
 _END = 30.0
 """Seconds for a reader to end its last read."""
@@ -27,20 +30,49 @@ _END = 30.0
 
 @dataclass(slots=True)
 class Seen:
-    """What readers saw; `errors` are in words, `waits` in seconds, of each read(2)."""
+    """What readers saw: `errors` in words, how many read(2), and of the slow ones when they began and what they took.
+
+    Seconds of time.monotonic(), which all processes of a machine share.
+    """
 
     errors: list[str] = field(default_factory=list)
-    waits: list[float] = field(default_factory=list)
+    reads: int = 0
+    slow: list[tuple[float, float]] = field(default_factory=list)
+
+    def note(self, begun: float, ended: float) -> None:
+        """One read."""
+        self.reads += 1
+        if ended - begun > SLOW:
+            self.slow.append((begun, ended - begun))
+
+    def add(self, other: Seen) -> None:
+        """What another reader saw, too."""
+        self.errors += other.errors
+        self.reads += other.reads
+        self.slow += other.slow
 
     def slowest(self, share: float) -> float:
-        """The wait that `share` of all reads did not exceed; 1 for the longest."""
-        ordered = sorted(self.waits)
-        return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+        """The wait that `share` of all reads did not exceed; 1 for the longest; SLOW where it is less."""
+        ordered = sorted(took for _, took in self.slow)
+        behind = self.reads - min(self.reads - 1, int(self.reads * share))
+        return ordered[-behind] if behind <= len(ordered) else SLOW
+
+    def longest_since(self, moments: Sequence[float], window: float) -> list[float]:
+        """For each moment the longest wait of reads that it met, or that began within `window` behind it."""
+        ordered = sorted(self.slow)
+        return [_longest(ordered, moment, window) for moment in moments]
 
     def check(self, least: int = 1) -> None:
         """No error, and no fewer reads."""
         assert self.errors == []
-        assert len(self.waits) >= least, len(self.waits)
+        assert self.reads >= least, self.reads
+
+
+def _longest(ordered: Sequence[tuple[float, float]], moment: float, window: float) -> float:
+    """No read takes longer than a reader has to end."""
+    first = bisect.bisect_left(ordered, (moment - _END, 0.0))
+    last = bisect.bisect_right(ordered, (moment + window, _END))
+    return max((took for begun, took in ordered[first:last] if begun + took > moment), default=SLOW)
 
 
 @contextlib.contextmanager
@@ -77,8 +109,7 @@ def _end(reader: subprocess.Popen[str], seen: Seen) -> None:
         seen.errors.append(said)
         return
     report = json.loads(output)
-    seen.errors += report["errors"]
-    seen.waits += report["waits"]
+    seen.add(Seen(report["errors"], report["reads"], [(begun, took) for begun, took in report["slow"]]))
 
 
 def main() -> None:
@@ -90,14 +121,14 @@ def main() -> None:
     while not seen.errors and sys.stdin.readline() == "":
         path = chance.choice(list(digests))
         try:
-            if _digest(path, seen.waits) != digests[path]:
+            if _digest(path, seen) != digests[path]:
                 seen.errors.append(f"wrong bytes: {path}")
         except OSError as error:
             seen.errors.append(str(error))
-    print(json.dumps({"errors": seen.errors, "waits": seen.waits}))
+    print(json.dumps(asdict(seen)))
 
 
-def _digest(path: str, waits: list[float]) -> str:
+def _digest(path: str, seen: Seen) -> str:
     found = hashlib.sha256()
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -105,7 +136,7 @@ def _digest(path: str, waits: list[float]) -> str:
         while True:
             begun = time.monotonic()
             data = os.read(fd, _PIECE)
-            waits.append(time.monotonic() - begun)
+            seen.note(begun, time.monotonic())
             if not data:
                 return found.hexdigest()
             found.update(data)
