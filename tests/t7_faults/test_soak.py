@@ -69,15 +69,15 @@ class Site:
         return self.control.call(method, request, api.METHODS[method][1])
 
     def worker(self) -> int:
-        """The worker of now; 0 while it is being started."""
+        """The worker that answers now; 0 while it is being started."""
         domains = self.call("Status", api.Empty()).domains
-        return next((each.pid for each in domains if each.name == DOMAIN), 0)
+        return next((each.pid for each in domains if each.name == DOMAIN and each.state == "ready"), 0)
 
     @contextlib.contextmanager
     def mounted(self, target: str, driver: str) -> Iterator[str]:
         os.makedirs(target, exist_ok=True)
-        named = {"reference": self.reference, "namespace": NAMESPACE}
-        self.call("Mount", api.MountRequest(**named, target=target, driver=driver))
+        wishes = api.MountRequest(reference=self.reference, namespace=NAMESPACE, target=target, driver=driver)
+        self.call("Mount", wishes)
         try:
             yield target
         finally:
@@ -124,18 +124,31 @@ def run_site(directory: str, settings: dict[str, Any]) -> Iterator[Site]:
 
 
 def kill_workers(site: Site, kills: int) -> list[float]:
-    """Kill one worker after the other, at any moment of its life; when."""
+    """Kill one worker after the other, up to 0.4 s after it came to answer; when."""
     chance = random.Random(kills)
     moments = []
     for number in range(kills):
         if number % PER_EVICTION == 0:
             site.evict()
         time.sleep(chance.uniform(0, 0.4))
-        worker = site.worker()
+        worker = wait_for_another(site, 0)
         moments.append(time.monotonic())
         os.kill(worker, signal.SIGKILL)
-        assert wait_until(lambda worker=worker: site.worker() not in {0, worker}, 30)
+        wait_for_another(site, worker)
     return moments
+
+
+def wait_for_another(site: Site, worker: int) -> int:
+    """Another worker than that, once one answers."""
+    found = 0
+
+    def answers() -> bool:
+        nonlocal found
+        found = site.worker()
+        return found not in {0, worker}
+
+    assert wait_until(answers, 30)
+    return found
 
 
 def leave_workers(site: Site, moments: Sequence[float]) -> list[float]:
@@ -214,7 +227,7 @@ def meet_fault(site: Site, path: str, number: int) -> None:
 
 def processes(site: Site) -> dict[str, int]:
     """The daemon's and worker's, and those that they forked, by name."""
-    found = {"daemon": site.node.daemon.pid, "worker": site.worker()}
+    found = {"daemon": site.node.daemon.pid, "worker": wait_for_another(site, 0)}
     for parent, pid in list(found.items()):
         for child in children(pid):
             command = Path(f"/proc/{child}/cmdline").read_text().split("\0")

@@ -60,8 +60,8 @@ _ADOPTED: Final = 10.0
 """Seconds that a worker has to greet a new daemon; reads go on meanwhile."""
 _ANSWERS_AT_ONCE: Final = 1.0
 """Seconds that a worker has to say how it stands."""
-_SERVED: Final = 1.0
-"""A worker that lived as long has served, and its death is no sequel of the last one's."""
+_SERVED: Final = 0.1
+"""A worker that answered for so many seconds has served, and its death is no sequel of the last one's."""
 _GRACE: Final = 3.0
 """Seconds for a worker to make durable what it wrote, after its daemon has let go of it."""
 _DEATH: Final = 5.0
@@ -122,7 +122,10 @@ class Terms(Protocol):
 
 def plan_pause(deaths: int, *, has_answered: bool) -> float:
     """Seconds before a worker is started again after so many deaths in a row; short if the last one had answered."""
-    return 0.0 if deaths <= 1 else min(0.5 if has_answered else 5.0, 0.01 * 2 ** min(deaths, 10))
+    if deaths <= 1:
+        return 0.0
+    first, longest = (0.005, 0.5) if has_answered else (0.01, 5.0)
+    return min(longest, first * 2.0 ** min(deaths, 10))
 
 
 @dataclass(slots=True)
@@ -155,6 +158,8 @@ class _Kept:
     """Why none could be started, since the last one answered."""
     restarts: int = 0
     """Of the domain's worker, whatever it died of."""
+    answered: float = -math.inf
+    """When the last worker that came to answer did so, by trio's clock."""
     deaths: int = 0
     """In a row, of workers that had not served."""
     owners: set[str] = field(default_factory=set)
@@ -414,7 +419,6 @@ class Supervisor:
 
     async def _live(self, kept: _Kept) -> bool:
         """One worker's life, whatever its end; whether it came to answer."""
-        begun = trio.current_time()
         has_answered = False
         try:
             await self._ensure_connection(kept)
@@ -424,7 +428,8 @@ class Supervisor:
             kept.trouble = error.message
         except Exception:
             log.exception("a bug: the worker of domain %s cannot be started", kept.domain)
-        kept.deaths = 1 if has_answered and trio.current_time() - begun >= _SERVED else kept.deaths + 1
+        has_served = has_answered and trio.current_time() - kept.answered >= _SERVED
+        kept.deaths = 1 if has_served else kept.deaths + 1
         return has_answered
 
     async def _ensure_connection(self, kept: _Kept) -> None:
@@ -564,7 +569,7 @@ class Supervisor:
                     self._nursery.start_soon(self._renew, kept, child)
                 starting.deadline = math.inf
                 self._terms.started(kept.domain, kept.owner, child.pid)
-                kept.trouble = ""
+                kept.trouble, kept.answered = "", trio.current_time()
                 kept.ready.set()
                 return worker_api.Empty()
 
