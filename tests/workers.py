@@ -36,7 +36,7 @@ class CountingOperations(FuseOperations):
 
     async def read(self, fh: Any, off: int, size: int) -> bytes:
         self.counts["largest"] = max(self.counts["largest"], size)
-        return await super().read(fh, off, size)
+        return bytes(await super().read(fh, off, size))
 
 
 def serve(args: bytes, fds: list[int]) -> None:

@@ -111,7 +111,7 @@ class FrontReader:
         self._pool = pool
         self._line = line
 
-    async def read(self, view: str, address: int, size: int) -> bytes:
+    async def read(self, view: str, address: int, size: int) -> bytes | memoryview:
         """See `core.vfs.Reader`."""
         while (data := await trio.to_thread.run_sync(self._pool.read_present, address, size)) is None:
             await self._line.fetch(view, address, size)

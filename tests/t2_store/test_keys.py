@@ -83,7 +83,7 @@ def test_who_has_a_key_and_where(domain: str, places: list[KeyPlace]) -> None:
 def test_a_domain_is_under_its_key_and_found_again(layout: Layout, host_key: bytes | None) -> None:
     for _ in range(2):
         with opened(domains(layout, host_key=host_key), layout) as pool:
-            assert pool.read_present(BASE, 4096) in {None, SECRET}
+            assert pool.read_present(BASE, 4096) in (None, SECRET)
             pool.write(BASE, SECRET)
     assert on_disk(layout) != SECRET
     path = layout.key(NAME)

@@ -83,7 +83,7 @@ class World:
         self.fetcher = fetcher
 
     async def read(self, offset: int, size: int, patience: float | None = 60.0) -> bytes:
-        return await self.fetcher.read(self.view, BASE + offset, size, patience=patience)
+        return bytes(await self.fetcher.read(self.view, BASE + offset, size, patience=patience))
 
 
 NO_AHEAD = FetchConfig(read_ahead_least=0, read_ahead_most=0)
@@ -394,7 +394,7 @@ def test_addresses_of_lower_layers_come_from_their_blobs() -> None:
             with tempfile.TemporaryDirectory() as path:
                 other = ScriptedBlob(upper.blob)
                 view = View("linked", [LayerSource("upper", upper.table(path), other), w.source])
-                data = await w.fetcher.read(view, BASE, 60_000, patience=5)
+                data = bytes(await w.fetcher.read(view, BASE, 60_000, patience=5))
                 assert data[:10_000] == upper.disk[:10_000]
                 assert data[12_288:] == lower.disk[12_288:60_000]
                 assert other.asked == [(0, 10_000)]
@@ -451,7 +451,7 @@ def test_the_real_threads_give_the_same() -> None:
             async with open_fetcher(pool) as fetcher:
 
                 async def check(offset: int) -> None:
-                    data = await fetcher.read(view, BASE + offset, 131_072, patience=10)
+                    data = bytes(await fetcher.read(view, BASE + offset, 131_072, patience=10))
                     assert data == layout.disk[offset : offset + 131_072].ljust(131_072, b"\0")
 
                 async with trio.open_nursery() as nursery:

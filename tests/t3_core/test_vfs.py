@@ -101,7 +101,7 @@ def find(fs: Vfs, path: str, inode: int = vfs.ROOT) -> int:
 
 
 def read(fs: Vfs, inode: int, offset: int, size: int) -> bytes:
-    return trio.run(fs.open(inode).read, offset, size)
+    return bytes(trio.run(fs.open(inode).read, offset, size))
 
 
 def test_a_tree_is_the_union_without_whiteouts() -> None:

@@ -224,7 +224,7 @@ class Worker:
         """When the trouble is over all can be read, and then nothing is left in the air."""
         await trio.sleep_until(TROUBLE)
         end = len(self._layout.disk)
-        data = await self._fetcher.read(self._views[0], BASE, end, patience=None)
+        data = bytes(await self._fetcher.read(self._views[0], BASE, end, patience=None))
         assert data == self._layout.disk, "wrong bytes"
         await trio.sleep(2 * LONGEST)
         assert self._fetcher._flights == {}, "flights are left"

@@ -198,7 +198,7 @@ class Fetcher:
         """Keep nothing decoded of the layer with this key of a LayerSource: it was evicted."""
         self._kept.forget(layer)
 
-    async def read(self, view: View, address: int, size: int, *, patience: float | None) -> bytes:
+    async def read(self, view: View, address: int, size: int, *, patience: float | None) -> bytes | memoryview:
         """Exactly `size` bytes at `address`: from the pool, or fetched and verified. A hit is no checkpoint.
 
         Raises UnreachableError when patience has ended, other NsfsErrors as the blob raises them.
@@ -253,7 +253,7 @@ class Fetcher:
             out[low - address : low - address + length] = data
         return out
 
-    def _read_local(self, address: int, size: int) -> bytes | None:
+    def _read_local(self, address: int, size: int) -> bytes | memoryview | None:
         try:
             return self._pool.read_present(address, size)
         except CorruptError as error:

@@ -43,7 +43,7 @@ class Pool(Protocol):
     def missing(self, address: int, size: int) -> list[Range]:
         """The absent runs of blocks."""
 
-    def read_present(self, address: int, size: int) -> bytes | None:
+    def read_present(self, address: int, size: int) -> bytes | memoryview | None:
         """The bytes, if all of them are there."""
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:

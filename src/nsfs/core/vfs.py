@@ -39,7 +39,7 @@ FOREVER: Final = 86400.0
 """Seconds for which the kernel may keep what cannot change."""
 DISK_SIZE: Final = (16 << 40) - BLOCK
 
-Reader: TypeAlias = "Callable[[str, int, int], Awaitable[bytes]]"
+Reader: TypeAlias = "Callable[[str, int, int], Awaitable[bytes | memoryview]]"
 """`await reader(view name, address, size)`: exactly that many bytes of the disk, as that view sees it."""
 
 
@@ -74,7 +74,7 @@ class Handle(Protocol):
     def direct(self) -> bool:
         """Nothing of it may be cached, and its size is not what the attributes say."""
 
-    async def read(self, offset: int, size: int) -> bytes:
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
         """Bytes from `offset`, `size` of them unless the file ends before."""
 
 
@@ -107,7 +107,7 @@ class BytesHandle:
         self._data = data
         self.direct = direct
 
-    async def read(self, offset: int, size: int) -> bytes:
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
         """See Handle."""
         return bytes(self._data[offset : offset + size])
 
@@ -123,7 +123,7 @@ class ExtentHandle:
         self._address = address
         self._size = size
 
-    async def read(self, offset: int, size: int) -> bytes:
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
         """See Handle."""
         size = min(size, self._size - offset)
         return await self._reader(self._view, self._address + offset, size) if size > 0 else b""

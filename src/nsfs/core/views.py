@@ -104,7 +104,7 @@ class Views:
         """Of the views there are, by the owner as whom they ask."""
         self._ranges: dict[LayerKey, list[tuple[int, int]]] = {}
 
-    async def read(self, name: str, address: int, size: int) -> bytes:
+    async def read(self, name: str, address: int, size: int) -> bytes | memoryview:
         """Exactly these bytes of the disk as the view sees it; raises as its mount's patience says."""
         view, patience = self._view(name)
         return await self._fetcher.read(view, address, size, patience=patience)
@@ -113,7 +113,7 @@ class Views:
         """As `read`, for who has no mount, whose taking away would end it."""
         name = f"look/{view_name(map_id, '', owner)}"
         view, patience = self._views.get(name) or self._open(name, ViewName(map_id, _LOOKING, owner))
-        return await self._fetcher.read(view, address, size, patience=patience)
+        return bytes(await self._fetcher.read(view, address, size, patience=patience))
 
     def close(self, names: Collection[str]) -> None:
         """Fail who waits for these views, and who asks for them until they are opened again."""

@@ -121,8 +121,8 @@ class FuseOperations(pyfuse3.Operations):
         return FileInfo(fh=inode, keep_cache=not handle.direct, direct_io=handle.direct)
 
     @_answered
-    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        """Bytes of a file."""
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes | memoryview:  # type: ignore[override]
+        """Bytes of a file; pyfuse3 takes any buffer."""
         handle = self._handles.get(fh) or self._open(fh)
         return await handle.read(off, size)
 

@@ -25,7 +25,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from nsfs.errors import CorruptError, DeniedError, NoSpaceError, NsfsError, UnsupportedError
-from nsfs.store.crypt import CHECK_SIZE, SALT_SIZE
+from nsfs.store.buffers import Buffers
+from nsfs.store.crypt import CHECK_SIZE, ROOM, SALT_SIZE
 from nsfs.store.files import sync_directory
 from nsfs.store.index import END_ADDRESS, FIRST_ADDRESS
 
@@ -294,6 +295,7 @@ class Pool:
         """Take over `disk` and `present`; `open_pool` is the way to get one."""
         self._disk = disk
         self._cipher = cipher
+        self._buffers = Buffers()
         self._present = present
         access = mmap.ACCESS_READ if readonly else mmap.ACCESS_WRITE
         self._bitmap = mmap.mmap(bitmap_fd, BITMAP_SIZE, access=access)
@@ -348,8 +350,8 @@ class Pool:
 
     # Data. `_load` and `_store` are the only places where bytes enter and leave the disk.
 
-    def read(self, address: int, size: int) -> bytes:
-        """The local bytes, whatever is there; raises CorruptError if the disk cannot be read.
+    def read(self, address: int, size: int) -> bytes | memoryview:
+        """The local bytes, whatever is there, in memory that stays theirs; raises CorruptError if the disk fails.
 
         Bytes that are clean leave the page cache behind the read: a view that reads them keeps them itself. Dirty ones
         stay until `flush`. Measured on Linux 6.18 (ext4, two cores), 128 KiB and 1 MiB a read from one thread: 2.3 and
@@ -369,7 +371,7 @@ class Pool:
             self._was_read = False
             os.posix_fadvise(self._disk, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def read_present(self, address: int, size: int) -> bytes | None:
+    def read_present(self, address: int, size: int) -> bytes | memoryview | None:
         """The bytes if every block of them is there, also while somebody evicts; else None."""
         while True:
             epoch = self._epoch[0]
@@ -402,18 +404,16 @@ class Pool:
         with self._bits_lock:
             self._set(address, size)
 
-    def _load(self, address: int, size: int) -> bytes:
-        if self._cipher is not None:
-            with _mapped_errors("cannot read the pool"):
-                return self._cipher.load(address, size, self._fill)
+    def _load(self, address: int, size: int) -> bytes | memoryview:
         with _mapped_errors("cannot read the pool"):
-            data = os.pread(self._disk, size, address)
-            while len(data) < size:
-                more = os.pread(self._disk, size - len(data), address + len(data))
-                if not more:
-                    raise CorruptError(f"the pool ends early: {address + len(data)}")
-                data += more
-        return data
+            if self._cipher is None:
+                plain = self._buffers.take(size)
+                self._fill(plain, address)
+                return plain.toreadonly()
+            first, end = address // BLOCK * BLOCK, -(-(address + size) // BLOCK) * BLOCK
+            plain = self._buffers.take(end - first + ROOM)
+            self._cipher.load(first, plain, self._fill)
+            return plain[address - first : address - first + size].toreadonly()
 
     def _fill(self, buffer: memoryview, address: int) -> None:
         done = 0
