@@ -529,6 +529,7 @@ def million_entries() -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_million_entries(daemon: Daemon, registry: FakeRegistry, worker: int, arena: Path) -> None:
     tar = million_entries()
     layer = Layer(tar, gzip.compress(tar, 1, mtime=0), TAR_GZIP)

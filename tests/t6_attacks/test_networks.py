@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import subprocess
+import sys
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -137,6 +138,37 @@ def test_hierarchies_that_count() -> None:
         "/sys/fs/cg pids/t",
     ]
     assert plan_parents("9 1 0:1 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n", "/t") == ["/sys/fs/cgroup/t"]
+
+
+V2_ONLY = """
+import os, sys
+from nsfs.serve.cgroups import find_parents, make_leaves, remove_leaves
+
+parents = find_parents(sys.argv[1])
+(leaf,) = make_leaves(parents, "nsfs-x")
+with open(f"{leaf}/cgroup.procs", "w") as file:
+    file.write("0")
+with open("/proc/self/cgroup") as file:
+    print(next(line.strip() for line in file if line.startswith("0::")))
+with open("/sys/fs/cgroup/cgroup.procs", "w") as file:
+    file.write("0")
+remove_leaves(sys.argv[1], "nsfs-x")
+print(parents, os.path.exists(leaf))
+"""
+
+
+def test_a_host_with_version_2_alone() -> None:
+    """In a mount namespace that has no other hierarchy."""
+    name = f"/nsfs-test-v2-{os.getpid()}"
+    script = (
+        'umount --recursive /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup && mkdir "/sys/fs/cgroup$3" || exit'
+    )
+    script += (
+        '; "$1" -c "$2" "$3"; status=$?; rmdir "/sys/fs/cgroup$3/nsfs-x" 2>&-; rmdir "/sys/fs/cgroup$3"; exit $status'
+    )
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, V2_ONLY, name]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.stdout == f"0::{name}/nsfs-x\n['/sys/fs/cgroup{name}'] False\n", done.stderr
 
 
 @pytest.mark.parametrize("path", ["t", "", "/a/../b", "/sys/fs/cgroup/t"])

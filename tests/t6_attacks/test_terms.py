@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,21 @@ def test_a_start_forgets_domains_that_are_gone(site: Site, meta: Meta) -> None:
     shutil.rmtree(site.path("ns/a"))
     site.terms.sweep()
     assert list(meta.uids()) == ["ns/b"]
+
+
+def test_a_worker_is_spared_where_that_is_allowed(site: Site) -> None:
+    """Lowering a score takes CAP_SYS_RESOURCE (proc(5)); without it, a worker starts all the same."""
+
+    def score(pid: int) -> str:
+        return Path(f"/proc/{pid}/oom_score_adj").read_text().strip()
+
+    may = subprocess.run(["sh", "-c", "echo -999 > /proc/self/oom_score_adj"], check=False, stderr=subprocess.DEVNULL)
+    with subprocess.Popen(["sleep", "60"]) as worker:
+        before = score(worker.pid)
+        site.terms.started("ns/a", "a", worker.pid)
+        found = score(worker.pid)
+        worker.kill()
+    assert found == ("-999" if may.returncode == 0 else before)
 
 
 def test_a_range_that_somebody_has_is_refused() -> None:
