@@ -10,6 +10,7 @@ import pytest
 
 from nsfs.core.fetcher import FetcherStatistics, Waiting
 from nsfs.core.fetchview import View
+from nsfs.core.runway import Priority
 from nsfs.core.views import Views, map_of
 from nsfs.errors import NotFoundError, NsfsError, UsageError
 from nsfs.model.digest import Digest
@@ -93,6 +94,7 @@ class FakePool:
 class FakeFetcher:
     def __init__(self) -> None:
         self.asked: list[tuple[View, int, int, float | None]] = []
+        self.priorities: list[Priority] = []
         self.abandoned: list[str] = []
         self.forgotten: list[str] = []
         self.waiting: tuple[Waiting, ...] = ()
@@ -101,8 +103,11 @@ class FakeFetcher:
         self.asked.append((view, address, size, patience))
         return bytes(size)
 
-    async def make_present(self, view: View, address: int, size: int, *, patience: float | None) -> None:
+    async def make_present(
+        self, view: View, address: int, size: int, *, patience: float | None, priority: Priority = Priority.READ
+    ) -> None:
         self.asked.append((view, address, size, patience))
+        self.priorities.append(priority)
 
     def abandon(self, names: Collection[str]) -> None:
         self.abandoned += names
@@ -273,3 +278,13 @@ def test_state_is_of_who_waits_longest_and_of_nobody_who_just_began() -> None:
     assert site.views.state({name(1)}) == "ready"
     assert site.views.state(None) == "2 reads wait, the longest for 7 s, for the pool"
     assert site.views.state({name(2), name(3)}) == site.views.state(None)
+
+
+def test_completing_a_layer_gives_way_to_whoever_reads() -> None:
+    async def test() -> None:
+        site = Site()
+        await site.views.complete(key(4), "")
+        assert [ask[1:3] for ask in site.fetcher.asked] == [(BLOCK, BLOCK), (400 * BLOCK, 2 * BLOCK)]
+        assert set(site.fetcher.priorities) == {Priority.BACKGROUND}
+
+    run(test)

@@ -17,6 +17,7 @@ from nsfs.core import landing
 from nsfs.core.fetchplan import Table, join_blocks, subtract
 from nsfs.core.fetchview import LayerSource, View
 from nsfs.core.refill import refill
+from nsfs.core.runway import Priority
 from nsfs.core.worker_api import UsageReport
 from nsfs.errors import NotFoundError, UnreachableError
 from nsfs.model.policy import Patience, ViewName, parse_view_name, view_name
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
 
 _LOOKING: Final = Patience(0)
+"""One attempt, however long its bytes take: somebody sits in front of it."""
 _COMPLETING: Final = 60.0
 """Seconds that a piece may take which nobody waits for."""
-"""One attempt, however long its bytes take: somebody sits in front of it."""
 
 _NOTEWORTHY: Final = 1.0
 """Seconds: shorter waits are what a first read takes."""
@@ -142,10 +143,13 @@ class Views:
         return await trio.to_thread.run_sync(lambda: self._pool.evict_all(ranges))
 
     async def complete(self, key: LayerKey, owner: str) -> None:
-        """Have all contents of a layer in the pool; raises as its registry does, and NoSpaceError."""
+        """Have all contents of a layer in the pool, while nobody reads what is absent.
+
+        Raises as its registry does, and NoSpaceError.
+        """
         view = View(f"pin/{key.blob}", [self._source(key, owner)])
         for address, size in self._ranges_of(key):
-            await self._fetcher.make_present(view, address, size, patience=_COMPLETING)
+            await self._fetcher.make_present(view, address, size, patience=_COMPLETING, priority=Priority.BACKGROUND)
 
     def size_of(self, key: LayerKey) -> int:
         """Bytes of all contents of a layer, in whole blocks."""
