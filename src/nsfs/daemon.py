@@ -3,7 +3,8 @@
 One daemon owns one `root` and one `run` directory, by a lock on the first. It starts its fork server before anything
 here starts a thread. A private daemon belongs to one user and ends with its last mount, once nobody has called for a
 moment; with it ends whatever it had made. The system's daemon may end, or be killed, at any time: workers serve on, and
-the next one goes on with them. SIGTERM ends it so; SIGINT, a terminal's Ctrl-C, takes all its mounts away before.
+the next one goes on with them. SIGTERM ends it so; SIGHUP, too, and what is installed and configured then takes its
+place; SIGINT, a terminal's Ctrl-C, takes all its mounts away before.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ def run(config: Config, *, private: bool) -> None:
     forbid_core_dumps()
     with _owned(layout):
         zygote = launch_server(_WARM)
+        if not private:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # where nobody listens, since an upgrade is under way
         how = trio.run(_serve, config, layout, zygote, private)
     if how is End.REPLACE:
         replace_us()
@@ -204,10 +207,11 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         snapshots = await _open_snapshots(stack, site, workers, mounted) if site.is_system else None
         namespaces = _make_namespaces(site, workers, mounted, snapshots)
         accounts, ending = Accounts(site.meta, workers.supervisor), Ending()
+        lifecycle = Lifecycle(ending, namespaces, mounted.manual, site.keeper)
         groups = (
             control,
             Tenancy(config, mounted.scopes, namespaces, workers.supervisor, control, accounts),
-            Lifecycle(ending, namespaces, mounted.manual, site.keeper),
+            lifecycle,
             Caching(cache, control),
         )
         handlers = {name: handler for group in groups for name, handler in group.handlers().items()}
@@ -216,7 +220,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         async with serve_rpc(config.socket, services), serve_scrapes(config.metrics.listen, metrics.render):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             site.notifier.tell("READY=1")
-            beside = [] if private else list(_besides(config, mounted.scopes, namespaces))
+            beside = [] if private else list(_besides(config, lifecycle, namespaces))
             followed = [workers.files.follow, cache.watch, accounts.follow, *beside]
             await _wait_end(ending, mounted.manual, control, followed)
             site.notifier.tell("RELOADING=1" if ending.how is End.REPLACE else "STOPPING=1")
@@ -435,23 +439,22 @@ def _open_fuse() -> int:
         ) from None
 
 
-def _besides(config: Config, scopes: Scopes, namespaces: Namespaces) -> Iterator[Callable[[], Awaitable[None]]]:
+def _besides(config: Config, lifecycle: Lifecycle, namespaces: Namespaces) -> Iterator[Callable[[], Awaitable[None]]]:
     """What the system's daemon does beside serving."""
-    yield partial(_obey_hangups, config, scopes)
+    yield partial(_obey_hangups, lifecycle)
     if address := config.containerd.address:
         connect = partial(open_containerd, address.removeprefix("unix://"), "default")
         yield Deletions(connect, config.socket, namespaces).watch
 
 
-async def _obey_hangups(config: Config, scopes: Scopes) -> None:
-    """Read the policy again whenever SIGHUP says so; one that is not right changes nothing."""
+async def _obey_hangups(lifecycle: Lifecycle) -> None:
+    """Give our place to what is installed, configured and ruled now; what is not right changes nothing."""
     with trio.open_signal_receiver(signal.SIGHUP) as signals:
         async for _ in signals:
             try:
-                scopes.policy = await trio.to_thread.run_sync(load_policy, config)
-                log.info("the policy has %d rules now", len(scopes.policy.rules))
+                await lifecycle.upgrade()
             except NsfsError as error:
-                log.warning("the policy stays as it was: %s", error)
+                log.warning("SIGHUP changes nothing: %s", error)
 
 
 async def _wait_end(

@@ -188,6 +188,13 @@ def test_an_upgrade_replaces_daemon_and_worker_while_readers_read(installed: Pat
         assert os.path.exists(f"/proc/{site.daemon.pid}")
         assert site.worker() != worker
         assert wait_until(lambda: _has_ended(worker))
+
+        worker = site.worker()
+        (installed / "nsfs/newest.py").write_text('"""Newest."""\n')
+        os.kill(site.daemon.pid, signal.SIGHUP)
+        os.kill(site.daemon.pid, signal.SIGHUP)
+        assert wait_until(lambda: _has_ended(worker), 60)
+        assert os.path.exists(f"/proc/{site.daemon.pid}")
     seen.check(50)
     site.take_away()
 

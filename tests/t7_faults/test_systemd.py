@@ -60,6 +60,10 @@ def test_containers_notice_nothing_of_what_systemd_does_to_the_daemon(machine: M
         machine.run("systemctl", "restart", "nsfs")
         container.check()
 
+        machine.run("systemctl", "reload", "nsfs")
+        assert wait_until(lambda: machine.is_active("nsfs"), 30)
+        container.check()
+
         machine.run("systemctl", "stop", "nsfs")
         container.check()
         machine.run("systemctl", "start", "nsfs")

@@ -1,6 +1,6 @@
-"""Scopes: what the administrator's policy decides for each mount, while that policy may change.
+"""Scopes: what the administrator's policy decides for each mount.
 
-Owns the policy of now, and completes references before they are looked up in it. Decides nothing by itself: that is
+Owns the daemon's policy, and completes references before they are looked up in it. Decides nothing by itself: that is
 `model.policy`'s. What was decided for a mount, or for a snapshot that is mounted, no later policy moves.
 """
 
@@ -22,7 +22,6 @@ class Scopes:
 
     def __init__(self, policy: Policy, complete: Callable[[str], str], *, root: bool = True) -> None:
         self.policy = policy
-        """May be replaced at any time; the next decision goes by it."""
         self.complete = complete
         """Spells out what a reference leaves to defaults; raises UsageError for what is none."""
         self._root = root

@@ -1,7 +1,8 @@
 """How a daemon's life ends: who asked for it, and what is to become of what is mounted.
 
 Owns `nsfs drain`, which refuses while containers stand on snapshots, and `nsfs upgrade`, by which the daemon gives its
-place, and its process ID, to the code that is installed now. Refuses an upgrade to code that does not start.
+place, and its process ID, to the code that is installed now, which reads configuration and policy anew. Refuses an
+upgrade to what does not start.
 
 Concurrency: the first who asks decides. What is installed is tried in a process of its own, waited for in a thread.
 """
@@ -87,6 +88,10 @@ class Lifecycle:
         return api.Drained(mounts=len(targets), containers=len(containers))
 
     async def _upgrade(self, _request: api.Empty, _report: Report) -> api.UpgradeReport:
+        return await self.upgrade()
+
+    async def upgrade(self) -> api.UpgradeReport:
+        """Have what is installed take our place; raises NsfsError where it does not start, and we go on."""
         if self._keeper is None:
             raise UnsupportedError("a private daemon is not upgraded: it ends with its last mount")
         build = await trio.to_thread.run_sync(try_installed)

@@ -2,7 +2,7 @@
 
 Owns the file's grammar: a `[[rule]]` for each rule, keys as in `model.policy.Rule`. Refuses unknown keys and rules that
 could never do what they say, and names the rule, so that nothing is shared, or kept apart, by a typing error. Values
-only; whoever reloads a file keeps the policy there was where this raises.
+only.
 """
 
 from __future__ import annotations
