@@ -120,6 +120,12 @@ def test_whatever_is_killed_readers_go_on(site: Site) -> None:
         assert wait_until(lambda: site.worker() != worker)
 
         worker = site.worker()
+        site.kill_daemon()
+        time.sleep(0.3)
+        assert not _has_ended(worker)
+        site.follow()
+        assert site.worker() == worker
+
         os.kill(site.child("nsfs.serve.forkserver"), signal.SIGKILL)
         assert wait_until(lambda: "another one follows" in site.daemon.tail())
         assert site.worker() == worker

@@ -33,7 +33,7 @@ from nsfs.serve.config import Config, pack_config
 from nsfs.serve.forkserver import find_process, started_at
 from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
 from nsfs.serve.lending import MAX_ASKED
-from nsfs.serve.line import Line, make_line, send_end, send_over
+from nsfs.serve.line import Line, drain, make_line, send_end, send_over
 from nsfs.serve.renewal import try_beside
 from nsfs.serve.session import clone_device, is_connected, offers_resend
 from nsfs.serve.wire import PassingStream, Peer, open_peer
@@ -495,11 +495,18 @@ class Supervisor:
                 if self._is_left(kept):
                     child.close()
                 else:
-                    if kept.line is not None:
-                        with suppress(UnreachableError):
-                            send_end(kept.line)
-                    await _end(child, 0 if kept.scope.cancel_called else _GRACE)
+                    await self._end_child(kept, child)
         return has_answered
+
+    async def _end_child(self, kept: _Kept, child: Child) -> None:
+        """The line is for one worker: for the one that ends, where another has not taken its place already."""
+        line = kept.line if kept.survivor is None else None
+        if line is not None:
+            with suppress(UnreachableError):
+                send_end(line)
+        await _end(child, 0 if kept.scope.cancel_called else _GRACE)
+        if line is not None:
+            drain(line)
 
     async def _begin(self, kept: _Kept, theirs: socket.socket) -> tuple[Child, float]:
         """A worker at the other end of `theirs`: one that survived, or a new one; and how long it may take to greet."""
