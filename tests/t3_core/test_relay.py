@@ -9,12 +9,13 @@ import pytest
 import trio
 import trio.testing
 
-from core_sources import FakeMemory, FakeSource, FakeSources, digest_of
+from core_sources import FakeBlob, FakeMemory, FakeSource, FakeSources, digest_of
 from nsfs.core import relay
 from nsfs.core.blobs import Blobs
 from nsfs.errors import CorruptError, NotFoundError, UnreachableError
 from nsfs.model.oci import Descriptor
 from nsfs.model.report import Data
+from nsfs.model.route import Route
 from nsfs.serve.wire import open_peer
 from trio_tests import run
 
@@ -47,6 +48,35 @@ async def relayed(methods: Methods) -> AsyncIterator[relay.RelaySource]:
                 return peer
 
             yield relay.RelaySource(connect, "r")
+
+
+class MeasuredBlob(FakeBlob):
+    """As of a registry."""
+
+    def route(self) -> Route:
+        return Route("registry", 0.03, 1e6)
+
+
+class MeasuredSource(FakeSource):
+    """As a registry's."""
+
+    def blob(self, descriptor: Descriptor) -> MeasuredBlob:
+        return MeasuredBlob(self, descriptor)
+
+
+def test_the_route_of_the_other_worker_is_told_with_the_bytes() -> None:
+    source = MeasuredSource("r")
+    source.add_image("latest", [DATA])
+
+    async def body() -> None:
+        methods = relay.relay_methods(Blobs(FakeSources(source), FakeMemory()))
+        async with relayed(methods) as relayed_source:
+            blob = relayed_source.blob(descriptor())
+            assert blob.route() == Route()
+            await blob.fetch(5, 7)
+            assert blob.route() == Route("registry", 0.03, 1e6)
+
+    run(body)
 
 
 def own_worker() -> Methods:

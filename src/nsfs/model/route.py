@@ -22,6 +22,8 @@ _WINDOW_SECONDS: Final = 0.02
 _WINDOW_BYTES: Final = 64 << 10
 _WINDOW_ENOUGH: Final = 4 << 20
 
+_MOST_UNDER_WAY: Final = 1 << 40
+
 _TRIPS_PER_RANGE: Final = 4
 """A range is worth so many round trips of a full route: the wait before it is then a fifth of its time, and another
 range beside it fills that."""
@@ -40,8 +42,12 @@ class Route(Struct, frozen=True, gc=False, array_like=True):
 
     @property
     def under_way(self) -> int:
-        """Bytes that are on the way when it is full: those that a round trip costs."""
-        return int(self.round_trip * self.rate)
+        """Bytes that are on the way when it is full: those that a round trip costs.
+
+        0 where that makes no sense: another worker may say anything of its route.
+        """
+        found = self.round_trip * self.rate
+        return int(found) if 0 < found < _MOST_UNDER_WAY else 0
 
 
 class RouteMeter:
