@@ -85,7 +85,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WARM: Final = ["nsfs.worker", "nsfs.layer_jobs", "nsfs.front", "nsfs.serve.mounts"]
+_WARM: Final = ["nsfs.worker:warm_up", "nsfs.layer_jobs", "nsfs.front", "nsfs.serve.mounts"]
 _FOR_MOUNTS: Final = {"fuse", "/dev/fuse", "fusermount3"}
 """What a user can do without as long as nothing is mounted; root's workers cannot."""
 _TIDY_EVERY: Final = 1.0

@@ -55,13 +55,13 @@ from nsfs.serve.relay import OwnReach, SharedReach
 from nsfs.serve.session import Session, widen_descriptors
 from nsfs.serve.wire import PassingStream, open_peer
 from nsfs.serve.worker_args import Ready, WorkerArgs
-from nsfs.store.crypt import load_key
+from nsfs.store.crypt import SALT_SIZE, DomainKey, load_key
 from nsfs.store.index import open_index
 from nsfs.store.layers import LayerTable, open_table
 from nsfs.store.layout import Layout
 from nsfs.store.pool import open_pool
 from nsfs.store.recovery import recover
-from nsfs.store.sealed import load_content
+from nsfs.store.sealed import SealedRecords, load_content
 from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
@@ -82,11 +82,22 @@ log = logging.getLogger(__name__)
 
 _FLUSH_EVERY: Final = 5.0
 """Seconds between making what was written durable."""
+_decode_args = msgspec.msgpack.Decoder(WorkerArgs).decode
+
+
+def warm_up() -> None:
+    """Do, for all workers that are forked from this process, what takes long when it is done first.
+
+    OpenSSL looks an algorithm up at its first use: of a worker's start, a tenth.
+    """
+    key, salt = DomainKey.generate(), os.urandom(SALT_SIZE)
+    SealedRecords(key, salt).seal(b"", b"")
+    key.disk(salt)
 
 
 def main(args: bytes, fds: list[int]) -> int:
     """Entry point for the fork server."""
-    params = msgspec.msgpack.decode(args, type=WorkerArgs)
+    params = _decode_args(args)
     config = unpack_config(params.config)
     start_logging(config.log_format, config.log_level)
     if params.memory:

@@ -38,6 +38,14 @@ import os, signal, sys, time
 import msgspec
 from nsfs.errors import DeniedError
 
+warmed = []
+
+def warm_up():
+    warmed.append(os.getpid())
+
+def count_warmed(args, fds):
+    return len(warmed) if os.getpid() not in warmed else 100
+
 def nothing(args, fds):
     pass
 
@@ -89,6 +97,14 @@ def test_exit_statuses() -> None:
         assert await server.run("no.such:thing", None) == 1
 
     with_server(body)
+
+
+def test_what_a_server_did_first_its_children_find_done() -> None:
+    async def body(server: ForkServer) -> None:
+        assert await server.run(f"{ME}:count_warmed", None) == 1
+        assert await server.run(f"{ME}:count_warmed", None) == 1
+
+    with_server(body, forkserver.launch_server([f"{ME}:warm_up"]))
 
 
 def test_a_child_gets_its_arguments_and_descriptors_and_nothing_else() -> None:

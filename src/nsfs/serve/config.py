@@ -273,7 +273,7 @@ def pack_config(config: Config) -> bytes:
 
 def unpack_config(packed: bytes) -> Config:
     """What `pack_config` wrote."""
-    return msgspec.msgpack.decode(packed, type=Config, dec_hook=_parse_unit)
+    return _decode_config(packed)
 
 
 def known_keys() -> list[str]:
@@ -351,6 +351,9 @@ def _parse_unit(kind: type, value: object) -> object:
     if issubclass(kind, Size | Duration):
         return kind.parse(value)
     raise NotImplementedError(kind)
+
+
+_decode_config = msgspec.msgpack.Decoder(Config, dec_hook=_parse_unit).decode
 
 
 def tidy(message: str) -> str:

@@ -6,10 +6,10 @@ stderr of the server, default signals, an empty signal mask, and what it is conf
 (args, fds) and exits with what that returns: an int, None for 0, an NsfsError's exit code, 1 and a traceback for
 anything else.
 
-The server is single-threaded, imports its modules once, freezes the collector's generations, and ends when its client's
-end of the socket is closed. `launch_server` execs one; `fork_server` makes one of the calling process, which must not
-have started a thread or trio. The client's side is trio. Invariants: every child that a client knows is reaped by the
-server and reported once; a child whose spawner was cancelled before it got to know it is killed.
+The server is single-threaded, imports its modules and warms up once, freezes the collector's generations, and ends when
+its client's end of the socket is closed. `launch_server` execs one; `fork_server` makes one of the calling process,
+which must not have started a thread or trio. The client's side is trio. Invariants: every child that a client knows is
+reaped by the server and reported once; a child whose spawner was cancelled before it got to know it is killed.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def fork_server() -> ServerProcess:
 
 
 def launch_server(modules: Sequence[str]) -> ServerProcess:
-    """Start a fork server in a fresh interpreter that imports `modules` first."""
+    """Start a fork server in a fresh interpreter that imports `modules` first; of "module:function", it calls that."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-m", __spec__.name, str(theirs.fileno()), *modules]
@@ -294,11 +294,18 @@ def launch_server(modules: Sequence[str]) -> ServerProcess:
 
 
 def main() -> None:
-    """`python -m nsfs.serve.forkserver FD MODULE…`."""
+    """`python -m nsfs.serve.forkserver FD MODULE[:FUNCTION]…`."""
     sock = socket.socket(fileno=int(sys.argv[1]))
-    for module in sys.argv[2:]:
-        importlib.import_module(module)
+    for name in sys.argv[2:]:
+        _warm(name)
     serve(sock)
+
+
+def _warm(name: str) -> None:
+    module, _, function = name.partition(":")
+    imported = importlib.import_module(module)
+    if function:
+        getattr(imported, function)()
 
 
 # The client's side.
