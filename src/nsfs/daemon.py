@@ -296,8 +296,8 @@ async def _open_snapshots(stack: AsyncExitStack, site: _Site, workers: _Workers,
 
 
 def _make_namespaces(site: _Site, workers: _Workers, mounted: _Mounts, snapshots: Snapshots | None) -> Namespaces:
-    forget = partial(_forget_owner, workers.keychain, workers.broker, workers.store, site.meta)
-    return Namespaces(mounted.manual, snapshots or NoSnapshots(), mounted.lowers, workers.store, site.meta, forget)
+    owners = _Owners(workers.keychain, workers.broker, workers.store, site.meta)
+    return Namespaces(mounted.manual, snapshots or NoSnapshots(), mounted.lowers, workers.store, site.meta, owners)
 
 
 async def _finish(
@@ -312,11 +312,21 @@ async def _finish(
         keeper.carry()
 
 
-async def _forget_owner(keychain: Keychain, broker: Broker, store: Domains, meta: Meta, owner: str) -> None:
-    """Nobody of that name is left: one who comes later has neither the credentials nor the grants, and pays nothing."""
-    await trio.to_thread.run_sync(meta.forget_costs, owner)
-    await keychain.forget(owner)
-    await broker.forget(owner, await trio.to_thread.run_sync(store.names))
+class _Owners:
+    """`core.namespaces.Owners`."""
+
+    def __init__(self, keychain: Keychain, broker: Broker, store: Domains, meta: Meta) -> None:
+        self.logins = keychain.logins
+        self._keychain = keychain
+        self._broker = broker
+        self._store = store
+        self._meta = meta
+
+    async def forget(self, owner: str) -> None:
+        """Nobody of that name is left: who comes later has neither the credentials nor the grants, and pays nothing."""
+        await trio.to_thread.run_sync(self._meta.forget_costs, owner)
+        await self._keychain.forget(owner)
+        await self._broker.forget(owner, await trio.to_thread.run_sync(self._store.names))
 
 
 def _limits(site: _Site, store: Domains) -> Limits:

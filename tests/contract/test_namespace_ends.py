@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -11,7 +12,8 @@ import pytest
 import published
 from fakes import FakeRegistry
 from images import Image, directory, file, gzip_layer, sample_content
-from nsfs_daemon import run_daemon
+from nsfs_daemon import NSFS, run_daemon
+from registry import PASSWORD, USER, run_registry
 from snapshots_api import Backend, mounted
 
 if TYPE_CHECKING:
@@ -21,7 +23,11 @@ if TYPE_CHECKING:
     from nsfs_daemon import Daemon
 
 
-SETTINGS = {"prepare_wait": "20s", "namespace.red": {"quota": "3GiB"}}
+SETTINGS = {
+    "prepare_wait": "20s",
+    "namespace.red": {"quota": "3GiB"},
+    'namespace."red/tenant"': {"quota": "1GiB"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +69,7 @@ def test_a_namespace_ends_whole_and_alone(daemon: Daemon, registry: FakeRegistry
         assert (report["containerd"], report["quota"]) == (True, 3 << 30)
         assert (report["snapshots"], report["containers"], report["mounts"]) == (2, [], [])
         assert [domain["name"] for domain in report["domains"]] == ["ns/red", "ns/red/tenant"]
+        assert [domain["quota"] for domain in report["domains"]] == [3 << 30, 1 << 30]
         assert report["own"] == sum(domain["disk"] for domain in report["domains"]) > 100_000
         assert report["shared"] == 0
         assert all(domain["encrypted"] for domain in report["domains"])
@@ -84,6 +91,33 @@ def test_a_namespace_ends_whole_and_alone(daemon: Daemon, registry: FakeRegistry
         names = backend.pull("red", ours, f"{registry.host}/ours:latest")
         with mounted(backend.prepare(backend.name("red", "c"), names[-1]), tmp_path / "mnt") as root:
             assert (root / "d/f").read_bytes() == sample_content(100_000, 1)
+
+
+def test_credentials_end_also_of_who_has_nothing_else(daemon: Daemon) -> None:
+    """Else who gets the name next asks registries as who had it before."""
+    kept = f"{daemon.root}/credentials"
+    with run_registry(auth=True) as registry:
+        for owner in ("keen", "keen/tenant", "keener"):
+            command = [*NSFS, "--socket", daemon.socket, "login", "-n", owner, "-u", USER, "--password-stdin"]
+            subprocess.run([*command, registry.host], check=True, input=PASSWORD, capture_output=True, text=True)
+    assert namespaces(daemon)["keen"]["logins"] == ["keen", "keen/tenant"]
+    assert "keen/tenant" in daemon.nsfs("ns", "show", "keen").stdout
+    with open(f"{kept}/keen/config.json.1.tmp", "w") as left:
+        left.write("of a daemon that was killed while it wrote")
+    daemon.nsfs("ns", "rm", "keen")
+    assert os.listdir(kept) == ["keener"]
+    assert set(namespaces(daemon)) & {"keen", "keener"} == {"keener"}
+    daemon.nsfs("ns", "rm", "keener")
+
+
+def test_one_ends_while_another_has_a_pod(daemon: Daemon, registry: FakeRegistry, tmp_path: Path) -> None:
+    """A pod's domain grants nobody anything, so it is not told who is no more."""
+    reference = published.publish(registry, image(7), "pod")
+    with daemon.mounted(reference, str(tmp_path / "mnt"), "--isolation", "pod", "--namespace", "podded") as mount:
+        daemon.nsfs("cat", f"{reference}:/d/f", "--namespace", "leaving")
+        daemon.nsfs("ns", "rm", "leaving")
+        assert mount["domain"] in daemon.workers()
+        assert (tmp_path / "mnt/d/f").read_bytes() == sample_content(100_000, 7)
 
 
 def test_what_is_used_is_not_ended_unless_forced(daemon: Daemon, registry: FakeRegistry, tmp_path: Path) -> None:

@@ -49,8 +49,11 @@ def test_everything_is_somebodys() -> None:
         [mount("a", "pod/1"), mount("b", "public")],
         [snapshot(1, "a"), snapshot(2, "a", Kind.ACTIVE), snapshot(3, "c"), snapshot(4, "b", Kind.VIEW)],
         {2: Domain("pod/snapshot-2", Isolation.POD), 4: Domain("ns/b", Isolation.ISOLATED)},
+        ["a/other", "keeper"],
     )
-    assert list(found) == ["a", "b", "c", "gone"]
+    assert list(found) == ["a", "b", "c", "gone", "keeper"]
+    assert found["a"].owners == ["a", "a/other", "a/tenant"]
+    assert found["keeper"].logins == {"keeper"}
     assert found["a"].own == {"ns/a", "ns/a/tenant", "pod/1", "pod/snapshot-2"}
     assert (found["a"].shared, found["a"].containers, found["a"].targets) == (set(), ["a/2"], ["/mnt/a"])
     assert (found["b"].own, found["b"].shared, found["b"].containers) == ({"ns/b"}, {"public"}, ["b/4"])

@@ -21,7 +21,7 @@ from nsfs.model.namespaces import Holding, plan_holdings
 from nsfs.model.policy import Domain, Isolation, check_namespace, own_domains
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from nsfs.core.manual import Lowers, ManualMounts
     from nsfs.model.snapshot import Record
@@ -66,6 +66,16 @@ class Memory(Protocol):
 
     def forget_namespace(self, namespace: str) -> None:
         """Forget one, if it is known."""
+
+
+class Owners(Protocol):
+    """What there is of an owner beside domains: credentials, grants, costs."""
+
+    def logins(self) -> list[str]:
+        """Those who logged in to a registry. Blocks."""
+
+    async def forget(self, owner: str) -> None:
+        """Forget all that there is of one."""
 
 
 class Snapshots(Protocol):
@@ -118,23 +128,24 @@ class Namespaces:
         lowers: Lowers,
         disks: Disks,
         memory: Memory,
-        forget_credentials: Callable[[str], Awaitable[None]],
+        owners: Owners,
     ) -> None:
         self._mounts = mounts
         self._snapshots = snapshots
         self._lowers = lowers
         self._disks = disks
         self._memory = memory
-        self._forget_credentials = forget_credentials
+        self._owners = owners
         self._ending = trio.Lock()
 
     async def holdings(self) -> dict[str, Holding]:
         """What each namespace has, by name."""
-        return self.held(await trio.to_thread.run_sync(self._disks.names))
+        domains = await trio.to_thread.run_sync(self._disks.names)
+        return self.held(domains, await trio.to_thread.run_sync(self._owners.logins))
 
-    def held(self, domains: Iterable[str]) -> dict[str, Holding]:
-        """What each namespace has where these domains are on disk, by name."""
-        return plan_holdings(domains, self._mounts.records(), self._snapshots.all(), self._snapshots.shown())
+    def held(self, domains: Iterable[str], logins: Iterable[str] = ()) -> dict[str, Holding]:
+        """What each namespace has where these domains are on disk and these owners logged in, by name."""
+        return plan_holdings(domains, self._mounts.records(), self._snapshots.all(), self._snapshots.shown(), logins)
 
     async def holding(self, namespace: str) -> Holding:
         """What one has; raises NotFoundError where that is nothing."""
@@ -183,8 +194,8 @@ class Namespaces:
         for name in domains:
             freed += (await self.measure(name)).size
             await self._lowers.end(Domain(name, Isolation.ISOLATED))
-            await self._forget_credentials(name.removeprefix("ns/"))
-        await self._forget_credentials(namespace)
+        for owner in sorted({*found.owners, *(name.removeprefix("ns/") for name in domains)}):
+            await self._owners.forget(owner)
         await trio.to_thread.run_sync(partial(self._memory.forget_namespace, namespace))
         return Ended(len(found.mounts), snapshots, domains, freed)
 

@@ -33,6 +33,8 @@ class Holding:
     """Made by hand."""
     snapshots: list[Record] = field(default_factory=list)
     """containerd's."""
+    logins: set[str] = field(default_factory=set)
+    """As whom it logged in to registries: itself, and its tenants."""
 
     @property
     def containers(self) -> list[str]:
@@ -42,7 +44,8 @@ class Holding:
     @property
     def owners(self) -> list[str]:
         """As whom its requests to registries are made: itself, and its tenants."""
-        return sorted({self.namespace} | {name.removeprefix("ns/") for name in self.own if name.startswith("ns/")})
+        served = {name.removeprefix("ns/") for name in self.own if name.startswith("ns/")}
+        return sorted({self.namespace} | served | self.logins)
 
     @property
     def targets(self) -> list[str]:
@@ -51,9 +54,16 @@ class Holding:
 
 
 def plan_holdings(
-    domains: Iterable[str], mounts: Iterable[MountRecord], snapshots: Iterable[Record], shown: Mapping[int, Domain]
+    domains: Iterable[str],
+    mounts: Iterable[MountRecord],
+    snapshots: Iterable[Record],
+    shown: Mapping[int, Domain],
+    logins: Iterable[str] = (),
 ) -> dict[str, Holding]:
-    """By namespace, in alphabetical order. `domains` are those on disk, `shown` those of mounted snapshots, by ID."""
+    """By namespace, in alphabetical order.
+
+    `domains` are those on disk, `shown` those of mounted snapshots, by ID, `logins` owners whose credentials are kept.
+    """
     found: defaultdict[str, Holding] = _Holdings()
     for domain in domains:
         if owner := _namespace_of(domain):
@@ -65,6 +75,8 @@ def plan_holdings(
         found[record.namespace].snapshots.append(record)
         if record.id in shown:
             _note(found[record.namespace], shown[record.id].name)
+    for owner in logins:
+        found[owner.partition("/")[0]].logins.add(owner)
     return dict(sorted(found.items()))
 
 

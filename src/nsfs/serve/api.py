@@ -246,8 +246,10 @@ class NamespaceDomain(Struct, kw_only=True):
     fetched: int
     """Bytes fetched over the network since its worker started."""
     grants: int
-    """Blobs of a shared domain that the namespace, its tenants left out, may have now."""
+    """Blobs of a shared domain that the namespace, its tenants included, may have now."""
     state: str
+    quota: int = 0
+    """Bytes that it may take, where it is the namespace's or a tenant's own; 0 where nothing is said."""
 
 
 class NamespaceReport(Struct, kw_only=True):
@@ -272,6 +274,8 @@ class NamespaceReport(Struct, kw_only=True):
     """Bytes fetched for its own domains since their workers started."""
     costs: list[Cost] = []
     """What its requests to registries cost so far, those for shared domains included, by server."""
+    logins: list[str] = []
+    """Who of it, itself and its tenants, has credentials that `nsfs login` keeps."""
 
 
 class NamespacesReport(Struct, kw_only=True):

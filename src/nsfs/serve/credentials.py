@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
 
 import trio
 
@@ -88,10 +90,17 @@ class Keychain:
         path = self._file(check_owner(namespace))
         await trio.to_thread.run_sync(drop_login, path, parse_registry(registry))
 
+    def logins(self) -> list[str]:
+        """Owners for whom `nsfs login` kept anything. Blocks."""
+        try:
+            return sorted(map(unquote, os.listdir(self._layout.logins)))
+        except FileNotFoundError:
+            return []
+
     async def forget(self, namespace: str) -> None:
         """Delete what `nsfs login` kept for a namespace that is no more; a file of the administrator's stays."""
         path = self._layout.credentials(check_owner(namespace))
-        await trio.to_thread.run_sync(_unlink, path)
+        await trio.to_thread.run_sync(_delete, os.path.dirname(path))
 
     def _refuse_private(self) -> None:
         if self._private:
@@ -141,11 +150,11 @@ def _answer(found: Credential) -> worker_api.CredentialAnswer:
     )
 
 
-def _unlink(path: str) -> None:
-    for remove, what in ((os.unlink, path), (os.rmdir, os.path.dirname(path))):
-        try:
-            remove(what)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise NsfsError(f"credentials are left: {path}: {error.strerror}") from None
+def _delete(directory: str) -> None:
+    """All of it: a daemon that was killed while it wrote may have left a copy beside the file."""
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise NsfsError(f"credentials are left: {directory}: {error.strerror}") from None

@@ -24,7 +24,7 @@ from nsfs.core.images import Located
 from nsfs.core.relay import RelaySource, relay_methods
 from nsfs.core.worker_api import Costs, Empty
 from nsfs.errors import DeniedError, NsfsError, UnreachableError
-from nsfs.model.policy import Domain, Isolation, check_owner, own_domain, owner_of
+from nsfs.model.policy import Domain, Isolation, check_owner, domain_named, own_domain, owner_of
 from nsfs.model.pool import Access, origin_of
 from nsfs.model.report import Cost
 from nsfs.remote.reference import LayoutReference, parse_reference
@@ -189,8 +189,8 @@ class Broker:
         """Have those of `domains` that are shared forget what `owner` was granted: it is no more."""
         assert self._workers is not None, "nobody ends before"
         for name in domains:
-            domain = Domain(name, Isolation.SHARED)
-            if not owner_of(domain):
+            domain = domain_named(name)
+            if not domain.transient and not owner_of(domain):
                 await self._workers.call(domain, "ForgetGrants", RelayRequest(owner=owner), Empty)
 
     async def _join(self, workers: Workers, domain: str, owner: str) -> None:

@@ -16,6 +16,8 @@ from nsfs.serve import api
 from nsfs.serve.relay import GrantsHeld, RelayRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nsfs.core.namespaces import Namespaces
     from nsfs.core.scopes import Scopes
     from nsfs.model.namespaces import Holding
@@ -110,6 +112,7 @@ class Tenancy:
             mounts=found.targets,
             snapshots=len(found.snapshots),
             containers=found.containers,
+            logins=sorted(found.logins),
             quota=int(self._config.of_namespace(found.namespace).quota),
             own=sum(domain.disk for domain in domains if domain.own),
             shared=sum(domain.disk for domain in domains if not domain.own),
@@ -129,14 +132,18 @@ class Tenancy:
             encrypted=found.is_encrypted,
             disk=found.size,
             fetched=report.fetched,
-            grants=0 if name in of.own else await self._count_grants(name, of.namespace),
+            grants=0 if name in of.own else await self._count_grants(name, of.owners),
+            quota=int(self._config.of_namespace(name.removeprefix("ns/")).quota) if name in of.own else 0,
             state=report.state,
         )
 
-    async def _count_grants(self, domain: str, owner: str) -> int:
+    async def _count_grants(self, domain: str, owners: Sequence[str]) -> int:
         """As far as the domain's worker answers at once; its state says where it does not."""
-        try:
-            said = await self._supervisor.ask_now(domain, "CountGrants", RelayRequest(owner=owner), GrantsHeld)
-        except NsfsError:
-            return 0
-        return said.held
+        held = 0
+        for owner in owners:
+            try:
+                said = await self._supervisor.ask_now(domain, "CountGrants", RelayRequest(owner=owner), GrantsHeld)
+            except NsfsError:
+                break
+            held += said.held
+        return held

@@ -200,9 +200,14 @@ class Layout:
         """Held by the daemon that lives, so that two never share a root."""
         return os.path.join(self.root, "lock")
 
-    def credentials(self, namespace: str) -> str:
-        """What `nsfs login` keeps for a namespace, in a directory of its own."""
-        return os.path.join(self.root, "credentials", escape_component(namespace), "config.json")
+    @property
+    def logins(self) -> str:
+        """Holds a directory for every owner of whom `nsfs login` keeps anything."""
+        return os.path.join(self.root, "credentials")
+
+    def credentials(self, owner: str) -> str:
+        """What `nsfs login` keeps for an owner."""
+        return os.path.join(self.logins, escape_component(owner), "config.json")
 
     @property
     def snapshots(self) -> str:
