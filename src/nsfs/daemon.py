@@ -489,18 +489,30 @@ async def _obey_signals(ending: Ending) -> None:
 
 async def _tidy(ending: Ending, manual: ManualMounts, control: Control) -> None:
     idle, handled = 0, 0
+    count = _MountCount(manual)
     while not control.private or idle < _LINGER:
         await trio.sleep(_TIDY_EVERY)
-        used = await _count_mounts(manual) > 0 or control.running > 0 or control.handled != handled
+        used = await count.take() > 0 or control.running > 0 or control.handled != handled
         idle, handled = 0 if used else idle + 1, control.handled
     log.info("ends, because nobody needs it")
     ending.ask(End.TAKE_AWAY)
 
 
-async def _count_mounts(manual: ManualMounts) -> int:
-    """How many there are, once those that others took away are given up; also where one cannot be."""
-    try:
-        return await manual.forget_gone()
-    except NsfsError as error:
-        log.warning("cannot look after the mounts: %s", error)
-        return len(manual.records())
+class _MountCount:
+    """How many mounts there are, once those that others took away are given up; also where one cannot be."""
+
+    def __init__(self, manual: ManualMounts) -> None:
+        self._manual = manual
+        self._trouble = ""
+        """What was told of last, which may last for as long as a disk is read-only."""
+
+    async def take(self) -> int:
+        """Now; tells of a trouble once."""
+        try:
+            count, trouble = await self._manual.forget_gone(), ""
+        except NsfsError as error:
+            count, trouble = len(self._manual.records()), str(error)
+        if trouble and trouble != self._trouble:
+            log.warning("cannot look after the mounts: %s", trouble)
+        self._trouble = trouble
+        return count
