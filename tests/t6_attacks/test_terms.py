@@ -14,6 +14,7 @@ import trio
 from nsfs.core import worker_api
 from nsfs.errors import DeniedError, NotFoundError, NsfsError, UsageError
 from nsfs.remote.hosts import HostsDirectory
+from nsfs.serve import terms
 from nsfs.serve.config import Config, Namespace, parse_config
 from nsfs.serve.hostfiles import HostFiles
 from nsfs.serve.lending import Borrowing, Lending, Uplink
@@ -131,6 +132,17 @@ def test_a_range_that_somebody_has_is_refused() -> None:
         check_uids(Config(uid_range="1-1"))
     assert caught.value.hint
     check_uids(Config())
+
+
+@pytest.mark.parametrize("name", ["passwd", "subuid", "group", "subgid"])
+def test_each_of_the_hosts_files_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The files of users are not those of groups, nor are numbers that are handed on those of accounts."""
+    pairs = (("passwd", "subuid"), ("group", "subgid"))
+    monkeypatch.setattr(terms, "_ACCOUNTS", tuple((f"{tmp_path}/{one}", f"{tmp_path}/{two}") for one, two in pairs))
+    check_uids(Config())
+    (tmp_path / name).write_text(f"ann:{FIRST - 5}:10\n" if name.startswith("sub") else f"ann:x:{FIRST}:\n")
+    with pytest.raises(UsageError, match=f"overlaps .*{name}.*: ann:"):
+        check_uids(Config())
 
 
 @pytest.mark.parametrize(
