@@ -223,7 +223,8 @@ class Site:
         self.manual = ManualMounts(self.records, self.workers, self.kernel, self.host, scopes, lowers)
 
     async def mount(self, target: str = "/t", image: int = 1, **choices: Any) -> MountRecord:
-        chosen = {"isolation": "shared", "driver": "auto", "writable": False, "on_error": "wait", **choices}
+        usual = {"isolation": "shared", "driver": "auto", "writable": False, "on_error": "wait", "profile": "use"}
+        chosen: dict[str, Any] = {**usual, **choices}
         wish = Wish(reference=str(image), target=target, namespace="default", platform=None, **chosen)
         return await self.manual.mount(wish, hear)
 

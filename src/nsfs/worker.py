@@ -22,7 +22,7 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.blobs import Blobs
-from nsfs.core.domain import Domain, Health
+from nsfs.core.domain import Domain, Health, Starts
 from nsfs.core.domain_cache import DomainCache, NotedUse
 from nsfs.core.dropping import drop_often
 from nsfs.core.fetcher import open_fetcher
@@ -34,6 +34,8 @@ from nsfs.core.layers import Layers
 from nsfs.core.looking import Looking
 from nsfs.core.maps import Maps
 from nsfs.core.pinned import Pinned
+from nsfs.core.prefetch import Prefetches
+from nsfs.core.recording import Recordings
 from nsfs.core.tasks import open_tasks
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import DomainFs
@@ -60,6 +62,7 @@ from nsfs.store.index import open_index
 from nsfs.store.layers import LayerTable, open_table
 from nsfs.store.layout import Layout
 from nsfs.store.pool import open_pool
+from nsfs.store.profiles import Profiles
 from nsfs.store.recovery import recover
 from nsfs.store.sealed import SealedRecords, load_content
 from nsfs.store.spool import Spool
@@ -191,14 +194,17 @@ async def _compose(
 
     maps = Maps(partial(load_content, key=layout.key))
 
-    views = Views(index, table, blobs, layers, pool, fetcher)
+    profiles = Profiles(layout)
+    recordings = Recordings(index, table, profiles, nursery)
+    views = Views(index, table, blobs, layers, pool, fetcher, recordings)
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)
     cache = DomainCache(index, images, layers, views, looking, shown, kept, nursery)
     bugs = stack.enter_context(counted_bugs())
     noted = NotedUse(shown, cache.note_use)
-    domain = Domain(images, layers, blobs, views, looking, index, noted, lambda: Health(bugs.count, kept.trouble))
+    starts = Starts(recordings, Prefetches(index, profiles, views, nursery))
+    domain = Domain(images, layers, blobs, views, looking, noted, lambda: Health(bugs.count, kept.trouble), starts)
     pinned = Pinned(images, layers, maps, index, views)
     methods = {**domain.methods(), **pinned.methods(), **cache.methods(), **reach.methods(blobs)}
     return _Worker(domain, methods, cache, layers, shown, kept)
@@ -396,7 +402,7 @@ class ShownTree:
     def show_tree(self, tree: worker_api.Tree) -> None:
         """See core.domain.Shown."""
         images = [self._maps.open(info.path) for info in tree.maps]
-        views = [view_name(info.id, tree.suffix, info.reader) for info in tree.maps]
+        views = [view_name(info.id, tree.suffix, info.reader, tree.recording) for info in tree.maps]
         self.files.add_tree(tree.id, UnionTree(images), views, {"mount.json": partial(self._describe, tree)})
         self._show(f"tree/{tree.id}", views)
 

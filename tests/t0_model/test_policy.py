@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -272,19 +273,24 @@ def test_other_patience_is_refused(text: str) -> None:
     st.from_regex(r"[0-9a-f]{32}", fullmatch=True),
     st.none() | st.integers(0, 999_999),
     st.sampled_from(["", "team-a", "k8s.io", "k8s.io/team_a", "a_b/c"]),
+    st.sampled_from(["", "0123abcd", "00000060"]),
 )
-def test_view_names_carry_map_patience_and_reader(map_id: str, seconds: int | None, reader: str) -> None:
+def test_view_names_carry_map_patience_reader_and_recording(
+    map_id: str, seconds: int | None, reader: str, recording: str
+) -> None:
     patience = Patience(seconds)
-    assert parse_view_name(view_name(map_id, patience.suffix, reader)) == (map_id, patience, reader)
+    name = view_name(map_id, patience.suffix, reader, recording)
+    assert parse_view_name(name) == (map_id, patience, reader, recording)
+    assert quote(name, safe="") == name
 
 
 @given(st.text(max_size=60))
 def test_no_other_text_is_a_view_name(text: str) -> None:
     try:
-        map_id, patience, reader = parse_view_name(text)
+        found = parse_view_name(text)
     except UsageError:
         return
-    assert parse_view_name(view_name(map_id, patience.suffix, reader)) == (map_id, patience, reader)
+    assert parse_view_name(view_name(found.map_id, found.patience.suffix, found.reader, found.recording)) == found
 
 
 @pytest.mark.parametrize("plugin", ["", "nsfs", "nsfs-gold"])

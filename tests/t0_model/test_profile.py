@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsfs.errors import CorruptError, UnsupportedError
+from nsfs.errors import CorruptError, UnsupportedError, UsageError
 from nsfs.model import profile as profiles
 from nsfs.model.profile import (
     TAR,
@@ -20,7 +20,9 @@ from nsfs.model.profile import (
     Run,
     merge_runs,
     parse_profile,
+    parse_profile_use,
     plan_profile,
+    plan_windows,
     render_profile,
     stream_of,
 )
@@ -63,6 +65,23 @@ def test_what_is_more_than_a_profile_keeps_is_left_out_and_said(monkeypatch: pyt
     assert "more was read than a profile keeps" in made.flaw
     monkeypatch.setattr(profiles, "MAX_RUNS", 1)
     assert plan_profile(LAYERS, GOOD.runs).runs == GOOD.runs[:1]
+
+
+@given(uses)
+def test_windows_have_every_byte_in_order_and_double(runs: list[Run]) -> None:
+    windows = list(plan_windows(runs, least=8, most=30))
+    sizes = [sum(len(part) for parts in window.values() for part in parts) for window in windows]
+    assert all(size == full for size, full in zip(sizes[:-1], [8, 16, *[30] * len(sizes)], strict=False))
+    assert all(0 < size <= 30 for size in sizes)
+    for layer in range(3):
+        parts = [part for window in windows for part in window.get(layer, [])]
+        assert [at for part in parts for at in part] == [at for run, at in bytes_of(runs) if run == layer]
+
+
+def test_uses_of_a_profile_have_names() -> None:
+    assert [parse_profile_use(text) for text in ("off", "use", "record")] == list(profiles.ProfileUse)
+    with pytest.raises(UsageError, match="not a use of a profile: 'always'"):
+        parse_profile_use("always")
 
 
 def test_a_table_of_contents_has_a_stream_of_its_own() -> None:

@@ -181,7 +181,7 @@ def test_the_socket_is_chosen_by_option_or_environment(daemon: FakeDaemon) -> No
 def test_mount_passes_everything_on(daemon: FakeDaemon, tmp_path: Path) -> None:
     daemon.answers["Mount"] = [MOUNTED]
     options = ["--rw", "--driver", "fuse", "--namespace", "a", "--isolation", "pod", "--platform", "linux/arm64"]
-    result = run("mount", "python:3.12", str(tmp_path), *options, "--on-error", "eio", "--json")
+    result = run("mount", "python:3.12", str(tmp_path), *options, "--on-error", "eio", "--profile", "record", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout) == msgspec.to_builtins(MOUNTED)
     assert daemon.requests == [
@@ -196,6 +196,7 @@ def test_mount_passes_everything_on(daemon: FakeDaemon, tmp_path: Path) -> None:
                 isolation="pod",
                 platform="linux/arm64",
                 on_error="eio",
+                profile="record",
             ),
         )
     ]

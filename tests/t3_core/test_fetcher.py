@@ -460,3 +460,32 @@ def test_the_real_threads_give_the_same() -> None:
             assert sum(length for _, length in blob.asked) == len(layout.blob)
 
     trio.run(test)
+
+
+def test_what_is_prefetched_is_read_without_a_miss() -> None:
+    """Parts come as few ranges; blocks that straddle two spans, or two parts' groups, are whole."""
+
+    async def test() -> None:
+        async with world(lay_out(BIG, [100_000])) as w:
+            parts = [range(at, at + 70_000) for at in range(0, 3 * MIB, 300_000)]
+            await w.fetcher.prefetch(w.view, parts)
+            before = w.fetcher.statistics()
+            for part in parts:
+                assert await w.read(part.start, len(part)) == w.layout.disk[part.start : part.stop]
+            assert w.fetcher.statistics().misses == before.misses
+            assert w.fetcher.statistics().fetched < 4 * MIB
+            await w.fetcher.prefetch(w.view, parts)
+            assert w.fetcher.statistics().requests == before.requests
+
+    run(test)
+
+
+@pytest.mark.parametrize(("script", "full", "kind"), [("E", False, UnreachableError), ("", True, NoSpaceError)])
+def test_a_prefetch_fails_at_its_first_failure(script: str, full: bool, kind: type[Exception]) -> None:
+    async def test() -> None:
+        async with world(lay_out(BIG, [100_000]), script, full=full) as w:
+            with pytest.raises(kind):
+                await w.fetcher.prefetch(w.view, [range(MIB)])
+            assert await w.read(0, MIB) == w.layout.disk[:MIB]
+
+    run(test)

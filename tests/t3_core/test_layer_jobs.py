@@ -29,11 +29,14 @@ DATA = [bytes([number]) * 300_000 for number in range(4)]
 
 class FakeCatalog:
     def __init__(self) -> None:
-        self.layers: dict[LayerKey, LayerRecord] = {}
+        self.known: dict[LayerKey, LayerRecord] = {}
         self.maps: dict[str, MapRecord] = {}
 
     def layer(self, key: LayerKey) -> LayerRecord | None:
-        return self.layers.get(key)
+        return self.known.get(key)
+
+    def layers(self) -> list[LayerRecord]:
+        return list(self.known.values())
 
     def map(self, map_id: str) -> MapRecord | None:
         return self.maps.get(map_id)
@@ -42,8 +45,8 @@ class FakeCatalog:
         self.maps[record.id] = record
 
     def update_layer(self, key: LayerKey, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
-        self.layers[key] = change(self.layers[key])
-        return self.layers[key]
+        self.known[key] = change(self.known[key])
+        return self.known[key]
 
 
 class FakePaths:
@@ -147,7 +150,7 @@ class Site:
         self.image = Image("r:latest", "r", "latest", digest_of(b""), CONFIG, tuple(map(layer, range(len(DATA)))))
 
     def commit(self, blob: Digest, size: int) -> None:
-        self.catalog.layers[LayerKey(blob, "plain")] = LayerRecord(
+        self.catalog.known[LayerKey(blob, "plain")] = LayerRecord(
             blob=blob,
             index="plain",
             blob_size=size,
@@ -343,7 +346,7 @@ def test_checkpoints_wait_for_first_passes_and_come_one_at_a_time(tmp_path: Path
         await trio.sleep(10)
         assert at_work == [0, 1]
         assert site.jobs.ran == ["first_pass"] * 4 + ["make_checkpoints"] * 4
-        assert all(record.has_spans for record in site.catalog.layers.values())
+        assert all(record.has_spans for record in site.catalog.layers())
         assert not any(os.path.exists(site.paths.spool(LayerKey(digest_of(data), "plain"))) for data in DATA)
 
     with_site(tmp_path, test)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from manual_fakes import FAIL, HANG, USER, Site
 from nsfs.core.manual import Lowers
-from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnreachableError
+from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnreachableError, UsageError
 from nsfs.model.mounts import Driver, Lower
 from trio_tests import run
 
@@ -200,6 +200,17 @@ def test_a_busy_mount_stays_as_it_is() -> None:
             await site.manual.umount("/t", force=False)
         site.check()
         await site.manual.umount("/t", force=True)
+        site.check()
+
+    run(body)
+
+
+def test_nothing_is_recorded_that_could_not_be_kept() -> None:
+    async def body() -> None:
+        site = Site()
+        for isolation, profile in (("pod", "record"), ("shared", "always")):
+            with pytest.raises(UsageError):
+                await site.mount(isolation=isolation, profile=profile)
         site.check()
 
     run(body)

@@ -10,6 +10,7 @@ import pytest
 
 from nsfs.core.fetcher import FetcherStatistics, Waiting
 from nsfs.core.fetchview import View
+from nsfs.core.recording import Recording
 from nsfs.core.runway import Priority
 from nsfs.core.views import Views, map_of
 from nsfs.errors import NotFoundError, NsfsError, UsageError
@@ -136,6 +137,20 @@ class FakeBlobs:
         return FakeBlob(digest, size)
 
 
+class FakeRecordings:
+    """One, with the tag of eight ones, while it runs."""
+
+    def __init__(self) -> None:
+        self.only = Recording(key(1).blob, "", [key(1)], 10.0)
+
+    def of(self, tag: str) -> Recording | None:
+        return self.only if tag == "1" * 8 else None
+
+    def end(self, views: Collection[str]) -> None:
+        if any(view.endswith("1" * 8) for view in views):
+            self.only.end()
+
+
 class Site:
     def __init__(self, catalog: FakeCatalog | None = None) -> None:
         self.opened: list[LayerKey] = []
@@ -144,7 +159,9 @@ class Site:
         blobs: Any = FakeBlobs()
         layers: Any = None
         self.pool, self.fetcher = pool, fetcher
-        self.views = Views(catalog or FakeCatalog(), self.open_table, blobs, layers, pool, fetcher)
+        recordings: Any = FakeRecordings()
+        self.recordings = recordings
+        self.views = Views(catalog or FakeCatalog(), self.open_table, blobs, layers, pool, fetcher, recordings)
 
     def open_table(self, of: LayerKey) -> Any:
         self.opened.append(of)
@@ -165,6 +182,23 @@ def test_a_views_name_says_which_layers_and_how_long() -> None:
         for view, *_ in site.fetcher.asked:
             assert [source.key for source in view.sources] == [f"{key(n).blob}/plain" for n in (3, 2, 1)]
         assert [map_of(view.name) for view, *_ in site.fetcher.asked] == [name(3)] * 3
+
+    run(body)
+
+
+def test_what_a_view_reads_is_recorded_until_it_goes() -> None:
+    async def body() -> None:
+        site = Site()
+        recorded = f"{name(3)}~60~r{'1' * 8}"
+        for view in (name(3), f"{name(3)}~r{'2' * 8}", recorded):
+            await site.views.read(view, 4096, 10)
+        await site.views.read(recorded, 8192, 10)
+        assert list(site.recordings.only.uses) == [(name(3), 4096, 10), (name(3), 8192, 10)]
+        site.views.close([name(3)])
+        assert not site.recordings.only.is_over
+        site.views.close([recorded])
+        assert site.recordings.only.is_over
+        assert len(site.fetcher.asked) == 4
 
     run(body)
 

@@ -23,6 +23,7 @@ class _Wishes(TypedDict):
     driver: str
     writable: bool
     on_error: str
+    profile: str
 
 
 @click.command()
@@ -32,6 +33,13 @@ class _Wishes(TypedDict):
 @click.option("--driver", default="auto", show_default=True, metavar="D", help="auto, erofs, erofs-loop or fuse.")
 @image_options
 @click.option("--on-error", default="", metavar="X", help="Unreachable content: wait, wait:60s or eio. [the daemon's]")
+@click.option(
+    "--profile",
+    type=click.Choice(["record", "use", "off"]),
+    default="use",
+    show_default=True,
+    help="What a start reads: record it, fetch what was recorded, or neither.",
+)
 @click.option("--foreground", is_flag=True, help="Stay until interrupted, then unmount.")
 @json_option
 @pass_session

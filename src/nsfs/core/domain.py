@@ -16,6 +16,7 @@ from nsfs.core import worker_api
 from nsfs.core.layers import PLAIN, short
 from nsfs.core.tasks import run_all, running
 from nsfs.errors import NsfsError
+from nsfs.model.profile import ProfileUse
 from nsfs.model.report import EntryReport, ImageReport, LayerReport, Note, Progress
 
 if TYPE_CHECKING:
@@ -27,25 +28,14 @@ if TYPE_CHECKING:
     from nsfs.core.images import Image, Images, Layer
     from nsfs.core.layers import Layers
     from nsfs.core.looking import Looking
+    from nsfs.core.prefetch import Prefetches
+    from nsfs.core.recording import Recordings
     from nsfs.core.views import Views
-    from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+    from nsfs.model.pool import LayerRecord, MapRecord
 
     Report: TypeAlias = Callable[[Struct], Awaitable[None]]
 
 _PROGRESS_EVERY = 0.2
-
-
-class Catalog(Protocol):
-    """The domain's records."""
-
-    def layer(self, key: LayerKey) -> LayerRecord | None:
-        """A layer whose index is complete."""
-
-    def layers(self) -> list[LayerRecord]:
-        """All of them."""
-
-    def map(self, map_id: str) -> MapRecord | None:
-        """A map."""
 
 
 class Shown(Protocol):
@@ -73,6 +63,22 @@ class Health(NamedTuple):
     """Why what is fetched is not kept; empty where it is."""
 
 
+class Starts(NamedTuple):
+    """What is done with the profiles of images that are mounted."""
+
+    recordings: Recordings
+    prefetches: Prefetches
+
+    def begin(self, use: ProfileUse, image: Image, records: Sequence[LayerRecord]) -> str:
+        """Do what the mount wants; gives what is to be in the names of its views where they are recorded."""
+        layers = [record.key for record in records]
+        if use is ProfileUse.RECORD:
+            return self.recordings.begin(image.digest, image.access.owner, layers)
+        if use is ProfileUse.USE:
+            self.prefetches.begin(image.digest, image.access.owner, layers)
+        return ""
+
+
 class Domain:
     """The service."""
 
@@ -83,18 +89,18 @@ class Domain:
         blobs: Blobs,
         views: Views,
         looking: Looking,
-        catalog: Catalog,
         shown: Shown,
         health: Callable[[], Health],
+        starts: Starts,
     ) -> None:
         self._images = images
         self._layers = layers
         self._blobs = blobs
         self._views = views
         self._looking = looking
-        self._catalog = catalog
         self._shown = shown
         self._health = health
+        self._starts = starts
 
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
         """What the daemon may call, by name."""
@@ -140,6 +146,7 @@ class Domain:
             size=sum(record.content_bytes for record in records),
             maps=[self._info(each, image) for each in visible(maps)],
             config=image.config.config,
+            recording=self._starts.begin(ProfileUse(params.profile), image, records),
         )
 
     def _info(self, record: MapRecord, image: Image) -> worker_api.MapInfo:
@@ -231,7 +238,7 @@ class Domain:
         return self._views.usage(params.maps)
 
     async def _status(self, params: worker_api.StatusRequest, _report: Report) -> worker_api.WorkerStatus:
-        records, waits, health = self._catalog.layers(), self._views.waits(None), self._health()
+        records, waits, health = self._layers.records(), self._views.waits(None), self._health()
         return worker_api.WorkerStatus(
             layers=len(records),
             local=self._views.local_bytes([record.key for record in records]) if params.measured else 0,
@@ -250,6 +257,7 @@ class Domain:
 
     async def _hide_views(self, params: worker_api.Views, _report: Report) -> worker_api.Empty:
         self._shown.hide_views(params.names)
+        await self._starts.recordings.wait_kept()
         return worker_api.Empty()
 
     async def _show_tree(self, params: worker_api.Tree, _report: Report) -> worker_api.Empty:
@@ -258,6 +266,7 @@ class Domain:
 
     async def _hide_tree(self, params: worker_api.TreeGone, _report: Report) -> worker_api.Empty:
         self._shown.hide_tree(params.id)
+        await self._starts.recordings.wait_kept()
         return worker_api.Empty()
 
     def front_methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:

@@ -29,7 +29,9 @@ from nsfs.core.fetchplan import (
     ReadPlan,
     Window,
     address_of,
+    blocks_of,
     intersect,
+    plan_absent,
     plan_ahead,
     plan_ranges,
     plan_read,
@@ -44,7 +46,7 @@ from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NsfsError, UnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 
 
 log = logging.getLogger(__name__)
@@ -400,6 +402,25 @@ class Fetcher:
 
     def _is_worth_fetching(self, key: GroupKey) -> bool:
         return key not in self._failures and self._kept.get(key) is None
+
+    async def prefetch(self, view: View, parts: Sequence[range]) -> None:
+        """Return when these parts of the stream of the view's one layer are in the pool, behind whoever reads.
+
+        Raises at the first attempt that fails, NoSpaceError where the pool cannot take them.
+        """
+        (source,) = view.sources
+
+        def plan() -> tuple[list[Range], list[Group]]:
+            table = source.table
+            blocks = blocks_of(table, parts)
+            return blocks, plan_absent(table, blocks, self._pool.missing)
+
+        blocks, groups = await self._run_in_thread(plan)
+        wanted = [_Wanted(source, group) for group in groups]
+        for flight in self._join([want for want in wanted if self._is_worth_fetching(want.key)], Priority.PROFILE):
+            await flight.landed.wait()
+        for run in blocks:
+            await self.make_present(view, *run, patience=0, priority=Priority.PROFILE)
 
     # Flights
 

@@ -110,6 +110,12 @@ class Batch(NamedTuple):
 
 def plan_read(tables: Sequence[Table], runs: list[Range]) -> ReadPlan:
     """What the absent `runs` need of `tables`, asked in their order."""
+    covered, pieces = locate(tables, runs)
+    return ReadPlan(runs, sorted(covered), pieces, plan_groups(tables, pieces))
+
+
+def locate(tables: Sequence[Table], runs: list[Range]) -> tuple[list[Range], list[Piece]]:
+    """What of `runs` belongs to files of `tables`, asked in their order, and the pieces of streams that these are."""
     covered: list[Range] = []
     pieces: list[Piece] = []
     rest = runs
@@ -118,7 +124,7 @@ def plan_read(tables: Sequence[Table], runs: list[Range]) -> ReadPlan:
         pieces += [piece for found in own for piece in _pieces(table, layer, found)]
         covered += own
         rest = subtract(rest, own)
-    return ReadPlan(runs, sorted(covered), pieces, plan_groups(tables, pieces))
+    return covered, pieces
 
 
 def _pieces(table: Table, layer: int, run: Range) -> list[Piece]:
@@ -206,9 +212,19 @@ def plan_fill(table: Table, window: Window) -> list[Range]:
 
 def plan_ahead(table: Table, layer: int, stream: range, missing: Callable[[int, int], list[Range]]) -> list[Group]:
     """The groups that bring what is absent of a part of a layer's stream."""
-    runs = [run for known in join_blocks(_clipped(table, stream.start, stream.stop)) for run in missing(*known)]
-    pieces = [piece for run in runs for piece in _pieces(table, 0, run)]
-    return [group._replace(layer=layer) for group in plan_groups([table], pieces)]
+    groups = plan_absent(table, blocks_of(table, [stream]), missing)
+    return [group._replace(layer=layer) for group in groups]
+
+
+def blocks_of(table: Table, parts: Iterable[range]) -> list[Range]:
+    """The blocks that have bytes of these parts of a layer's stream, by address."""
+    return join_blocks(found for part in parts for found in _clipped(table, part.start, part.stop))
+
+
+def plan_absent(table: Table, blocks: Iterable[Range], missing: Callable[[int, int], list[Range]]) -> list[Group]:
+    """The groups that bring what is absent of a layer's blocks."""
+    pieces = [piece for known in blocks for run in missing(*known) for piece in _pieces(table, 0, run)]
+    return plan_groups([table], pieces)
 
 
 def address_of(table: Table, stream: int) -> int:

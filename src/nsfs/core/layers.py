@@ -59,6 +59,9 @@ class Catalog(Protocol):
     def layer(self, key: LayerKey) -> LayerRecord | None:
         """A layer whose index is complete."""
 
+    def layers(self) -> list[LayerRecord]:
+        """All of them."""
+
     def map(self, map_id: str) -> MapRecord | None:
         """A map that was made, or was found to need the layers below."""
 
@@ -212,6 +215,10 @@ class Layers:
     def record(self, layer: Layer) -> LayerRecord | None:
         """What is known of the layer, if its index is complete."""
         return self._catalog.layer(self.key_of(layer))
+
+    def records(self) -> list[LayerRecord]:
+        """What is known of all layers whose index is complete."""
+        return self._catalog.layers()
 
     async def left_to_download(self, image: Image, layers: Sequence[Layer]) -> dict[Digest, int]:
         """Bytes that `index` will read of each plain layer in a registry; 0 where it needs no pass over all of it."""

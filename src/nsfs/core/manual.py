@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import trio
 
 from nsfs.core import worker_api
-from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError
+from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UsageError
 from nsfs.model.mounts import Bind, Driver, Host, Lower, MountRecord, Overlay, choose_driver, plan_rootfs, unique_maps
 from nsfs.model.policy import Domain, Isolation, ScopeRequest, domain_named, parse_patience
+from nsfs.model.profile import ProfileUse, parse_profile_use
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
@@ -148,6 +149,8 @@ class Wish:
     driver: str
     writable: bool
     on_error: str
+    profile: str
+    """`model.profile.ProfileUse`."""
 
     def scope(self, mount_id: str) -> ScopeRequest:
         """What it says of itself, as a mount of that ID."""
@@ -306,12 +309,15 @@ class ManualMounts:
         domain = self._scopes.domain(wish.scope(mount_id))
         if wish.writable and not self._host.root:
             raise DeniedError("a writable mount needs root: the kernel's overlay", hint="leave --rw away")
+        profile = self._check_profile(wish, domain)
         async with AsyncExitStack() as undo:
             self._claim(wish.target, undo)
             await self._kernel.check_target(wish.target)
             if domain.transient:
                 _push_undo(undo, partial(self._lowers.end, domain))
-            params = worker_api.Prepare(reference=wish.reference, platform=wish.platform, owner=domain.owner)
+            params = worker_api.Prepare(
+                reference=wish.reference, platform=wish.platform, owner=domain.owner, profile=profile
+            )
             image = await self._workers.call(domain, "Prepare", params, worker_api.Prepared, report)
             record = _record(mount_id, wish, domain, driver if image.maps else Driver.FUSE, patience, image)
             await self._set_up(record, image)
@@ -319,6 +325,15 @@ class ManualMounts:
             self._claimed.discard(wish.target)
         log.info("mounted %s at %s", record.reference, record.target)
         return record
+
+    def _check_profile(self, wish: Wish, domain: Domain) -> ProfileUse:
+        """What is to be done with the image's profile; raises where nothing could be recorded, or kept."""
+        profile = parse_profile_use(wish.profile)
+        if profile is ProfileUse.RECORD and not self._host.root:
+            raise DeniedError("recording a profile needs root", hint="leave --profile record away")
+        if profile is ProfileUse.RECORD and domain.transient:
+            raise UsageError("a pod's domain ends with its mount, and a profile with it", hint="choose another scope")
+        return profile
 
     def _claim(self, target: str, undo: AsyncExitStack) -> None:
         if target in self._claimed or any(record.target == target for record in self._records.mounts()):
@@ -354,7 +369,9 @@ class ManualMounts:
             _push_undo(undo, partial(self._lowers.release, record.id))
             return paths
         _push_undo(undo, partial(self._hide_tree, record))
-        tree = worker_api.Tree(id=record.id, maps=maps, suffix=record.suffix, info=record.describe())
+        tree = worker_api.Tree(
+            id=record.id, maps=maps, suffix=record.suffix, recording=record.recording, info=record.describe()
+        )
         await self._workers.call(self.domain_of(record), "ShowTree", tree, worker_api.Empty)
         return [self._kernel.tree_path(record.domain, record.id)]
 
@@ -486,6 +503,7 @@ def _record(
         maps=unique_maps([info.id for info in image.maps]),
         suffix=patience.suffix,
         readers={info.id: info.reader for info in image.maps if info.reader},
+        recording=image.recording,
     )
 
 

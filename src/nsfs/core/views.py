@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from nsfs.core.blobs import Blobs
     from nsfs.core.fetcher import Fetcher
     from nsfs.core.layers import Layers
+    from nsfs.core.recording import Recording, Recordings
     from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
 
 
@@ -71,6 +72,15 @@ class Pool(landing.Pool, Protocol):
         """Drop blocks, with one sync; how many bytes that freed."""
 
 
+class _Open(NamedTuple):
+    """A view that somebody asked for."""
+
+    view: View
+    patience: float | None
+    map_id: str
+    recording: Recording | None
+
+
 class Waits(NamedTuple):
     """Reads that wait now."""
 
@@ -92,6 +102,7 @@ class Views:
         layers: Layers,
         pool: Pool,
         fetcher: Fetcher,
+        recordings: Recordings,
     ) -> None:
         self._catalog = catalog
         self._open_table = open_table
@@ -99,7 +110,8 @@ class Views:
         self._layers = layers
         self._pool = pool
         self._fetcher = fetcher
-        self._views: dict[str, tuple[View, float | None]] = {}
+        self._recordings = recordings
+        self._views: dict[str, _Open] = {}
         self._closed: set[str] = set()
         self._sources: WeakValueDictionary[tuple[LayerKey, str], LayerSource] = WeakValueDictionary()
         """Of the views there are, by the owner as whom they ask."""
@@ -107,17 +119,21 @@ class Views:
 
     async def read(self, name: str, address: int, size: int) -> bytes | memoryview:
         """Exactly these bytes of the disk as the view sees it; raises as its mount's patience says."""
-        view, patience = self._view(name)
-        return await self._fetcher.read(view, address, size, patience=patience)
+        opened = self._view(name)
+        if opened.recording is None:
+            return await self._fetcher.read(opened.view, address, size, patience=opened.patience)
+        with opened.recording.reading(opened.map_id, address, size):
+            return await self._fetcher.read(opened.view, address, size, patience=opened.patience)
 
     async def look(self, map_id: str, owner: str, address: int, size: int) -> bytes:
         """As `read`, for who has no mount, whose taking away would end it."""
         name = f"look/{view_name(map_id, '', owner)}"
-        view, patience = self._views.get(name) or self._open(name, ViewName(map_id, _LOOKING, owner))
-        return bytes(await self._fetcher.read(view, address, size, patience=patience))
+        opened = self._views.get(name) or self._open(name, ViewName(map_id, _LOOKING, owner))
+        return bytes(await self._fetcher.read(opened.view, address, size, patience=opened.patience))
 
     def close(self, names: Collection[str]) -> None:
-        """Fail who waits for these views, and who asks for them until they are opened again."""
+        """Fail who waits for these views, and who asks for them until they are opened again; end their recordings."""
+        self._recordings.end(names)
         self._closed.update(names)
         for name in names:
             self._views.pop(name, None)
@@ -129,8 +145,8 @@ class Views:
 
     async def make_present(self, name: str, address: int, size: int) -> None:
         """Have these blocks in the pool."""
-        view, patience = self._view(name)
-        await self._fetcher.make_present(view, address, size, patience=patience)
+        opened = self._view(name)
+        await self._fetcher.make_present(opened.view, address, size, patience=opened.patience)
 
     async def evict(self, key: LayerKey, spared: Iterable[LayerKey] = ()) -> int:
         """Drop a layer's contents, but for what `spared` layers have too; gives the bytes freed.
@@ -150,6 +166,10 @@ class Views:
         view = View(f"pin/{key.blob}", [self._source(key, owner)])
         for address, size in self._ranges_of(key):
             await self._fetcher.make_present(view, address, size, patience=_COMPLETING, priority=Priority.BACKGROUND)
+
+    async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
+        """Have these parts of a layer's stream in the pool; raises as its registry does, and NoSpaceError."""
+        await self._fetcher.prefetch(View(f"profile/{key.blob}", [self._source(key, owner)]), parts)
 
     def size_of(self, key: LayerKey) -> int:
         """Bytes of all contents of a layer, in whole blocks."""
@@ -191,7 +211,7 @@ class Views:
             return "ready"
         return f"{waits.reads} reads wait, the longest for {waits.longest:.0f} s, for {waits.reason}"
 
-    def _view(self, name: str) -> tuple[View, float | None]:
+    def _view(self, name: str) -> _Open:
         found = self._views.get(name)
         if found is not None:
             return found
@@ -199,7 +219,7 @@ class Views:
             raise UnreachableError(f"nobody shows the view any more: {name}")
         return self._open(name, parse_view_name(name))
 
-    def _open(self, name: str, parsed: ViewName) -> tuple[View, float | None]:
+    def _open(self, name: str, parsed: ViewName) -> _Open:
         record = self._catalog.map(parsed.map_id)
         if record is None or record.needs_lower:
             raise NotFoundError(f"no such view in this domain: {name}")
@@ -207,8 +227,9 @@ class Views:
         view = View(name, [self._source(key, parsed.reader) for key in dict.fromkeys(keys)])
         while len(self._views) >= _KEPT_VIEWS:
             del self._views[next(iter(self._views))]
-        self._views[name] = view, parsed.patience.seconds
-        return self._views[name]
+        recording = self._recordings.of(parsed.recording)
+        opened = self._views[name] = _Open(view, parsed.patience.seconds, parsed.map_id, recording)
+        return opened
 
     def _ranges_of(self, key: LayerKey) -> list[tuple[int, int]]:
         """A layer's addresses, kept where they are few, as those of a layer that brought its contents itself are."""

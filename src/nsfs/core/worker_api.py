@@ -27,6 +27,8 @@ class Prepare(Struct, kw_only=True):
     platform: str | None = None
     owner: str = ""
     """On whose behalf: `policy.owner_name`. As it is of all calls that name an image."""
+    profile: str = "off"
+    """What is done with the image's profile: `model.profile.ProfileUse`."""
 
 
 class MapInfo(Struct, frozen=True, kw_only=True):
@@ -57,6 +59,8 @@ class Prepared(Struct, kw_only=True):
     maps: list[MapInfo]
     """Top first."""
     config: dict[str, Any] = field(default_factory=dict)
+    recording: str = ""
+    """What is to be in the names of views that are recorded."""
 
 
 class Views(Struct, kw_only=True):
@@ -71,6 +75,7 @@ class Tree(Struct, kw_only=True):
     id: str
     maps: list[MapInfo]
     suffix: str = ""
+    recording: str = ""
     info: dict[str, str | int | bool] = field(default_factory=dict)
     """What `.nsfs/mount.json` says beside the usage: `MountRecord.describe`."""
 

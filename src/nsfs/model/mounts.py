@@ -132,10 +132,14 @@ class MountRecord(Struct, frozen=True, kw_only=True):
     """Of the views' names: how long a read may wait (`model.policy.Patience`)."""
     readers: dict[str, str] = {}
     """Of maps that are read as somebody, where several share a domain: as whom."""
+    recording: str = ""
+    """Which recording notes what is read of it first (`model.policy.ViewName`)."""
 
     def views(self) -> list[str]:
         """The names of its maps' views."""
-        return [view_name(map_id, self.suffix, self.readers.get(map_id, "")) for map_id in self.maps]
+        readers = [self.readers.get(map_id, "") for map_id in self.maps]
+        pairs = zip(self.maps, readers, strict=True)
+        return [view_name(map_id, self.suffix, reader, self.recording) for map_id, reader in pairs]
 
     def describe(self) -> dict[str, str | int | bool]:
         """What a mount's own `.nsfs/mount.json` says of it, beside its usage."""

@@ -373,7 +373,7 @@ def parse_patience(text: str) -> Patience:
     raise UsageError(f"not an on-error choice: {text[:100]!r}", hint="wait, wait:60s or eio")
 
 
-_VIEW = re.compile(r"([0-9a-f]{32})(?:_([A-Za-z0-9._-]+))?(?:~([0-9]{1,6}))?")
+_VIEW = re.compile(r"([0-9a-f]{32})(?:_([A-Za-z0-9._-]+))?(?:~([0-9]{1,6}))?(?:~r([0-9a-f]{8}))?")
 
 
 class ViewName(NamedTuple):
@@ -383,14 +383,18 @@ class ViewName(NamedTuple):
     patience: Patience
     reader: str
     """The owner as whom it asks for what is absent; "" where nobody in particular does."""
+    recording: str = ""
+    """Which recording notes what it reads: eight hexadecimal digits; "" where none does."""
 
 
-def view_name(map_id: str, suffix: str, reader: str = "") -> str:
+def view_name(map_id: str, suffix: str, reader: str = "", recording: str = "") -> str:
     """The name under which a map's disk is opened: by mounts of one patience (`Patience.suffix`), and of one owner.
 
-    A namespace has no two underscores in a row, so these stand for the slash before its tenant.
+    One that is recorded has a name of its own, of which no kernel has cached anything. A namespace has no two
+    underscores in a row, so these stand for the slash before its tenant.
     """
-    return f"{map_id}{f'_{reader}'.replace('/', '__') if reader else ''}{suffix}"
+    asker = f"_{reader}".replace("/", "__") if reader else ""
+    return f"{map_id}{asker}{suffix}{f'~r{recording}' if recording else ''}"
 
 
 def parse_view_name(name: str) -> ViewName:
@@ -398,6 +402,6 @@ def parse_view_name(name: str) -> ViewName:
     found = _VIEW.fullmatch(name)
     if found is None:
         raise UsageError(f"not a view: {name[:100]!r}")
-    map_id, reader, seconds = found.groups(default="")
+    map_id, reader, seconds, recording = found.groups(default="")
     owner = check_owner(reader.replace("__", "/")) if reader else ""
-    return ViewName(map_id, Patience(int(seconds) if seconds else None), owner)
+    return ViewName(map_id, Patience(int(seconds) if seconds else None), owner, recording)

@@ -10,6 +10,7 @@ Invariants of a Profile that `plan_profile` or `parse_profile` gave: no layer tw
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 import re
@@ -25,7 +26,7 @@ from nsfs.errors import CorruptError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 VERSION: Final = 1
 TAR: Final = "tar"
@@ -37,12 +38,34 @@ MAX_BYTES: Final = 4 << 30
 MAX_RENDERED: Final = 4 << 20
 """Bytes of a profile as it is stored or sent."""
 
+WINDOW_LEAST: Final = 1 << 20
+WINDOW_MOST: Final = 16 << 20
+"""Bytes of a profile that are fetched together."""
+
 _HEADER = struct.Struct("<8sI")
 _MAGIC = b"nsfsprof"
 _STREAM_LIMIT = 1 << 62
 _MAX_TEXT = 300
 _TOC = "estargz-"
 _STREAM = re.compile(rf"{TAR}|{_TOC}[0-9a-f]{{64,128}}")
+
+
+class ProfileUse(enum.StrEnum):
+    """What a mount does with its image's profile."""
+
+    OFF = "off"
+    USE = "use"
+    """Fetch what is in it, where there is one."""
+    RECORD = "record"
+    """Make one of what this mount reads first, instead of what there is."""
+
+
+def parse_profile_use(text: str) -> ProfileUse:
+    """`off`, `use` or `record`; raises UsageError."""
+    try:
+        return ProfileUse(text)
+    except ValueError:
+        raise UsageError(f"not a use of a profile: {text[:100]!r}", hint="record, use or off") from None
 
 
 class ProfiledLayer(Struct, frozen=True, gc=False, array_like=True):
@@ -150,6 +173,27 @@ def _cut(runs: list[Run]) -> list[Run]:
         if size > MAX_BYTES:
             return runs[:number]
     return runs[:MAX_RUNS]
+
+
+def plan_windows(
+    runs: Iterable[Run], *, least: int = WINDOW_LEAST, most: int = WINDOW_MOST
+) -> Iterator[dict[int, list[range]]]:
+    """`runs` in their order as parts that are fetched together, each by layer; each twice as large, up to `most`."""
+    window: defaultdict[int, list[range]] = defaultdict(list)
+    rest = least
+    for run in runs:
+        start, end = run.start, run.start + run.length
+        while start < end:
+            stop = min(end, start + rest)
+            window[run.layer].append(range(start, stop))
+            rest -= stop - start
+            start = stop
+            if not rest:
+                yield dict(window)
+                window.clear()
+                rest = least = min(least * 2, most)
+    if window:
+        yield dict(window)
 
 
 def render_profile(profile: Profile) -> bytes:

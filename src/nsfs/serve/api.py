@@ -53,6 +53,8 @@ class MountRequest(ImageRequest, kw_only=True):
     writable: bool = False
     on_error: str = ""
     """wait, wait:<seconds>s or eio; empty for the daemon's `on_error`."""
+    profile: str = "use"
+    """record, use or off: what is done with what a start of the image reads."""
 
 
 class UmountRequest(Struct, kw_only=True):

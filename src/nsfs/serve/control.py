@@ -115,6 +115,7 @@ class Control:
             driver=request.driver,
             writable=request.writable,
             on_error=request.on_error or self._config.on_error,
+            profile=request.profile,
         )
         record = await self._mounts.mount(wish, report)
         await self._say_if_large(record.size, report)

@@ -15,6 +15,7 @@ from nsfs.errors import UsageError
 from nsfs.store.index import check_key
 
 if TYPE_CHECKING:
+    from nsfs.model.digest import Digest
     from nsfs.model.pool import LayerKey
     from nsfs.store.crypt import DomainKey
 
@@ -90,6 +91,15 @@ class DomainLayout:
         """A layer's EROFS image; `map_id` where it depends on the layers below."""
         name = f"map-{self._name(escape_component(map_id))}.erofs" if map_id else "map.erofs"
         return os.path.join(self.layer_dir(key), name)
+
+    @property
+    def profiles(self) -> str:
+        """Holds a file for every profile."""
+        return os.path.join(self.path, "profiles")
+
+    def profile(self, image: Digest, owner: str) -> str:
+        """What a start of an image reads, as `owner` recorded it ("" in a domain that is one owner's)."""
+        return os.path.join(self.profiles, self._name(escape_component(f"{image.hex}@{owner}" if owner else image.hex)))
 
     def _name(self, text: str) -> str:
         """A digest tells which image it is of: where the domain has a key, names are made with it."""

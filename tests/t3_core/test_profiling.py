@@ -1,0 +1,244 @@
+"""Recordings and prefetches: what was read first comes first, when a start is over, and what ends either."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from nsfs.core.prefetch import Prefetches
+from nsfs.core.recording import Recordings
+from nsfs.core.tasks import open_tasks
+from nsfs.errors import NoSpaceError, UnreachableError
+from nsfs.model.digest import Digest
+from nsfs.model.policy import view_name
+from nsfs.model.pool import LayerKey
+from nsfs.model.profile import WINDOW_LEAST, Profile, ProfiledLayer, Run
+from trio_tests import run
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    import pytest
+
+BLOCK = 4096
+IMAGE = Digest("sha256:" + "1" * 64)
+LOW, HIGH = (LayerKey(Digest("sha256:" + digit * 64), index) for digit, index in (("a", "plain"), ("b", "plain")))
+LAYERS = [ProfiledLayer(str(LOW.blob)), ProfiledLayer(str(HIGH.blob))]
+MAP = "0" * 32
+
+
+@dataclass
+class Row:
+    """As a map's record and a layer's, as far as these are asked here."""
+
+    key: LayerKey = HIGH
+    lowers: tuple[LayerKey, ...] = (LOW,)
+    has_spans: bool = True
+
+
+class FakeCatalog:
+    """The one map is HIGH's and has addresses of LOW's; `bare` layers have no spans."""
+
+    def __init__(self, bare: Sequence[LayerKey] = ()) -> None:
+        self.bare = bare
+
+    def map(self, map_id: str) -> Any:
+        return Row() if map_id == MAP else None
+
+    def layer(self, key: LayerKey) -> Any:
+        return Row(has_spans=key not in self.bare)
+
+
+class FakeTable:
+    """One file of sixteen blocks: LOW's begins at block 16, HIGH's at block 32; streams begin 512 bytes in."""
+
+    def __init__(self, key: LayerKey) -> None:
+        self.start = BLOCK * (16 if key == LOW else 32)
+        self.has_spans = False
+
+    def ranges_in(self, address: int, size: int) -> list[tuple[int, int]]:
+        start, end = max(address, self.start), min(address + size, self.start + 16 * BLOCK)
+        return [(start, end - start)] if start < end else []
+
+    def segments(self, _address: int, _size: int) -> list[tuple[int, int, int]]:
+        return [(self.start, 16 * BLOCK, 512)]
+
+
+@dataclass
+class FakeStore:
+    profiles: list[Profile] = field(default_factory=list)
+    is_full: bool = False
+
+    def put(self, image: Digest, owner: str, profile: Profile) -> None:
+        assert (image, owner) == (IMAGE, "team")
+        if self.is_full:
+            raise NoSpaceError("no room")
+        self.profiles.append(profile)
+
+    def get(self, image: Digest, owner: str) -> Profile | None:
+        assert (image, owner) == (IMAGE, "team")
+        return self.profiles[-1] if self.profiles else None
+
+
+@asynccontextmanager
+async def recordings(store: FakeStore) -> AsyncIterator[Recordings]:
+    table: Any = FakeTable
+    async with open_tasks() as nursery:
+        yield Recordings(FakeCatalog(), table, store, nursery)
+
+
+async def read(service: Recordings, tag: str, block: int, blocks: int = 1, seconds: float = 0.5) -> None:
+    recording = service.of(tag)
+    assert recording is not None
+    with recording.reading(MAP, block * BLOCK, blocks * BLOCK):
+        await trio.sleep(seconds)
+
+
+def test_reads_are_kept_as_pieces_of_streams_in_the_order_of_first_use() -> None:
+    async def body() -> None:
+        store = FakeStore()
+        async with recordings(store) as service:
+            tag = service.begin(IMAGE, "team", [LOW, HIGH])
+            await trio.sleep(60)
+            for block, blocks in ((40, 1), (41, 2), (16, 1), (40, 2), (1, 1), (31, 2)):
+                await read(service, tag, block, blocks)
+            service.end([view_name(MAP, "~60", "", tag)])
+            await service.wait_kept()
+            (profile,) = store.profiles
+            assert profile.layers == LAYERS
+            assert profile.is_complete
+            assert profile.seconds == 3
+            assert profile.runs == [
+                Run(1, 8 * BLOCK + 512, 3 * BLOCK),
+                Run(0, 512, BLOCK),
+                Run(1, 512, BLOCK),
+                Run(0, 15 * BLOCK + 512, BLOCK),
+            ]
+            assert service.of(tag) is None
+
+    run(body)
+
+
+def test_a_start_is_over_when_nothing_new_is_read_for_a_while() -> None:
+    async def body() -> None:
+        store = FakeStore()
+        async with recordings(store) as service:
+            tag = service.begin(IMAGE, "team", [LOW, HIGH])
+            await read(service, tag, 32)
+            await read(service, tag, 33, seconds=25)
+            await trio.sleep(9)
+            await read(service, tag, 34)
+            for _ in range(9):
+                await trio.sleep(1)
+                await read(service, tag, 34, seconds=0)
+            assert service.of(tag) is not None
+            await trio.sleep(2)
+            assert service.of(tag) is None
+            assert store.profiles[0].runs == [Run(1, 512, 3 * BLOCK)]
+
+    run(body)
+
+
+def test_a_recording_that_lasts_too_long_says_that_it_may_lack_something() -> None:
+    async def body() -> None:
+        store = FakeStore()
+        async with recordings(store) as service:
+            tag = service.begin(IMAGE, "team", [LOW, HIGH])
+            for number in range(16):
+                await read(service, tag, 32 + number, seconds=23) if service.of(tag) else None
+            assert service.of(tag) is None
+            assert store.profiles[0].flaw == "it was ended after 300 s"
+            assert store.profiles[0].size == 14 * BLOCK
+
+    run(body)
+
+
+def test_nothing_is_kept_of_nothing_and_what_cannot_be_kept_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        store = FakeStore(is_full=True)
+        async with recordings(store) as service:
+            idle, other = (service.begin(IMAGE, "team", [LOW, HIGH]) for _ in range(2))
+            assert idle != other
+            await read(service, other, 32)
+            service.end([view_name(MAP, "", "", idle), view_name(MAP, "", "", other), view_name(MAP, "")])
+            await service.wait_kept()
+            assert service.of(idle) is service.of(other) is None
+        assert caplog.text.count("a profile is not kept") == 1
+
+    run(body)
+
+
+@dataclass
+class FakeStreams:
+    """Each window takes a second; those of `dead` layers fail."""
+
+    dead: Sequence[LayerKey] = ()
+    asked: list[tuple[LayerKey, list[range]]] = field(default_factory=list)
+    at_once: int = 0
+    most_at_once: int = 0
+
+    async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
+        assert owner == "team"
+        self.asked.append((key, list(parts)))
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        await trio.sleep(1)
+        self.at_once -= 1
+        if key in self.dead:
+            raise UnreachableError("away")
+
+
+async def prefetched(runs: list[Run], streams: FakeStreams, bare: Sequence[LayerKey] = ()) -> None:
+    """Have a profile of `runs` prefetched, twice at once."""
+    store = FakeStore([Profile(layers=LAYERS, runs=runs)] if runs else [])
+    async with open_tasks() as nursery:
+        service = Prefetches(FakeCatalog(bare), store, streams, nursery)
+        for _ in range(2):
+            service.begin(IMAGE, "team", [LOW, HIGH])
+        await trio.sleep(100)
+
+
+RUNS = [Run(1, 100, 50), Run(0, 0, WINDOW_LEAST), Run(1, 0, 8 * WINDOW_LEAST)]
+
+
+def test_a_profile_is_fetched_in_its_order_two_windows_at_a_time() -> None:
+    async def body() -> None:
+        streams = FakeStreams()
+        await prefetched(RUNS, streams)
+        cut = WINDOW_LEAST - 50
+        second = 2 * WINDOW_LEAST - 50
+        assert {(key, parts[0].start, parts[0].stop) for key, parts in streams.asked[:4]} == {
+            (HIGH, 100, 150),
+            (LOW, 0, cut),
+            (LOW, cut, WINDOW_LEAST),
+            (HIGH, 0, second),
+        }
+        later = [part for _, parts in streams.asked[4:] for part in parts]
+        assert sum(map(len, later)) == 8 * WINDOW_LEAST - second
+        assert min(part.start for part in later) == second
+        assert streams.most_at_once == 4
+
+    run(body)
+
+
+def test_what_no_range_can_bring_is_left_to_reads() -> None:
+    async def body() -> None:
+        streams = FakeStreams()
+        await prefetched(RUNS, streams, bare=[HIGH])
+        assert streams.asked == [(LOW, [range(WINDOW_LEAST)])]
+
+    run(body)
+
+
+def test_a_failure_ends_a_prefetch_and_no_profile_is_none() -> None:
+    async def body() -> None:
+        streams = FakeStreams(dead=[HIGH])
+        await prefetched([Run(1, 0, 100 * WINDOW_LEAST)], streams)
+        assert len(streams.asked) == 2
+        await prefetched([], streams)
+        assert len(streams.asked) == 2
+
+    run(body)
