@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsfs.model.mounts import MountRecord
+from mount_records import mount_record
 from nsfs.model.namespaces import plan_drop, plan_holdings
 from nsfs.model.policy import Domain, Isolation
 from nsfs.model.snapshot import Kind, Record
+
+if TYPE_CHECKING:
+    from nsfs.model.mounts import MountRecord
 
 
 def snapshot(
@@ -26,21 +31,8 @@ def snapshot(
 
 
 def mount(namespace: str, domain: str) -> MountRecord:
-    return MountRecord(
-        id=f"{namespace}-{domain}",
-        target=f"/mnt/{namespace}",
-        reference="r",
-        digest="d",
-        namespace=namespace,
-        domain=domain,
-        transient=domain.startswith("pod/"),
-        driver="erofs",
-        writable=False,
-        files=0,
-        size=0,
-        maps=[],
-        suffix="",
-    )
+    where = {"target": f"/mnt/{namespace}", "namespace": namespace, "domain": domain}
+    return mount_record(**where, transient=domain.startswith("pod/"))
 
 
 def test_everything_is_somebodys() -> None:

@@ -6,6 +6,7 @@ import lmdb
 import msgspec
 import pytest
 
+from mount_records import mount_record
 from nsfs.errors import CorruptError, NoSpaceError, UnsupportedError
 from nsfs.model.mounts import MountRecord
 from nsfs.model.report import Cost
@@ -14,21 +15,7 @@ from nsfs.store.meta import FORMAT, open_meta
 
 
 def record(number: int) -> MountRecord:
-    return MountRecord(
-        id=f"{number:x}",
-        target=f"/mnt/{number}",
-        reference="r",
-        digest="d",
-        namespace="n",
-        domain="shared",
-        transient=False,
-        driver="erofs",
-        writable=False,
-        files=1,
-        size=1,
-        maps=[],
-        suffix="",
-    )
+    return mount_record(id=f"{number:x}", target=f"/mnt/{number}")
 
 
 def write(path: Path, database: bytes, key: bytes, value: bytes) -> None:

@@ -8,6 +8,7 @@ import trio
 import trio.testing
 from msgspec import Struct
 
+from mount_records import mount_record
 from nsfs.core import worker_api
 from nsfs.core.cache import Cache
 from nsfs.core.scopes import Scopes
@@ -28,21 +29,7 @@ T = TypeVar("T")
 
 
 def record(number: int, domain: str) -> MountRecord:
-    return MountRecord(
-        id=f"m{number}",
-        target=f"/mnt/{number}",
-        reference="registry/image:tag",
-        digest="sha256:0",
-        namespace="default",
-        domain=domain,
-        transient=False,
-        driver="erofs",
-        writable=False,
-        files=3,
-        size=30,
-        maps=[f"{number:032x}"],
-        suffix="",
-    )
+    return mount_record(id=f"m{number}", target=f"/mnt/{number}", domain=domain, maps=[f"{number:032x}"])
 
 
 class FakeMounts:

@@ -13,6 +13,7 @@ from msgspec import Struct
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from mount_records import mount_record
 from nsfs.core import worker_api
 from nsfs.core.cache import Room
 from nsfs.errors import CorruptError, UnreachableError, UsageError
@@ -30,26 +31,13 @@ T = TypeVar("T")
 
 
 def status(**fields: Any) -> worker_api.WorkerStatus:
-    idle = worker_api.WorkerStatus(layers=1, local=0, fetched=0, waiting=0, state="ready")
+    idle = worker_api.WorkerStatus(layers=1, local=0, fetched=0, state="ready")
     return msgspec.structs.replace(idle, **fields)
 
 
 def mount(number: int, domain: str, driver: str = "erofs") -> MountRecord:
-    return MountRecord(
-        id=f"m{number}",
-        target=f"/mnt/{number}",
-        reference="registry.example/secret:tag",
-        digest="sha256:0",
-        namespace="team",
-        domain=domain,
-        transient=False,
-        driver=driver,
-        writable=False,
-        files=3,
-        size=30,
-        maps=[],
-        suffix="",
-    )
+    about = {"reference": "registry.example/secret:tag", "namespace": "team"}
+    return mount_record(id=f"m{number}", target=f"/mnt/{number}", domain=domain, driver=driver, **about)
 
 
 def snapshot(number: int, kind: Kind) -> Record:

@@ -13,6 +13,7 @@ from nsfs.core.fetchview import View
 from nsfs.core.recording import Recording
 from nsfs.core.runway import Priority
 from nsfs.core.views import Views, map_of
+from nsfs.core.worker_api import Waits
 from nsfs.errors import NotFoundError, NsfsError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.pool import Access, LayerKey, LayerRecord, MapRecord
@@ -306,9 +307,9 @@ def test_state_is_of_who_waits_longest_and_of_nobody_who_just_began() -> None:
         Waiting(name(2), 0, 1, 5, "bytes 0 to 4 of a blob"),
         Waiting(f"look/{name(2)}", 0, 1, 7, "the pool"),
     )
-    assert site.views.waits(None) == (3, 7, "the pool")
-    assert site.views.waits({name(1)}) == (1, 0.5, "its turn")
-    assert site.views.waits({name(3)}) == (0, 0, "")
+    assert site.views.waits(None) == Waits(waiting=3, longest=7, reason="the pool")
+    assert site.views.waits({name(1)}) == Waits(waiting=1, longest=0.5, reason="its turn")
+    assert site.views.waits({name(3)}) == Waits()
     assert site.views.state({name(1)}) == "ready"
     assert site.views.state(None) == "2 reads wait, the longest for 7 s, for the pool"
     assert site.views.state({name(2), name(3)}) == site.views.state(None)

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
+import msgspec
 import trio
 
 from nsfs.core import worker_api
@@ -243,12 +244,10 @@ class Domain:
             layers=len(records),
             local=self._views.local_bytes([record.key for record in records]) if params.measured else 0,
             fetched=self._blobs.fetched.total(),
-            waiting=waits.reads,
             state=self._views.state(None),
-            longest=waits.longest,
-            reason=waits.reason,
             bugs=health.bugs,
             unkept=health.unkept,
+            **msgspec.structs.asdict(waits),
         )
 
     async def _show_views(self, params: worker_api.Views, _report: Report) -> worker_api.Empty:

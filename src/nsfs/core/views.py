@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
+import msgspec
 import trio
 
 from nsfs.core import landing
@@ -18,7 +19,7 @@ from nsfs.core.fetchplan import Table, join_blocks, subtract
 from nsfs.core.fetchview import LayerSource, View
 from nsfs.core.refill import refill
 from nsfs.core.runway import Priority
-from nsfs.core.worker_api import UsageReport
+from nsfs.core.worker_api import UsageReport, Waits
 from nsfs.errors import NotFoundError, UnreachableError
 from nsfs.model.policy import Patience, ViewName, parse_view_name, view_name
 from nsfs.model.pool import Access
@@ -79,16 +80,6 @@ class _Open(NamedTuple):
     patience: float | None
     map_id: str
     recording: Recording | None
-
-
-class Waits(NamedTuple):
-    """Reads that wait now."""
-
-    reads: int
-    longest: float
-    """Seconds that the first of them has waited."""
-    reason: str
-    """For what."""
 
 
 class Views:
@@ -187,9 +178,7 @@ class Views:
             local=self.local_bytes([record.key for record in records]),
             fetched=sum(self._blobs.fetched[blob] for blob in {record.blob for record in records}),
             state=self.state(set(maps)),
-            waiting=waits.reads,
-            longest=waits.longest,
-            reason=waits.reason,
+            **msgspec.structs.asdict(waits),
         )
 
     def waits(self, maps: Collection[str] | None, *, beyond: float = 0.0) -> Waits:
@@ -200,16 +189,16 @@ class Views:
             if each.seconds >= beyond and (maps is None or map_of(each.view) in maps)
         ]
         if not waiting:
-            return Waits(0, 0.0, "")
+            return Waits()
         longest = max(waiting, key=lambda each: each.seconds)
-        return Waits(len(waiting), longest.seconds, longest.reason)
+        return Waits(waiting=len(waiting), longest=longest.seconds, reason=longest.reason)
 
     def state(self, maps: Collection[str] | None) -> str:
         """What readers of these maps (None: of any) wait for longest; "ready" where nobody waits for a second."""
         waits = self.waits(maps, beyond=_NOTEWORTHY)
-        if not waits.reads:
+        if not waits.waiting:
             return "ready"
-        return f"{waits.reads} reads wait, the longest for {waits.longest:.0f} s, for {waits.reason}"
+        return f"{waits.waiting} reads wait, the longest for {waits.longest:.0f} s, for {waits.reason}"
 
     def _view(self, name: str) -> _Open:
         found = self._views.get(name)

@@ -100,18 +100,26 @@ class Usage(Struct, kw_only=True):
     maps: list[str]
 
 
-class UsageReport(Struct, kw_only=True):
-    """Bytes of the maps' contents in the pool, and fetched over the network for their blobs; who waits."""
+class Waits(Struct, kw_only=True):
+    """Reads that wait for the network now."""
 
-    local: int
-    fetched: int
-    state: str
     waiting: int = 0
-    """Reads that wait now."""
+    """How many."""
     longest: float = 0.0
     """Seconds that the first of them has waited."""
     reason: str = ""
     """For what."""
+
+
+class UsageReport(Waits, kw_only=True):
+    """What is local of some maps, and what that cost."""
+
+    local: int
+    """Bytes of their contents in the pool."""
+    fetched: int
+    """Bytes fetched over the network for their blobs, for whichever map, since the domain's worker started."""
+    state: str
+    """ready, or what their readers wait for."""
 
 
 def render_mount(info: Mapping[str, str | int | bool], usage: UsageReport) -> bytes:
@@ -127,20 +135,15 @@ class StatusRequest(Struct, kw_only=True):
     """Say how many bytes are local, too, which takes a look at every file."""
 
 
-class WorkerStatus(Struct, kw_only=True):
+class WorkerStatus(Waits, kw_only=True):
     """A domain's figures."""
 
     layers: int
     local: int
     fetched: int
-    waiting: int
     state: str
-    longest: float = 0.0
-    """Seconds that the first of the reads that wait has waited."""
-    reason: str = ""
-    """For what."""
     bugs: int = 0
-    """Since the worker started."""
+    """That its log tells of since the worker started."""
     unkept: str = ""
     """Why what is fetched is not kept; empty where it is."""
 

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
+from nsfs.core.worker_api import UsageReport, WorkerStatus
 from nsfs.model.cache import CachedImage  # noqa: TC001  msgspec looks it up when it decodes
 from nsfs.model.report import Cost, Data, EntryReport, ImageReport, Item, Note, Progress
 
@@ -132,8 +133,8 @@ class UpgradeReport(Struct, kw_only=True):
     build: str
 
 
-class MountReport(Struct, kw_only=True):
-    """One manual mount as `nsfs status` shows it."""
+class MountReport(UsageReport, kw_only=True):
+    """One manual mount as `nsfs status` shows it, with what is local of its image."""
 
     id: str
     target: str
@@ -146,18 +147,6 @@ class MountReport(Struct, kw_only=True):
     files: int
     size: int
     """Uncompressed bytes of the image's regular files."""
-    local: int
-    """Bytes of them in the pool."""
-    fetched: int
-    """Bytes fetched over the network for its layers, for whichever mount, since the domain's worker started."""
-    state: str
-    """ready, or what it waits for."""
-    waiting: int = 0
-    """Reads that wait for the network now."""
-    longest: float = 0.0
-    """Seconds that the first of them has waited."""
-    reason: str = ""
-    """For what."""
 
 
 class PoolsReport(Struct, kw_only=True):
@@ -173,24 +162,12 @@ class PoolsReport(Struct, kw_only=True):
     """ready, or what is short."""
 
 
-class DomainReport(Struct, kw_only=True):
+class DomainReport(WorkerStatus, kw_only=True):
     """One domain."""
 
     name: str
     pid: int
     """Of its worker; 0 if none runs."""
-    layers: int
-    local: int
-    fetched: int
-    waiting: int
-    """Reads that wait for the network now."""
-    state: str
-    longest: float = 0.0
-    """Seconds that the first of them has waited."""
-    reason: str = ""
-    """For what."""
-    unkept: str = ""
-    """Why it does not keep what it fetches; empty where it does."""
 
 
 class StatusReport(Struct, kw_only=True):

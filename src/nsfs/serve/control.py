@@ -10,6 +10,8 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+
 from nsfs import __version__
 from nsfs.core import worker_api
 from nsfs.core.manual import ManualMounts, Wish
@@ -251,12 +253,7 @@ class Control:
             writable=record.writable,
             files=record.files,
             size=record.size,
-            local=usage.local,
-            fetched=usage.fetched,
-            state=usage.state,
-            waiting=usage.waiting,
-            longest=usage.longest,
-            reason=usage.reason,
+            **msgspec.structs.asdict(usage),
         )
 
     async def domain_report(self, name: str, pid: int) -> api.DomainReport:
@@ -264,16 +261,5 @@ class Control:
         try:
             status = await self._supervisor.ask_now(name, "Status", worker_api.StatusRequest(), worker_api.WorkerStatus)
         except NsfsError as error:
-            status = worker_api.WorkerStatus(layers=0, local=0, fetched=0, waiting=0, state=str(error))
-        return api.DomainReport(
-            name=name,
-            pid=pid,
-            layers=status.layers,
-            local=status.local,
-            fetched=status.fetched,
-            waiting=status.waiting,
-            state=status.state,
-            longest=status.longest,
-            reason=status.reason,
-            unkept=status.unkept,
-        )
+            status = worker_api.WorkerStatus(layers=0, local=0, fetched=0, state=str(error))
+        return api.DomainReport(name=name, pid=pid, **msgspec.structs.asdict(status))
