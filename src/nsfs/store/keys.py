@@ -77,7 +77,7 @@ class Keys:
         self._host_key = host_key
 
     def load(self, domain: str) -> DomainKey | None:
-        """The key of a domain that has one; raises DeniedError, CorruptError where it is not to be had."""
+        """The key of a domain that has one; raises DeniedError, CorruptError, UnsupportedError."""
         path = self._layout.key(domain)
         try:
             with open(path, "rb") as file:
@@ -129,11 +129,16 @@ class Keys:
         return _HEADER.pack(_MAGIC, VERSION, 1) + aes_key_wrap(_wrapping_key(self._host_key, domain), key.secret)
 
     def _unpack(self, domain: str, data: bytes) -> tuple[bytes, bool]:
-        if len(data) != _FILE or data[:8] != _MAGIC:
+        if len(data) < _HEADER.size or data[:8] != _MAGIC:
             raise CorruptError(f"the key of domain {domain} is damaged")
         _, version, wrapped = _HEADER.unpack_from(data)
         if version > VERSION:
-            raise UnsupportedError(f"the key of domain {domain} has a newer format: {version}")
+            raise UnsupportedError(
+                f"the key of domain {domain} has a newer format: {self._layout.key(domain)}: {version}",
+                hint=f"this nsfs reads format {VERSION}; use the release that wrote it",
+            )
+        if len(data) != _FILE:
+            raise CorruptError(f"the key of domain {domain} is damaged")
         if wrapped:
             return self._unwrap(domain, data[_HEADER.size : _HEADER.size + _WRAPPED]), True
         return data[_HEADER.size : _HEADER.size + KEY_SIZE], False
