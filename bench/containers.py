@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from bench import estargz, images
 from bench.harness import Bench, Figure, say, seconds
-from bench.shaper import run_line
 from containerd import NEWER
 from nodes import Node, run_node
+from nsfs.bench.line import Shape, run_line
 from registry import push_layout
 from snapshots_api import Backend
 
@@ -117,7 +117,7 @@ def _measure_first_output(bench: Bench, image: images.Built) -> None:
     say(f"  {image.recipe.name}: {image.size >> 20} MiB in {len(image.layers)} layers, over {_MBIT:.0f} Mbit/s")
     seen: dict[str, list[float]] = {}
     theirs: list[float] = []
-    with run_line(bench.registry.host, mbit=_MBIT, round_trip_ms=_ROUND_TRIP_MS) as line:
+    with run_line(bench.registry.host, Shape(_MBIT * 1e6 / 8, _ROUND_TRIP_MS / 1000)) as line:
         for _ in range(min(3, bench.samples)):
             for kind in ("plain", "estargz"):
                 for what, took in _our_first_outputs(bench, f"{line.host}/{kind}:latest"):

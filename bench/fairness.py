@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from bench import stacks
 from bench.harness import Bench, Figure
-from bench.shaper import run_line
 from images import Image, file, write_oci_layout
+from nsfs.bench.line import Shape, run_line
 from nsfs_daemon import run_daemon
 from registry import push_layout
 from users import estargz_layer, noise
@@ -79,7 +79,7 @@ def _measure_hits(bench: Bench, daemon: Daemon, scratch: str) -> None:
 
 
 def _measure_misses(bench: Bench, daemon: Daemon, scratch: str) -> None:
-    with run_line(bench.registry.host, mbit=_MBIT, round_trip_ms=_ROUND_TRIP_MS) as line:
+    with run_line(bench.registry.host, Shape(_MBIT * 1e6 / 8, _ROUND_TRIP_MS / 1000)) as line:
         names = {"meek": f"{bench.registry.host}/meek", "greedy": f"{line.host}/greedy"}
 
         def forget() -> None:

@@ -127,13 +127,6 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def drop_caches() -> None:
-    """Write everything out, then forget pages, dentries and inodes."""
-    os.sync()
-    with open("/proc/sys/vm/drop_caches", "w") as file:
-        file.write("3")
-
-
 def touch_program() -> str:
     """The compiled touch.c."""
     source = os.path.join(os.path.dirname(__file__), "touch.c")

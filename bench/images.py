@@ -50,6 +50,8 @@ class Recipe:
     steps: tuple[Step, ...]
     command: tuple[str, ...]
     """Its first useful work, inside the image; prints one line."""
+    ready: str = ""
+    """What a service says when it serves; empty for what ends by itself."""
 
 
 def _install(*packages: str) -> Step:
@@ -122,7 +124,84 @@ JDK = Recipe(
     ),
     ("java", "-version"),
 )
-RECIPES = {recipe.name: recipe for recipe in (DEMO, PYTHON, SCIPY, JDK)}
+
+_NO_SERVICES = Step(
+    r"""
+    printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
+    chmod 0755 /usr/sbin/policy-rc.d
+    mkdir -p /etc/postgresql-common
+    echo 'create_main_cluster = false' > /etc/postgresql-common/createcluster.conf
+    """
+)
+"""What is installed above starts nothing, now or later."""
+
+_TEX = """
+    base latex-base latex-recommended latex-extra fonts-recommended fonts-extra luatex pictures science publishers music
+    games lang-japanese lang-chinese lang-korean lang-greek lang-cyrillic lang-arabic
+"""
+
+
+def _shell(script: str) -> tuple[str, ...]:
+    return ("sh", "-c", script)
+
+
+NUMPY = replace(PYTHON, name="numpy", command=("python3", "-c", "import numpy; print(numpy.arange(9).sum())"))
+HELLO_JAVA = replace(
+    JDK,
+    name="java",
+    command=_shell(
+        "echo 'class Hello { public static void main(String[] a) { System.out.println(42); } }' > /tmp/Hello.java"
+        " && exec java /tmp/Hello.java"
+    ),
+)
+NODE = Recipe("node", (_install("nodejs"),), ("node", "-e", "console.log(require('crypto').randomUUID().length)"))
+GCC = Recipe(
+    "gcc",
+    (_install("gcc", "libc6-dev"),),
+    _shell(
+        "printf '#include <stdio.h>\\nint main(void) { return puts(\"hello\") < 0; }' > /tmp/hello.c"
+        " && gcc -O2 -o /tmp/hello /tmp/hello.c && exec /tmp/hello"
+    ),
+)
+NGINX = Recipe(
+    "nginx",
+    (_NO_SERVICES, _install("nginx")),
+    ("nginx", "-g", "daemon off; error_log /dev/stderr notice;"),
+    ready="start worker process ",
+)
+POSTGRES = Recipe(
+    "postgres",
+    (_NO_SERVICES, _install("postgresql-15")),
+    (
+        "setpriv",
+        "--reuid=postgres",
+        "--regid=postgres",
+        "--init-groups",
+        *_shell("cd /usr/lib/postgresql/15/bin && ./initdb -D /tmp/data && exec ./postgres -D /tmp/data -k /tmp"),
+    ),
+    ready="ready to accept connections",
+)
+REDIS = Recipe(
+    "redis",
+    (_NO_SERVICES, _install("redis-server")),
+    ("redis-server", "--save", ""),
+    ready="Ready to accept connections",
+)
+TEX = Recipe(
+    "tex",
+    (_install(*(f"texlive-{name}" for name in _TEX.split()), "lmodern", "fonts-noto-cjk"),),
+    _shell(
+        "cd /tmp && printf '%s' '\\documentclass{article}\\usepackage{amsmath}'"
+        " '\\begin{document}$x^2$\\end{document}' > x.tex"
+        " && pdflatex x.tex > log && tail -n 1 log"
+    ),
+)
+"""More than 1 GiB, of which little is used."""
+
+SET = (NUMPY, NODE, NGINX, POSTGRES, GCC, HELLO_JAVA, REDIS, TEX)
+"""What people run, as its first useful work goes."""
+
+RECIPES = {recipe.name: recipe for recipe in (DEMO, PYTHON, SCIPY, JDK, *SET)}
 
 
 @dataclass(frozen=True, slots=True)

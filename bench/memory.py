@@ -17,8 +17,9 @@ import time
 from typing import TYPE_CHECKING
 
 from bench import images, stacks
-from bench.harness import Bench, Figure, drop_caches, say
+from bench.harness import Bench, Figure, say
 from bench.metadata import views
+from nsfs.bench.pages import drop_caches
 from nsfs_daemon import Daemon, run_daemon
 from registry import push_layout
 

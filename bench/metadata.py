@@ -10,7 +10,8 @@ import subprocess
 from typing import TYPE_CHECKING
 
 from bench import images, stacks
-from bench.harness import Bench, Figure, drop_caches, list_files, say, seconds, touch
+from bench.harness import Bench, Figure, list_files, say, seconds, touch
+from nsfs.bench.pages import drop_caches
 from nsfs_daemon import Daemon, run_daemon
 from registry import push_layout
 

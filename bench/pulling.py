@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from bench import images
 from bench.containerd import Containerd, run_containerd
 from bench.harness import Bench, Figure, say, seconds
-from bench.shaper import run_line
+from nsfs.bench.line import Shape, run_line
 from nsfs_daemon import run_daemon
 from registry import push_layout
 
@@ -91,7 +91,7 @@ def _measure_over_a_line(bench: Bench, server: Containerd, scratch: str, image: 
     """As multiples of what the line itself takes: all compressed bytes, and six round trips."""
     limit = image.size * 8 / _MBIT / 1e6 + _ROUND_TRIPS * _ROUND_TRIP_MS / 1000
     with contextlib.ExitStack() as stack:
-        line = stack.enter_context(run_line(bench.registry.host, mbit=_MBIT, round_trip_ms=_ROUND_TRIP_MS))
+        line = stack.enter_context(run_line(bench.registry.host, Shape(_MBIT * 1e6 / 8, _ROUND_TRIP_MS / 1000)))
         reference = f"{line.host}/{image.recipe.name}:latest"
         theirs = [_their_pull(server, reference) / limit]
         ours = [_our_pull(scratch, reference) / limit for _ in range(min(2, bench.samples))]

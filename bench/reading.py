@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from bench import stacks
-from bench.harness import Bench, Figure, drop_caches, touch
+from bench.harness import Bench, Figure, touch
+from nsfs.bench.pages import drop_caches
 from nsfs.store.crypt import SALT_SIZE, DomainKey
 from nsfs.store.index import FIRST_ADDRESS
 from nsfs.store.layout import DomainLayout

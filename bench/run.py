@@ -21,7 +21,7 @@ from bench import REPOSITORY, plot
 from bench.apart import run_apart
 from bench.harness import Bench, open_bench, say
 
-GROUPS = ("metadata", "reading", "pulling", "containers", "memory", "maps", "namespaces", "fairness")
+GROUPS = ("metadata", "reading", "pulling", "containers", "memory", "maps", "namespaces", "fairness", "starts")
 
 
 @click.command()

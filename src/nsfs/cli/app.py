@@ -40,6 +40,7 @@ _COMMANDS = {
     "status": "nsfs.cli.images",
     "ns": "nsfs.cli.namespaces",
     "policy": "nsfs.cli.policy",
+    "bench": "nsfs.cli.bench",
     "login": "nsfs.cli.accounts",
     "logout": "nsfs.cli.accounts",
     "serve": "nsfs.cli.host",

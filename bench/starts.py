@@ -1,0 +1,101 @@
+"""From nothing to the first output of real programs over a slow line: `nsfs bench` over a set of images.
+
+Owns a private containerd, whose pull is the eager way. Samples of an interrupted run stay in bench/results/starts and
+are gone on with; once all are there, the report and the pictures are what is left. STARTS names images of the set, by
+commas; BENCH=full takes as many samples as the other groups do, otherwise there are at most three.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from bench import REPOSITORY, images
+from bench.containerd import run_containerd
+from bench.harness import Bench, Figure, say
+from nsfs.bench.journal import NAME
+from nsfs.bench.line import Shape
+from nsfs.bench.model import Way
+from nsfs.bench.picture import draw
+from nsfs.bench.run import measure as measure_starts
+from nsfs.bench.stage import Wish
+from nsfs.cli.render import render_json
+from nsfs.serve.config import load_system_config
+from registry import push_layout
+
+if TYPE_CHECKING:
+    from nsfs.bench.model import Report
+
+_LINE = Shape(12.5e6, 0.03)
+_SOONER = {Way.FIRST: None, Way.INDEXED: 3.0}
+"""Times sooner than eager; None has no goal of its own."""
+_EQUAL = 1 / 1.05
+"""What is no loss."""
+_EQUAL_RUNS = ((Way.LOCAL, Way.OVERLAY, "overlayfs"), (Way.FIRST, Way.EAGER, "after an eager pull"))
+"""Runs, whose they are held against, and that one's name."""
+_TIMEOUT = 120.0
+
+
+def measure(bench: Bench) -> None:
+    """All figures of this group."""
+    names = os.environ.get("STARTS", "").split(",") if os.environ.get("STARTS") else [each.name for each in images.SET]
+    samples = bench.samples if os.environ.get("BENCH") == "full" else min(3, bench.samples)
+    with run_containerd(bench.scratch("containerd")) as containerd:
+        for name in names:
+            image = images.build(images.RECIPES[name])
+            push_layout(image.layout, bench.registry, name)
+            _report(bench, name, _measure(bench, image, samples, containerd.server.socket))
+
+
+def _measure(bench: Bench, image: images.Built, samples: int, socket: str) -> Report:
+    name = image.recipe.name
+    output = f"{REPOSITORY}/bench/results/starts/{name}"
+    wish = Wish(
+        reference=f"{bench.registry.host}/{name}:latest",
+        words=image.recipe.command,
+        wait_for=image.recipe.ready,
+        shape=_LINE,
+        samples=samples,
+        seed=None,
+        directory=bench.scratch(name),
+        output=output,
+        containerd=socket,
+        timeout=_TIMEOUT,
+    )
+    report = measure_starts(wish, load_system_config(), lambda text: say(f"  {name}: {text}"))
+    draw(report, output)
+    with open(f"{output}/report.json", "w") as file:
+        file.write(render_json(report) + "\n")
+    os.remove(f"{output}/{NAME}")
+    return report
+
+
+def _report(bench: Bench, name: str, report: Report) -> None:
+    if report.limit is not None:
+        say(f"  {name}: limit {report.limit.seconds:.2f} s, {report.limit.compressed / 1e6:.2f} MB compressed touched")
+    eager = _seconds(report, Way.EAGER)
+    for way, goal in _SOONER.items():
+        ours = _seconds(report, way)
+        bench.add(_figure(f"{name}: first output, {way}", ours, eager, report.plan.baseline, goal))
+    for way, theirs, whose in _EQUAL_RUNS:
+        bench.add(_figure(f"{name}: run, {way}", _runs(report, way), _runs(report, theirs), whose, _EQUAL))
+
+
+def _figure(name: str, ours: list[float], theirs: list[float], whose: str, goal: float | None) -> Figure:
+    return Figure(
+        name=name,
+        unit="s",
+        samples=ours,
+        baseline=theirs,
+        baseline_name=whose,
+        higher_is_better=False,
+        goal=goal,
+    )
+
+
+def _seconds(report: Report, way: Way) -> list[float]:
+    return [sample.seconds for sample in report.samples if sample.way == way]
+
+
+def _runs(report: Report, way: Way) -> list[float]:
+    return [sample.phases["run"] for sample in report.samples if sample.way == way]

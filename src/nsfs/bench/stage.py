@@ -1,0 +1,172 @@
+"""What all samples of a bench share: the line, daemons of its own, containerd, a scratch directory.
+
+Owns them: all of it is gone when the block of `open_stage` ends, whatever interrupted it, with every mount below the
+scratch directory. One daemon has all of the image, one has its index alone and is there only where a way needs it; a
+start by a node that has never seen the image has a third. Blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from nsfs.bench.command import Command, with_config
+from nsfs.bench.eager import Containerd, copy_layers, open_containerd
+from nsfs.bench.line import FREE, Line, Shape, run_line
+from nsfs.bench.model import WAYS, Way
+from nsfs.bench.node import Node, run_node
+from nsfs.bench.roots import NAMESPACE, CopiedRoot, LazyRoot, PulledRoot, StackedRoot
+from nsfs.remote.hosts import is_loopback
+from nsfs.remote.reference import Reference, parse_reference
+from nsfs.serve.mounts import load_mounts, unmount
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from nsfs.bench.roots import Root
+    from nsfs.model.report import ImageReport
+    from nsfs.serve.config import Config
+
+_INDEX_ALONE = {Way.INDEXED}
+"""Ways that begin on a node that has the index and no contents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a user asked for."""
+
+    reference: str
+    words: tuple[str, ...]
+    """Of the command; empty for the image's own."""
+    wait_for: str
+    shape: Shape
+    ways: Sequence[str] = WAYS
+    samples: int
+    seed: int | None
+    directory: str
+    """Scratch space, on the filesystem to compare."""
+    output: str
+    containerd: str
+    """Socket; one that nobody answers at is none."""
+    timeout: float
+    """Seconds that a command may take to be up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """All of it."""
+
+    wish: Wish
+    config: Config
+    line: Line
+    image: ImageReport
+    named: str
+    """The image, by digest, over the line."""
+    environment: Mapping[str, str]
+    directory: str
+    command: Command
+    containerd: Containerd | None
+    local: Node
+    indexed: Node | None
+    stacks: list[StackedRoot] = field(default_factory=list)
+    """The one that `overlay` shows, once it was made."""
+
+    @property
+    def target(self) -> str:
+        """Where roots are shown."""
+        return f"{self.directory}/mnt"
+
+    def make_ready(self) -> None:
+        """Have, over a free line, a node with all of the image and, as ways need them, one with its index, a stack."""
+        self.line.shape = FREE
+        for node in (self.local, self.indexed):
+            if node is not None:
+                node.index(self.named, NAMESPACE)
+        self.local.complete(self.named, NAMESPACE)
+        if Way.OVERLAY in self.wish.ways:
+            self.stacks.append(self._stack())
+
+    def _stack(self) -> StackedRoot:
+        directory = f"{self.directory}/stack"
+        if self.containerd is not None:
+            return StackedRoot(copy_layers(self.containerd, self.named, directory))
+        copied = CopiedRoot(LazyRoot(self.local, self.named), directory)
+        copied.prepare()
+        copied.index()
+        return StackedRoot(copied.stack())
+
+    @contextlib.contextmanager
+    def open_root(self, way: str) -> Iterator[Root]:
+        """What the way begins with."""
+        if way == Way.LOCAL:
+            yield LazyRoot(self.local, self.named)
+        elif way == Way.INDEXED:
+            assert self.indexed is not None
+            yield LazyRoot(self.indexed, self.named, evicted=True)
+        elif way == Way.OVERLAY:
+            yield self.stacks[0]
+        elif way == Way.EAGER and self.containerd is not None:
+            yield PulledRoot(self.containerd, self.named)
+        else:
+            with self._open_fresh() as fresh:
+                yield fresh if way == Way.FIRST else CopiedRoot(fresh, f"{self.directory}/copy")
+
+    @contextlib.contextmanager
+    def _open_fresh(self) -> Iterator[LazyRoot]:
+        """By a node that has never seen anything."""
+        directory = f"{self.directory}/fresh"
+        try:
+            with run_node(directory, self.config, self.environment) as node:
+                yield LazyRoot(node, self.named)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def open_stage(wish: Wish, config: Config, say: Callable[[str], None]) -> Iterator[Stage]:
+    """Everything but what `make_ready` brings about; raises NsfsError where the image is not to be had."""
+    parsed = parse_reference(wish.reference)
+    assert isinstance(parsed, Reference)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(_open_scratch(wish.directory))
+        direct = is_loopback(parsed.registry)
+        line = stack.enter_context(run_line(parsed.registry if direct else None))
+        environment = {} if direct else _proxy(line)
+        containerd = stack.enter_context(
+            open_containerd(
+                wish.containerd, plain_http=direct, hosts=config.registry.config_path, environment=environment
+            )
+        )
+        local = stack.enter_context(run_node(f"{directory}/local", config, environment))
+        indexed = None
+        if _INDEX_ALONE.intersection(wish.ways):
+            indexed = stack.enter_context(run_node(f"{directory}/indexed", config, environment))
+        over = replace(parsed, registry=line.host) if direct else parsed
+        say(f"asking for {wish.reference}")
+        image = local.resolve(str(over), NAMESPACE)
+        named = f"{over.registry}/{over.repository}@{image.digest}"
+        command = with_config(wish.words, wish.wait_for, image.config)
+        yield Stage(wish, config, line, image, named, environment, directory, command, containerd, local, indexed)
+
+
+@contextlib.contextmanager
+def _open_scratch(parent: str) -> Iterator[str]:
+    """A directory that is gone at the end, with whatever an interrupted start left mounted below it."""
+    with tempfile.TemporaryDirectory(prefix="nsfs-bench-", dir=parent) as directory:
+        os.makedirs(f"{directory}/mnt")
+        try:
+            yield directory
+        finally:
+            for mount in reversed(load_mounts()):
+                if mount.target.startswith(f"{directory}/"):
+                    unmount(mount.target, detach=True)
+
+
+def _proxy(line: Line) -> dict[str, str]:
+    """Have clients of TLS use the line, wherever they go."""
+    proxy = f"http://{line.host}"
+    return {"HTTPS_PROXY": proxy, "https_proxy": proxy, "NO_PROXY": "", "no_proxy": ""}
