@@ -162,20 +162,22 @@ def run_node(
     pause: str = "",
     classes: str = "",
     plugins: Sequence[str] = (),
+    more: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Node]:
     """Start both below `directory`, which becomes a shared mount meanwhile.
 
     `pause` is the image that pods' sandboxes are made of, where `cri` is to run any, and `classes` what its
-    configuration says of runtime classes; `plugins` are further names of the snapshotter.
+    configuration says of runtime classes; `plugins` are further names of the snapshotter, and `more` is what else goes
+    into containerd's own configuration.
     """
     named = "".join(_PLUGIN[release].format(name=name) for name in plugins)
-    more = {"config": named, "cri": _SANDBOXES[release].format(pause=pause) + classes if pause else ""}
+    added = {"config": named, "cri": _SANDBOXES[release].format(pause=pause) + classes if pause else ""}
     names = ("config", "cri") if cri else ("config",)
     version = 2 if release == INSTALLED else 3
     with shared_directory(directory), run_daemon(f"{directory}/nsfs", settings) as daemon:
-        imports = [write_snippet(directory, f"{name}-v{version}.toml", daemon.socket, more[name]) for name in names]
-        with run_containerd(f"{directory}/containerd", release=release, imports=imports, cri=cri) as server:
+        imports = [write_snippet(directory, f"{name}-v{version}.toml", daemon.socket, added[name]) for name in names]
+        with run_containerd(f"{directory}/containerd", release=release, imports=imports, cri=cri, more=more) as server:
             yield Node(daemon, server)
 
 

@@ -2,8 +2,9 @@
 
 A layer that was answered for while it was pending, and then fenced off, has left its mark in containerd: a snapshot
 under the chain ID that its image claims, which every later pull of that chain in the namespace would find and use. So
-the image's records are deleted there, and the snapshots from the highest that stands on the layer down to the layer's
-own. What a container still holds cannot go: it is tried again, with growing pauses, until it can.
+the image's records are deleted there, its garbage is collected, and the snapshots are removed that are left, from the
+highest that stands on the layer down to the layer's own. What a container still holds cannot go: it is tried again,
+with growing pauses, until it can.
 
 Owns nothing: what containerd removes, its garbage collection tells us to remove. Refuses nothing; a containerd that
 cannot be reached is asked again.
@@ -45,7 +46,12 @@ class Runtime(Protocol):
         """Delete `name`, and what else stands for the same, if that is or lists `manifest`; how many that were."""
 
     async def remove_snapshots(self, namespace: str, snapshotter: str, keys: Sequence[str]) -> None:
-        """Remove those that are there, in order; raises BusyError where something stands on one."""
+        """Collect garbage, and remove those that are left, in order; raises BusyError where something stands on one.
+
+        Garbage first: what a failed start left stands on a layer, and once containerd has collected a snapshot it still
+        counts it as a child of its parent, which then goes by a collection alone (1.6 and 2.1; seen with `ctr leases
+        delete --sync`, then `ctr snapshots rm`).
+        """
 
 
 class Recall:

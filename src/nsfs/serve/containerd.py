@@ -104,16 +104,25 @@ class Containerd:
     @asynccontextmanager
     async def lease(self) -> AsyncIterator[None]:
         """Keep what is made meanwhile from garbage collection; at the end, what nothing refers to may go."""
-        name = f"nsfs-pull-{secrets.token_hex(8)}"
-        expires = (datetime.now(UTC) + _LEASE_LIFE).isoformat(timespec="seconds")
-        request = leases_pb2.CreateRequest(id=name, labels={"containerd.io/gc.expire": expires})
-        await self._call("leases.v1.Leases/Create", request, leases_pb2.CreateResponse)
+        name = await self._create_lease("nsfs-pull")
         self._metadata.append(("containerd-lease", name))
         try:
             yield
         finally:
             self._metadata.pop()
             await self._give_up("leases.v1.Leases/Delete", leases_pb2.DeleteRequest(id=name))
+
+    async def collect_garbage(self) -> None:
+        """Have containerd remove all that nothing refers to, and wait for it: what the end of a lease can ask for."""
+        name = await self._create_lease("nsfs-collect")
+        await self._call("leases.v1.Leases/Delete", leases_pb2.DeleteRequest(id=name, sync=True), Empty)
+
+    async def _create_lease(self, purpose: str) -> str:
+        name = f"{purpose}-{secrets.token_hex(8)}"
+        expires = (datetime.now(UTC) + _LEASE_LIFE).isoformat(timespec="seconds")
+        request = leases_pb2.CreateRequest(id=name, labels={"containerd.io/gc.expire": expires})
+        await self._call("leases.v1.Leases/Create", request, leases_pb2.CreateResponse)
+        return name
 
     async def labels(self, digest: Digest) -> dict[str, str] | None:
         """The labels of a blob of the content store, None if this namespace has no such blob."""
@@ -317,6 +326,7 @@ class Runtime:
     async def remove_snapshots(self, namespace: str, snapshotter: str, keys: Sequence[str]) -> None:
         """See core.recall.Runtime."""
         async with open_containerd(self._path, namespace) as containerd:
+            await containerd.collect_garbage()
             for key in keys:
                 await containerd.remove_existing(snapshotter, key)
 
