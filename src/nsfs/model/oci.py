@@ -202,15 +202,15 @@ def parse_document(document: Document) -> Manifest | ImageIndex:
     served = "" if document.media_type in _UNTYPED else document.media_type
     if served in _SCHEMA_1:
         raise _schema_1()
-    probe = _decode(document.data, _Probe, "manifest")
+    probe = decode(document.data, _Probe, "manifest")
     if probe.schema_version == 1 or probe.fs_layers is not msgspec.UNSET:
         raise _schema_1()
     media_type = _agreed_type(probe, served)
     is_index = media_type in INDEX_TYPES
     _refuse_ambiguous(probe, is_index=is_index)
     if is_index:
-        return _decode(document.data, ImageIndex, "image index")
-    return _checked_manifest(_decode(document.data, Manifest, "manifest"))
+        return decode(document.data, ImageIndex, "image index")
+    return _checked_manifest(decode(document.data, Manifest, "manifest"))
 
 
 def parse_manifest(document: Document) -> Manifest:
@@ -223,7 +223,7 @@ def parse_manifest(document: Document) -> Manifest:
 
 def parse_config(data: bytes, manifest: Manifest) -> ImageConfig:
     """Parse the configuration that `manifest` names."""
-    raw = _decode(data, _Config, "image configuration")
+    raw = decode(data, _Config, "image configuration")
     diff_ids = raw.rootfs.diff_ids if raw.rootfs and raw.rootfs.diff_ids else []
     if len(diff_ids) != len(manifest.layers):
         raise CorruptError(
@@ -309,7 +309,8 @@ class _Config(Struct):
 T = TypeVar("T")
 
 
-def _decode(data: bytes, kind: type[T], what: str) -> T:
+def decode(data: bytes, kind: type[T], what: str) -> T:
+    """JSON as `kind`, digests in it checked; raises CorruptError that says `what` is malformed."""
     try:
         return msgspec.json.decode(data, type=kind, dec_hook=_hook)
     except (msgspec.MsgspecError, NsfsError, ValueError, RecursionError) as error:

@@ -226,7 +226,7 @@ def _check(profile: Profile) -> None:
         _check_layer(layer)
     if len(runs) > MAX_RUNS or any(not _is_sound(run, len(layers)) for run in runs):
         raise CorruptError(f"a profile has too many runs, or runs that cannot be: {len(runs)}")
-    if profile.size > MAX_BYTES or _overlap(runs):
+    if profile.size > MAX_BYTES or overlap(runs):
         raise CorruptError(f"the runs of a profile overlap, or are too large: {profile.size} bytes")
     if len(profile.flaw) > _MAX_TEXT or not (math.isfinite(profile.recorded) and math.isfinite(profile.seconds)):
         raise CorruptError("a profile says of itself what cannot be")
@@ -245,7 +245,8 @@ def _is_sound(run: Run, layers: int) -> bool:
     return 0 <= run.layer < layers and run.start >= 0 < run.length and run.start + run.length <= _STREAM_LIMIT
 
 
-def _overlap(runs: list[Run]) -> bool:
+def overlap(runs: list[Run]) -> bool:
+    """Whether any byte of a stream is in two of them."""
     ordered = sorted(runs, key=lambda run: (run.layer, run.start))
     pairs = itertools.pairwise(ordered)
     return any(one.layer == other.layer and one.start + one.length > other.start for one, other in pairs)
