@@ -16,14 +16,25 @@ from typing import TYPE_CHECKING, Final
 
 from nsfs.core import firstpass
 from nsfs.core.jobs import run_job
-from nsfs.core.layers import LayerMade, MapArgs, MapMade, PlainArgs, SpanArgs, TocArgs, map_id_of
+from nsfs.core.layers import (
+    LayerMade,
+    MapArgs,
+    MapMade,
+    PlainArgs,
+    RenderArgs,
+    Rendered,
+    SpanArgs,
+    TocArgs,
+    map_id_of,
+)
 from nsfs.core.maps import Maps
 from nsfs.core.union import LowerTree
 from nsfs.errors import CorruptError, NsfsError
 from nsfs.format import estargz
+from nsfs.format.artifact import render_index, render_spans
 from nsfs.format.erofs import render_erofs
 from nsfs.model.digest import Digest
-from nsfs.model.layer import Kind
+from nsfs.model.layer import Kind, Spans
 from nsfs.model.oci import Compression
 from nsfs.model.pool import LayerKey, LayerRecord
 from nsfs.model.tree import plan_tree
@@ -40,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from nsfs.core.jobs import Channel
-    from nsfs.model.layer import Entry, LayerIndex, Spans
+    from nsfs.model.layer import Entry, LayerIndex
     from nsfs.store.pool import Pool
 
 
@@ -66,6 +77,11 @@ def make_checkpoints(args: bytes, fds: list[int]) -> int:
 def build_map(args: bytes, fds: list[int]) -> int:
     """Write a layer's EROFS image from its index and, where it needs them, the maps below."""
     return run_job(MapArgs, _build_map, args, fds)
+
+
+def render_layer(args: bytes, fds: list[int]) -> int:
+    """Write what an artifact says of a plain layer: its index and its spans."""
+    return run_job(RenderArgs, _render_layer, args, fds)
 
 
 class _Files:
@@ -189,6 +205,19 @@ def _make_checkpoints(args: SpanArgs, fds: Sequence[int], _channel: Channel) -> 
         )
         firstpass.make_checkpoints(job, catalog=index, files=_Files(layout, key))
     return LayerMade()
+
+
+def _render_layer(args: RenderArgs, fds: Sequence[int], _channel: Channel) -> Rendered:
+    os.nice(_NICE)
+    layout = _layout(args.domain, fds)
+    directory = layout.layer_dir(LayerKey(Digest(args.blob), args.index, args.origin))
+    index, _ = files.load_index(directory, layout.key)
+    table = files.open_table(directory, layout.key)
+    spans = Spans(table.codec, table.covers, [table.span(number) for number in range(len(table))])
+    for fd, data in zip(fds[2:4], (render_index(index), render_spans(spans)), strict=True):
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+    return Rendered(files=len(index.entries))
 
 
 def _build_map(args: MapArgs, fds: Sequence[int], _channel: Channel) -> MapMade:

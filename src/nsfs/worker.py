@@ -25,6 +25,7 @@ from nsfs.core.blobs import Blobs
 from nsfs.core.domain import Domain, Health, Starts
 from nsfs.core.domain_cache import DomainCache, NotedUse
 from nsfs.core.dropping import drop_often
+from nsfs.core.exports import Exports
 from nsfs.core.fetcher import open_fetcher
 from nsfs.core.fetchview import FetchConfig
 from nsfs.core.images import Images, Located
@@ -206,7 +207,9 @@ async def _compose(
     starts = Starts(recordings, Prefetches(index, profiles, views, nursery))
     domain = Domain(images, layers, blobs, views, looking, noted, lambda: Health(bugs.count, kept.trouble), starts)
     pinned = Pinned(images, layers, maps, index, views)
-    methods = {**domain.methods(), **pinned.methods(), **cache.methods(), **reach.methods(blobs)}
+    exports = Exports(images, layers, looking, profiles, views)
+    parts = (domain.methods(), pinned.methods(), cache.methods(), exports.methods(), reach.methods(blobs))
+    methods = {name: method for part in parts for name, method in part.items()}
     return _Worker(domain, methods, cache, layers, shown, kept)
 
 

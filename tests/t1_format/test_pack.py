@@ -22,7 +22,7 @@ RANDOM = random.Random(5)
 
 def make(uses: list[tuple[Run, bytes]]) -> tuple[bytes, PackTable]:
     writer = PackWriter(LAYERS)
-    parts = [part for run, data in uses for part in writer.add(run, data)]
+    parts = [writer.add(run, data) for run, data in uses]
     rest, table = writer.finish()
     return b"".join([*parts, rest]), table
 

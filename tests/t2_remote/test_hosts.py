@@ -69,7 +69,7 @@ def test_everything_that_is_understood() -> None:
     )
     assert mirror.headers == (("x-one", "1"), ("x-two", "2"), ("x-two", "3"))
     assert (plain.base, plain.plain) == ("http://plain.example/some/path/v2", True)
-    assert plain.capabilities == {"pull", "resolve"}
+    assert plain.capabilities == {"pull", "resolve", "push"}
     assert odd.base == "https://odd.example/api/registry"
     assert odd.tls.client == (("/etc/x/e.pem", ""),)
     assert (server.base, server.namespace) == ("https://registry-1.docker.io/v2", "")

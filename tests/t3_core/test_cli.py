@@ -520,3 +520,10 @@ def test_output_that_nobody_takes(output: str, code: int, said: str) -> None:
         done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize("command", ["push", "show", "rm"])
+def test_nothing_is_put_beside_images_of_a_layout(daemon: FakeDaemon, command: str) -> None:
+    result = run("index", command, "oci:/somewhere")
+    assert (result.exit_code, "images of a layout" in result.stderr) == (9, True)
+    assert not daemon.requests

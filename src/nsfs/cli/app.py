@@ -37,6 +37,7 @@ _COMMANDS = {
     "unpin": "nsfs.cli.caching",
     "offline": "nsfs.cli.caching",
     "cache": "nsfs.cli.caching",
+    "index": "nsfs.cli.index",
     "status": "nsfs.cli.images",
     "ns": "nsfs.cli.namespaces",
     "policy": "nsfs.cli.policy",

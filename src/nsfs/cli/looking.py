@@ -14,7 +14,7 @@ from nsfs.cli import render
 from nsfs.cli.options import Choice, image_options, json_option, parse_image_path
 from nsfs.cli.session import Session, pass_session
 from nsfs.errors import UsageError
-from nsfs.model.report import Data, EntryReport, Item
+from nsfs.model.report import Data, EntryReport, Item, Part
 from nsfs.serve.api import Empty, PathRequest
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _paths(command: Callable[..., None]) -> Callable[..., None]:
 def _list(session: Session, method: str, request: PathRequest) -> list[EntryReport]:
     entries: list[EntryReport] = []
 
-    def take(event: Data | Item) -> None:
+    def take(event: Data | Item | Part) -> None:
         assert isinstance(event, Item)
         entries.append(event.entry)
 
@@ -90,7 +90,7 @@ def cat(session: Session, paths: tuple[str, ...], *, choice: Choice) -> None:
     """Write files of an image to standard output; fetches no other content, once their layers are indexed."""
     output = sys.stdout.buffer
 
-    def take(event: Data | Item) -> None:
+    def take(event: Data | Item | Part) -> None:
         assert isinstance(event, Data)
         output.write(event.data)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 from msgspec import Struct
 
-from nsfs.model.report import Data, Item, Note, Progress
+from nsfs.model.report import Data, Item, Note, Part, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,10 +35,12 @@ class Session:
     log_level: str | None
     _control: Control | None = None
 
-    def call(self, method: str, request: Struct, kind: type[R], take: Callable[[Data | Item], None] | None = None) -> R:
+    def call(
+        self, method: str, request: Struct, kind: type[R], take: Callable[[Data | Item | Part], None] | None = None
+    ) -> R:
         """Ask the daemon; progress and notes are said, `take` gets the rest. Raises what the daemon raised."""
 
-        def listen(event: Progress | Note | Data | Item) -> None:
+        def listen(event: Progress | Note | Data | Item | Part) -> None:
             if isinstance(event, Progress):
                 self.talk.progress(event)
             elif isinstance(event, Note):

@@ -227,6 +227,14 @@ def plan_absent(table: Table, blocks: Iterable[Range], missing: Callable[[int, i
     return plan_groups([table], pieces)
 
 
+def stream_pieces(table: Table, part: range) -> list[Range]:
+    """Where the bytes of a part of the stream are on the disk, in their order; raises CorruptError for no file's."""
+    found = _clipped(table, part.start, part.stop)
+    if sum(size for _, size in found) != len(part):
+        raise CorruptError(f"a part of the stream is in no file: {len(part)} bytes at {part.start}")
+    return found
+
+
 def address_of(table: Table, stream: int) -> int:
     """Where a byte of the stream, or else the next that belongs to a file, is on the disk; -1 if that is far."""
     return next((found[0] for found in _clipped(table, stream, stream + _NEAR)), -1)

@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import logging
 import os
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -34,7 +34,7 @@ from nsfs.model import oci
 from nsfs.model.pool import Access, LayerKey, LayerRecord, MapRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
     from nsfs.core.blobs import Blobs, OriginBlob
     from nsfs.core.images import Image, Layer
@@ -120,6 +120,15 @@ class SpanArgs(Struct, kw_only=True):
     compression: str
 
 
+class RenderArgs(Struct, kw_only=True):
+    """For `render_layer`. Two more descriptors: memory files for the index and for the spans."""
+
+    domain: str
+    blob: str
+    origin: str
+    index: str
+
+
 class MapArgs(Struct, kw_only=True):
     """For `build_map`: `lowers` are the maps below, top first; None means that they are not known."""
 
@@ -136,6 +145,12 @@ class LayerMade(Struct, kw_only=True):
 
     ranges: list[tuple[int, int]] = []
     map: MapMade | None = None
+
+
+class Rendered(Struct, kw_only=True):
+    """What an artifact says of a layer was written."""
+
+    files: int
 
 
 class MapMade(Struct, kw_only=True):
@@ -461,6 +476,16 @@ class Layers:
         await self._spanning.join(str(key), work, owner)
         return self._known(key)
 
+    @asynccontextmanager
+    async def rendered(self, key: LayerKey) -> AsyncIterator[tuple[int, int]]:
+        """What an artifact says of a layer, a descriptor to read each from: its index, and its spans."""
+        args = RenderArgs(domain=self._domain, blob=str(key.blob), origin=key.origin, index=key.index)
+        with _memory_file(b"") as index, _memory_file(b"") as spans:
+            await self._jobs.run("nsfs.layer_jobs:render_layer", args, [*self._shared, index, spans], Rendered)
+            for fd in (index, spans):
+                os.lseek(fd, 0, os.SEEK_SET)
+            yield index, spans
+
     def _blob(self, record: LayerRecord, owner: str) -> OriginBlob:
         return self._blobs.blob(record.blob, record.blob_size, Access(owner, record.origin))
 
@@ -612,7 +637,7 @@ async def _fill(spool: Spool, blob: OriginBlob) -> None:
 
 @contextmanager
 def _memory_file(data: bytes) -> Iterator[int]:
-    fd = os.memfd_create("nsfs-toc", os.MFD_CLOEXEC)
+    fd = os.memfd_create("nsfs-layer", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(data)

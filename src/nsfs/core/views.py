@@ -15,7 +15,7 @@ import msgspec
 import trio
 
 from nsfs.core import landing
-from nsfs.core.fetchplan import Table, join_blocks, subtract
+from nsfs.core.fetchplan import Table, join_blocks, stream_pieces, subtract
 from nsfs.core.fetchview import LayerSource, View
 from nsfs.core.refill import refill
 from nsfs.core.runway import Priority
@@ -161,6 +161,13 @@ class Views:
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         """Have these parts of a layer's stream in the pool; raises as its registry does, and NoSpaceError."""
         await self._fetcher.prefetch(View(f"profile/{key.blob}", [self._source(key, owner)]), parts)
+
+    async def read_stream(self, key: LayerKey, owner: str, start: int, size: int) -> bytes:
+        """Bytes of a layer's stream that belong to files; raises as its registry does."""
+        source = self._source(key, owner)
+        view = View(f"stream/{key.blob}", [source])
+        pieces = stream_pieces(source.table, range(start, start + size))
+        return b"".join([bytes(await self._fetcher.read(view, *each, patience=_COMPLETING)) for each in pieces])
 
     def size_of(self, key: LayerKey) -> int:
         """Bytes of all contents of a layer, in whole blocks."""

@@ -11,12 +11,12 @@ import msgspec
 from msgspec import Struct, field
 
 from nsfs.model.cache import HeldImage, HeldLayer  # noqa: TC001  msgspec looks them up when it decodes
-from nsfs.model.report import Cost, Data, Item, Note, Progress
+from nsfs.model.report import Cost, Data, Item, Note, Part, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-OnTheWay: TypeAlias = Progress | Note | Item | Data
+OnTheWay: TypeAlias = Progress | Note | Item | Part | Data
 """What a worker reports before its result."""
 
 
@@ -149,7 +149,7 @@ class WorkerStatus(Waits, kw_only=True):
 
 
 class Name(Struct, kw_only=True):
-    """Names an image: for Inspect (answered by ImageReport), Evict (Evicted) and Check (Checked)."""
+    """Names an image: for Inspect (answered by ImageReport), Evict (Evicted), Check (Checked) and Export (Exported)."""
 
     reference: str
     platform: str | None = None
@@ -241,6 +241,13 @@ class Offline(Struct, kw_only=True):
     """A sentence for each layer that is not whole; nothing if it is complete."""
     absent: int
     """Bytes of contents, of layers that were read."""
+
+
+class Exported(Struct, kw_only=True):
+    """What may lie beside this image was reported, by Parts with their Data: the answer to Export."""
+
+    reference: str
+    digest: str
 
 
 class Evicted(Struct, kw_only=True):

@@ -34,9 +34,9 @@ INDEX_TYPE: Final = "application/vnd.nsfs.index.layer.v1+zstd"
 SPANS_TYPE: Final = "application/vnd.nsfs.index.spans.v1+zstd"
 TABLE_TYPE: Final = "application/vnd.nsfs.index.pack.v1+zstd"
 PACK_TYPE: Final = "application/vnd.nsfs.pack.v1"
-EMPTY_TYPE: Final = "application/vnd.oci.empty.v1+json"
 EMPTY: Final = b"{}"
-"""An artifact's configuration, which says nothing (OCI image specification 1.1, "Guidance for an Empty Descriptor")."""
+"""An artifact's configuration, which says nothing but, as its media type, what it is: before `artifactType` there was
+(OCI image specification 1.1, "Guidelines for Artifact Usage"), registries' lists were filtered by that."""
 LAYER: Final = "dev.nsfs.layer"
 """The annotation that names the layer's blob which a blob of the artifact is about."""
 CREATED: Final = "org.opencontainers.image.created"
@@ -95,6 +95,12 @@ class Artifact:
         return sum(each.size for each in [*blobs, *((self.pack.table, self.pack.pack) if self.pack else ())])
 
 
+def plan_artifact(subject: Digest, blobs: Iterable[tuple[Descriptor, str]], created: str) -> Artifact:
+    """The artifact that these blobs make: each with the layer that it is about, "" for those about the image."""
+    noted = [_noted(each, Digest(layer)) if layer else each for each, layer in blobs]
+    return _artifact(subject, noted, created)
+
+
 class _Manifest(Struct, kw_only=True, rename="camel", omit_defaults=True):
     schema_version: Literal[2]
     media_type: Literal["application/vnd.oci.image.manifest.v1+json"]
@@ -113,7 +119,7 @@ def render_manifest(artifact: Artifact, subject: Descriptor) -> bytes:
         schema_version=2,
         media_type="application/vnd.oci.image.manifest.v1+json",
         artifact_type="application/vnd.nsfs.index.v1",
-        config=Descriptor(media_type=EMPTY_TYPE, digest=Digest.of(EMPTY), size=len(EMPTY)),
+        config=Descriptor(media_type=ARTIFACT_TYPE, digest=Digest.of(EMPTY), size=len(EMPTY)),
         layers=[*blobs, *pack],
         subject=subject,
         annotations={CREATED: artifact.created} if artifact.created else {},
@@ -139,12 +145,15 @@ def parse_manifest(data: bytes) -> Artifact:
     manifest = oci.decode(data, _Manifest, "manifest of an artifact")
     if len(manifest.layers) > 2 * oci.MAX_LAYERS + 2:
         raise CorruptError(f"an artifact has too many blobs: {len(manifest.layers)}")
-    indexes, spans = _by_layer(manifest.layers, INDEX_TYPE), _by_layer(manifest.layers, SPANS_TYPE)
+    return _artifact(manifest.subject.digest, manifest.layers, manifest.annotations.get(CREATED, "")[:_MAX_TEXT])
+
+
+def _artifact(subject: Digest, blobs: Sequence[Descriptor], created: str) -> Artifact:
+    indexes, spans = _by_layer(blobs, INDEX_TYPE), _by_layer(blobs, SPANS_TYPE)
     if indexes.keys() != spans.keys():
         raise CorruptError("an artifact has a layer's index without its spans, or spans alone")
     layers = tuple(ClaimedLayer(blob, index, spans[blob]) for blob, index in indexes.items())
-    pack = _find_pack(manifest.layers)
-    return Artifact(manifest.subject.digest, layers, pack, manifest.annotations.get(CREATED, "")[:_MAX_TEXT])
+    return Artifact(subject, layers, _find_pack(blobs), created)
 
 
 def _by_layer(blobs: Iterable[Descriptor], media_type: str) -> dict[Digest, Descriptor]:

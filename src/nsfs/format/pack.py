@@ -20,7 +20,7 @@ from nsfs.model.digest import Digest
 from nsfs.model.profile import MAX_BYTES, MAX_LAYERS, MAX_RUNS, Run, overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 PIECE: Final = 512 << 10
 """Bytes of runs in one piece, about: more compress better, less are there sooner."""
@@ -122,9 +122,9 @@ class PackWriter:
         self._room = PIECE
         self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
 
-    def add(self, run: Run, data: bytes) -> Iterator[bytes]:
-        """Take the bytes of a run; gives what of the pack is complete by that. To be exhausted."""
-        at = 0
+    def add(self, run: Run, data: bytes) -> bytes:
+        """Take the bytes of a run; gives what of the pack is complete by that."""
+        at, made = 0, []
         while at < len(data):
             size = min(len(data) - at, max(_STEP, self._room // _STEP * _STEP))
             self._runs.append(Run(run.layer, run.start + at, size))
@@ -132,7 +132,8 @@ class PackWriter:
             self._room -= size
             at += size
             if self._room < _STEP:
-                yield self._close()
+                made.append(self._close())
+        return b"".join(made)
 
     def finish(self) -> tuple[bytes, PackTable]:
         """The rest of the pack, and its table."""

@@ -86,6 +86,11 @@ class Run(Struct, frozen=True, gc=False, array_like=True):
     """Stream offset, bytes."""
     length: int
 
+    def cut(self, size: int) -> Iterator[Run]:
+        """Its parts of at most `size` bytes, in order."""
+        for start in range(self.start, self.start + self.length, size):
+            yield Run(self.layer, start, min(size, self.start + self.length - start))
+
 
 class Profile(Struct, frozen=True, kw_only=True):
     """What one start of an image read."""

@@ -60,6 +60,15 @@ class Data(Struct, tag="data"):
     data: bytes
 
 
+class Part(Struct, tag="part", kw_only=True):
+    """What the Data behind it are bytes of, up to the next one (Export)."""
+
+    media_type: str
+    """Of `format.artifact`."""
+    layer: str = ""
+    """The blob that it is about; "" for what is about the image."""
+
+
 class EntryReport(Struct, kw_only=True):
     """One file of an image; names are bytes, as a layer may hold any but slash and NUL."""
 

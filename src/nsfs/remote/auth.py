@@ -1,10 +1,11 @@
 """How a registry is told who asks.
 
 Owns: parsing of WWW-Authenticate (RFC 9110, section 11), the token protocol of the distribution project (GET with a
-scope; POST for identity tokens), and the tokens themselves, by host and repository, until shortly before they expire.
-Refuses to send a secret to anybody but the host it was looked up for and, over TLS, the token server that it names; to
-ask for more than pulling; to follow a token server elsewhere. One task at a time asks for the same token, the others
-wait for its answer. Header values are returned, never stored anywhere else or logged.
+scope; POST for identity tokens), and the tokens themselves, by host, repository and what they allow, until shortly
+before they expire. Refuses to send a secret to anybody but the host it was looked up for and, over TLS, the token
+server that it names; to ask for more than the request needs; to follow a token server elsewhere. One task at a time
+asks for the same token, the others wait for its answer. Header values are returned, never stored anywhere else or
+logged.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Token:
 
 _PARAMETER = re.compile(r'\s*([\w!#$%&\'*+.^`|~-]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^\s,"]*)\s*')
 _SCHEME = re.compile(r"\s*([\w!#$%&'*+.^`|~-]+)(?:\s+|\s*$|(?=,))(?!=)")
-_SCOPE = re.compile(r"repository:[a-z0-9._/-]{1,512}:pull")
+_SCOPE = re.compile(r"repository:[a-z0-9._/-]{1,512}:(pull|push|pull,push|push,pull|delete)")
+PULL = "pull"
 
 
 def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
@@ -69,9 +71,9 @@ def parse_challenges(headers: Iterable[str]) -> list[Challenge]:
 
 
 def plan_token_request(
-    challenge: Challenge, repository: str, credential: Credential | None, *, plain: bool
+    challenge: Challenge, repository: str, credential: Credential | None, *, plain: bool, actions: str = PULL
 ) -> TokenRequest:
-    """How to get a token for pulling from `repository`, or, where that is "", one that only says who asks.
+    """How to get a token for `actions` in `repository`, or, where that is "", one that only says who asks.
 
     `plain` if the registry itself is asked without TLS.
     """
@@ -79,8 +81,9 @@ def plan_token_request(
     _check_realm(realm, plain=plain)
     service = challenge.parameters.get("service", "")
     scope = challenge.parameters.get("scope", "")
-    if _SCOPE.fullmatch(scope) is None:
-        scope = f"repository:{repository}:pull" if repository else ""
+    found = _SCOPE.fullmatch(scope)
+    if found is None or set(found[1].split(",")) != set(actions.split(",")):
+        scope = f"repository:{repository}:{actions}" if repository else ""
     named = (*((("service", service),) if service else ()), *((("scope", scope),) if scope else ()))
     if credential and credential.identity_token:
         grant = (("grant_type", "refresh_token"), ("refresh_token", credential.identity_token), ("client_id", "nsfs"))
@@ -110,7 +113,7 @@ class _Entry:
 
 
 class Authorizer:
-    """Authorization headers for one server, by repository.
+    """Authorization headers for one server, by repository and what is to be done there.
 
     `host` is what credentials are looked up for, `ask` sends a token request and returns the body of its 200.
     """
@@ -122,47 +125,53 @@ class Authorizer:
         self._credentials = credentials
         self._ask = ask
         self._plain = plain
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[tuple[str, str], _Entry] = {}
 
-    async def get(self, repository: str) -> str | None:
+    async def get(self, repository: str, actions: str = PULL) -> str | None:
         """The header for a request now; None to ask without one. Renews a token that expired."""
-        entry = self._entries.get(repository)
+        entry = self._entries.get((repository, actions))
         if entry is None or entry.challenge is None:
             return None
         if trio.current_time() >= entry.expires:
-            return await self._obtain(repository, entry.challenge, entry.header, again=False)
+            return await self._obtain((repository, actions), entry.challenge, entry.header, again=False)
         return entry.header
 
-    async def answer(self, repository: str, challenges: list[Challenge], refused: str | None) -> str | None:
+    async def answer(
+        self, repository: str, challenges: list[Challenge], refused: str | None, actions: str = PULL
+    ) -> str | None:
         """The header to try after a 401 or 403; None if there is nothing better than `refused`, the one just used.
 
         A refusal without a challenge is answered as the last challenge was: that is how some servers say that a token
         expired.
         """
-        entry = self._entries.setdefault(repository, _Entry())
+        entry = self._entries.setdefault((repository, actions), _Entry())
         challenge = _choose(challenges) or entry.challenge
         if challenge is None:
             return None
-        return await self._obtain(repository, challenge, refused, again=refused is not None)
+        return await self._obtain((repository, actions), challenge, refused, again=refused is not None)
 
-    async def _obtain(self, repository: str, challenge: Challenge, refused: str | None, *, again: bool) -> str | None:
-        entry = self._entries[repository]
+    async def _obtain(
+        self, purpose: tuple[str, str], challenge: Challenge, refused: str | None, *, again: bool
+    ) -> str | None:
+        entry = self._entries[purpose]
         async with entry.lock:
             if entry.header is not None and entry.header != refused and trio.current_time() < entry.expires:
                 return entry.header
-            header, life = await self._negotiate(repository, challenge, again=again)
+            header, life = await self._negotiate(*purpose, challenge, again=again)
             if header is None or (header == refused and challenge.scheme == "basic"):
                 return None
             entry.challenge, entry.header, entry.expires = challenge, header, trio.current_time() + life
             return header
 
-    async def _negotiate(self, repository: str, challenge: Challenge, *, again: bool) -> tuple[str | None, float]:
+    async def _negotiate(
+        self, repository: str, actions: str, challenge: Challenge, *, again: bool
+    ) -> tuple[str | None, float]:
         credential = await self._credentials.lookup(self._host, repository, again=again)
         if challenge.scheme == "basic":
             usable = credential is not None and not credential.identity_token
             life = credential.life if credential and credential.life is not None else _LONGEST_LIFE
             return (credential.basic if credential and usable else None), min(life, _LONGEST_LIFE)
-        request = plan_token_request(challenge, repository, credential, plain=self._plain)
+        request = plan_token_request(challenge, repository, credential, plain=self._plain, actions=actions)
         token = parse_token(await self._ask(request))
         return f"Bearer {token.value}", token.life
 

@@ -1,7 +1,8 @@
 """One registry server, asked until it answers: authentication, redirects, retries, limits.
 
-Owns the conversation behind one GET: who asks (once more after a 401 or 403), where redirects lead (no Authorization
-and no configured header for another origin, no downgrade to plain HTTP), and what errors are called. Bodies are never
+Owns the conversation behind one request: who asks (once more after a 401 or 403), where redirects lead (no
+Authorization and no configured header for another origin, no downgrade to plain HTTP; what is written is sent on only
+where the answer says that it may be), and what errors are called. Bodies are never
 interpreted here. Each attempt is bounded by the timeouts, each `retrying` by its number of attempts.
 
 Concurrency: any number of tasks. Of the connections that one server may have at a time, half are for streams and half
@@ -31,8 +32,9 @@ from nsfs.remote.response import REDIRECTS, STALE, origin, plan_redirect, refusa
 from nsfs.remote.transport import Bill, Timeouts, body_of, create_client
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
+    from nsfs.model.referrers import Upload
     from nsfs.remote.credentials import Credentials
 
 
@@ -41,6 +43,8 @@ T = TypeVar("T")
 CONNECTIONS = 24
 MAX_REDIRECTS = 5
 
+_REST = 30.0
+"""Seconds for which a server that did not answer is asked last."""
 _MAX_REASON = 4096
 _SHORT_BODY = 64 << 10
 _SLOWEST = 16 << 10
@@ -86,6 +90,19 @@ class Get:
     """Where an earlier answer redirected to, to be tried first."""
     stream: bool = False
     """Takes a slot among the streams."""
+    method: str = "GET"
+    upload: Upload | None = None
+    """What is sent, anew at each attempt."""
+    location: str = ""
+    """Where an earlier answer of this server said that this is to be sent, absolute, instead of `path`."""
+
+    @property
+    def actions(self) -> str:
+        """What a token must allow."""
+        return _ACTIONS.get(self.method, "pull")
+
+
+_ACTIONS = {"POST": "pull,push", "PUT": "pull,push", "DELETE": "delete"}
 
 
 class MeteredBody:
@@ -215,7 +232,8 @@ class Server:
     async def open(self, get: Get, meter: Meter) -> AsyncIterator[Answer]:
         """Ask once; the body can be read inside the block. Raises NsfsError for everything but a 2xx."""
         async with self._lanes.streams if get.stream else self._lanes.requests:
-            with bounded(self._connections.timeouts.longest, self.endpoint.host):
+            sending = get.upload.size / _SLOWEST if get.upload else 0.0
+            with bounded(self._connections.timeouts.longest + sending, self.endpoint.host):
                 response, url = await self._resolve(get, meter)
             target = url if origin(url) != origin(self.endpoint.base) else None
             body = MeteredBody(self.meter)
@@ -234,20 +252,33 @@ class Server:
             if response.status_code not in STALE:
                 return response, url
             await finish(response)
-        url = self.endpoint.base + get.path
-        if self.endpoint.namespace:
-            url += f"?ns={self.endpoint.namespace}"
+        url = self._url(get)
+        if origin(url) != origin(self.endpoint.base):
+            return await self._follow(None, url, None, get, meter)
         response, authorization = await self._authorized(url, get, meter)
         return await self._follow(response, url, authorization, get, meter)
 
+    def _url(self, get: Get) -> str:
+        if get.location:
+            return get.location
+        url = self.endpoint.base + get.path
+        return f"{url}{'&' if '?' in url else '?'}ns={self.endpoint.namespace}" if self.endpoint.namespace else url
+
+    def locate(self, answer: Answer, query: str = "") -> str:
+        """Where a successful answer says that its sequel is to be sent, with `query` added; raises NsfsError."""
+        location = plan_redirect(
+            str(answer.response.request.url), answer.response.headers.get("location", ""), plain=self.endpoint.plain
+        )
+        return f"{location}{'&' if '?' in location else '?'}{query}" if query else location
+
     async def _authorized(self, url: str, get: Get, meter: Meter) -> tuple[httpx.Response, str | None]:
-        authorization = await self._authorizer.get(get.repository)
+        authorization = await self._authorizer.get(get.repository, get.actions)
         response = await self._send(url, authorization, get, meter)
         if response.status_code not in {401, 403}:
             return response, authorization
         challenges = parse_challenges(response.headers.get_list("www-authenticate"))
         try:
-            better = await self._authorizer.answer(get.repository, challenges, authorization)
+            better = await self._authorizer.answer(get.repository, challenges, authorization, get.actions)
         except BaseException:
             await response.aclose()
             raise
@@ -263,7 +294,7 @@ class Server:
         for _ in range(MAX_REDIRECTS + 1):
             if response is None:
                 response = await self._send(url, authorization if origin(url) == home else None, get, meter)
-            if response.status_code not in REDIRECTS:
+            if response.status_code not in REDIRECTS or not _is_sent_on(response.status_code, get):
                 return response, url
             location = response.headers.get("location", "")
             await finish(response)
@@ -278,11 +309,17 @@ class Server:
             headers += self.endpoint.headers
         if authorization is not None:
             headers.append(("Authorization", authorization))
+        content = None
+        if get.upload is not None:
+            content = get.upload.pieces()
+            headers.append(("Content-Length", str(get.upload.size)))
         client = self._connections.client(self._tls(url))
         sent = trio.current_time()
         with mapped_errors(self.endpoint.host):
-            response = await client.send(client.build_request("GET", url, headers=headers), stream=True)
-        self.meter.answered(trio.current_time() - sent)
+            request = client.build_request(get.method, url, headers=headers, content=content)
+            response = await client.send(request, stream=True)
+        if get.upload is None:
+            self.meter.answered(trio.current_time() - sent)
         return response
 
     def _tls(self, url: str) -> Tls:
@@ -323,6 +360,11 @@ class Server:
         return body
 
 
+def _is_sent_on(status: int, get: Get) -> bool:
+    """Whether a redirect is followed: one of what is written only where it keeps its method (RFC 9110, 15.4)."""
+    return get.method in {"GET", "HEAD"} or status in {307, 308}
+
+
 async def retrying(patience: Patience, attempt: Callable[[], Awaitable[T]]) -> T:
     """The result of the first `attempt` that succeeds; raises the last one's error.
 
@@ -338,6 +380,19 @@ async def retrying(patience: Patience, attempt: Callable[[], Awaitable[T]]) -> T
                 raise
         await pause(delay)
     raise AssertionError("the last attempt raises")
+
+
+async def first_of(servers: Sequence[Server], ask: Callable[[Server], Awaitable[T]]) -> T:
+    """The first server's result; if none has one, the last word belongs to the registry's own server."""
+    errors: list[tuple[bool, NsfsError]] = []
+    for server in servers:
+        try:
+            return await ask(server)
+        except NsfsError as error:
+            if error.transient:
+                server.rest(_REST)
+            errors.append((not server.endpoint.namespace, error))
+    raise max(errors, key=lambda pair: pair[0])[1]
 
 
 async def pause(delay: float) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PULL = "pull"
 RESOLVE = "resolve"
+PUSH = "push"
 
 _MAX_PEM = 4 << 20
 _DOCKER_HUB = "registry-1.docker.io"
@@ -48,7 +49,7 @@ class Endpoint:
 
     base: str
     """URL up to and with the API's version, without a trailing slash: https://mirror.example/v2."""
-    capabilities: frozenset[str] = frozenset({PULL, RESOLVE})
+    capabilities: frozenset[str] = frozenset({PULL, RESOLVE, PUSH})
     tls: Tls = Tls()
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     namespace: str = ""
@@ -142,7 +143,7 @@ def _endpoint(url: object, options: object, registry: str, directory: str, read:
     itself = host in {registry, _DOCKER_HUB if registry == DEFAULT_REGISTRY else registry}
     return Endpoint(
         base,
-        capabilities=frozenset(_strings(options.get("capabilities", [PULL, RESOLVE]), "capabilities", directory)),
+        capabilities=frozenset(_strings(options.get("capabilities", [PULL, RESOLVE, PUSH]), "capabilities", directory)),
         tls=_tls(options, directory, read),
         headers=_headers(options.get("header", {}), directory),
         namespace="" if itself else registry,

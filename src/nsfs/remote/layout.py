@@ -21,10 +21,12 @@ import trio
 from nsfs.errors import CorruptError, NotFoundError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.oci import MAX_MANIFEST, OCI_INDEX, Descriptor, Document, ImageIndex, Traffic, parse_document
-from nsfs.remote.registry import check_digest
+from nsfs.remote.documents import check_digest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
+
+    from nsfs.model.referrers import Referrer
 
 REF_NAME = "org.opencontainers.image.ref.name"
 
@@ -138,6 +140,11 @@ class LayoutSource:
         data = await self.blob(descriptor).fetch(0, descriptor.size)
         check_digest(data, descriptor.digest)
         return data
+
+    async def referrers(self, subject: Digest, artifact_type: str) -> list[Referrer]:
+        """Nothing: what a layout has beside its images is not looked for."""
+        del subject, artifact_type
+        return []
 
     def statistics(self) -> Traffic:
         """Nothing: no network is used."""

@@ -11,32 +11,30 @@ target that last had a blob are shared by its requests, and replaced when they f
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import trio
 
 from nsfs.errors import CorruptError, NsfsError, UnreachableError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.oci import INDEX_TYPES, MANIFEST_TYPES, MAX_MANIFEST, Descriptor, Document, Traffic
-from nsfs.remote.client import Answer, Get, Meter, Patience, Server, pause, plan_delay, retrying
+from nsfs.remote.attached import Attached
+from nsfs.remote.client import Answer, Get, Meter, Patience, Server, first_of, pause, plan_delay, retrying
+from nsfs.remote.documents import check_digest, check_document, matches
 from nsfs.remote.hosts import PULL, RESOLVE
 from nsfs.remote.response import Wanted, plan_skip
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
+    from nsfs.model.referrers import Referrer
     from nsfs.model.route import Route
-
-T = TypeVar("T")
 
 MOST_SKIPPED = 16 << 20
 """Bytes that a fetch reads and drops to reach its range where a server ignores ranges; beyond that it gives up."""
 _IGNORED_FOR = 60.0
 """Seconds for which a blob is known to be served without ranges. Proxy caches do so until they have all of it."""
-_REST = 30.0
-"""Seconds for which a server that did not answer is asked last."""
 _PROGRESS = 1 << 20
 """Bytes after which a stream that breaks has all its attempts again."""
 
@@ -51,6 +49,12 @@ class RegistrySource:
         self._repository = repository
         self._patience = patience
         self._meter = Meter()
+        self.attached = Attached(self.servers, repository, patience, self._meter)
+        """What lies beside its images."""
+
+    async def referrers(self, subject: Digest, artifact_type: str) -> list[Referrer]:
+        """What of that type is attached to a manifest; raises NsfsError."""
+        return await self.attached.referrers(subject, artifact_type)
 
     async def manifest(self, identifier: str) -> Document:
         """The manifest or index of a tag or digest, verified; raises NsfsError."""
@@ -247,19 +251,6 @@ class _Part:
             raise CorruptError(f"the registry sends more bytes than were asked for: {self._answer.host}")
 
 
-async def first_of(servers: Sequence[Server], ask: Callable[[Server], Awaitable[T]]) -> T:
-    """The first server's result; if none has one, the last word belongs to the registry's own server."""
-    errors: list[tuple[bool, NsfsError]] = []
-    for server in servers:
-        try:
-            return await ask(server)
-        except NsfsError as error:
-            if error.transient:
-                server.rest(_REST)
-            errors.append((not server.endpoint.namespace, error))
-    raise max(errors, key=lambda pair: pair[0])[1]
-
-
 async def read_verified(blob: RegistryBlob, limit: int) -> bytes:
     """All of `blob`, checked against its digest; a damaged answer is asked for once more."""
     if blob.size > limit:
@@ -269,28 +260,3 @@ async def read_verified(blob: RegistryBlob, limit: int) -> bytes:
         data = await blob.fetch(0, blob.size)
     check_digest(data, blob.digest)
     return data
-
-
-def check_document(answer: Answer, data: bytes, digest: Digest | None) -> Document:
-    """A document as its answer served it; verified by `digest`, or by what the registry says it is."""
-    headers = answer.response.headers
-    if headers.get("content-encoding", "identity") != "identity":
-        raise CorruptError(f"the registry answers in an encoding that nobody asked for: {answer.host}")
-    claimed = headers.get("docker-content-digest")
-    try:
-        expected = digest or (Digest(claimed) if claimed else Digest.of(data))
-    except UsageError as error:
-        raise CorruptError(f"the registry sends a malformed digest: {answer.host}") from error
-    check_digest(data, expected)
-    return Document(data, headers.get("content-type", "").partition(";")[0].strip().lower(), expected)
-
-
-def check_digest(data: bytes, digest: Digest) -> None:
-    """Raise CorruptError unless `digest` is that of `data`."""
-    if not matches(data, digest):
-        raise CorruptError(f"content does not match its digest: {digest}")
-
-
-def matches(data: bytes, digest: Digest) -> bool:
-    """Whether `digest` is that of `data`."""
-    return hashlib.new(digest.algorithm, data).hexdigest() == digest.hex

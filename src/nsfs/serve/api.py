@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from nsfs.core.worker_api import UsageReport, WorkerStatus
 from nsfs.model.cache import CachedImage  # noqa: TC001  msgspec looks it up when it decodes
-from nsfs.model.report import Cost, Data, EntryReport, ImageReport, Item, Note, Progress
+from nsfs.model.report import Cost, Data, EntryReport, ImageReport, Item, Note, Part, Progress
 
 SERVICE = "nsfs.v1.Control"
 VERSION = 1
@@ -85,7 +85,7 @@ class Done(Struct, tag="done"):
     result: bytes
 
 
-Event: TypeAlias = Progress | Note | Data | Item | Done
+Event: TypeAlias = Progress | Note | Data | Item | Part | Done
 
 
 class Failure(Struct, kw_only=True):
@@ -320,6 +320,15 @@ class EvictReport(Struct, kw_only=True):
     freed: int
 
 
+class ExportReport(Struct, kw_only=True):
+    """What all parts that were sent are about."""
+
+    reference: str
+    """Complete: registry, repository, tag or digest."""
+    digest: str
+    """Of the manifest for the platform."""
+
+
 class LoginRequest(Struct, kw_only=True):
     """Keep a credential for a namespace, once its registry has accepted it."""
 
@@ -356,6 +365,7 @@ METHODS: dict[str, tuple[type, type]] = {
     "Umount": (UmountRequest, Empty),
     "Index": (ImageRequest, ImageReport),
     "Inspect": (ImageRequest, ImageReport),
+    "Export": (ImageRequest, ExportReport),
     "List": (PathRequest, Empty),
     "Tree": (PathRequest, Empty),
     "Stat": (PathRequest, EntryReport),
@@ -375,4 +385,5 @@ METHODS: dict[str, tuple[type, type]] = {
     "Login": (LoginRequest, LoginReport),
     "Logout": (LogoutRequest, Empty),
 }
-"""Request and result class by method. List and Tree answer by `Item`s, Read by `Data`, before an empty result."""
+"""Request and result class by method. List and Tree answer by `Item`s, Read by `Data`, Export by `Part`s with
+`Data` behind each, before the result."""

@@ -24,9 +24,9 @@ import grpc
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from nsfs.model.report import Data, Item, Note, Progress
+    from nsfs.model.report import Data, Item, Note, Part, Progress
 
-    Listener: TypeAlias = Callable[[Progress | Note | Data | Item], None]
+    Listener: TypeAlias = Callable[[Progress | Note | Data | Item | Part], None]
 
 R = TypeVar("R", bound=msgspec.Struct)
 

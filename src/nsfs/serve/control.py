@@ -74,6 +74,7 @@ class Control:
             "Umount": self.counted(self._umount),
             "Index": self.counted(self._index),
             "Inspect": self.counted(self._inspect),
+            "Export": self.counted(self._export),
             "List": self.counted(self._path("List", worker_api.Empty, api.Empty)),
             "Tree": self.counted(self._path("Tree", worker_api.Empty, api.Empty)),
             "Read": self.counted(self._path("Read", worker_api.Empty, api.Empty)),
@@ -162,6 +163,12 @@ class Control:
 
     async def _inspect(self, request: api.ImageRequest, report: Report) -> ImageReport:
         return await self._report_image("Inspect", request, report)
+
+    async def _export(self, request: api.ImageRequest, report: Report) -> api.ExportReport:
+        domain = self.domain(request)
+        name = worker_api.Name(reference=request.reference, platform=request.platform, owner=domain.owner)
+        found = await self.ask(domain, "Export", name, worker_api.Exported, report)
+        return api.ExportReport(reference=found.reference, digest=found.digest)
 
     async def _report_image(self, method: str, request: api.ImageRequest, report: Report) -> ImageReport:
         domain = self.domain(request)

@@ -1,0 +1,138 @@
+"""`nsfs index`: what is put beside an image says truly how it is read, and nothing of the image changes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from goregistry import run_go_registry
+from images import Image, Layer, file, gzip_layer, tar_layer
+from nsfs.format.artifact import PACK_TYPE, parse_index, parse_manifest, parse_spans
+from nsfs.format.pack import open_piece, parse_table
+from nsfs.format.spans import decode_verified
+from nsfs.model.digest import Digest
+from nsfs.model.layer import Codec
+from nsfs.remote.reference import parse_reference
+from nsfs.remote.source import open_source
+from nsfs_daemon import Daemon, run_daemon
+from registry import run_registry
+from users import noise, push, read
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from nsfs.format.artifact import Artifact
+    from nsfs.model.oci import Descriptor
+
+FILES = {f"f{number}": noise(700_000, number) for number in range(4)}
+TEXT = b"".join(b"line %d\n" % number for number in range(400_000))
+CODECS = (Codec.DEFLATE, Codec.NONE)
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with run_daemon(str(tmp_path_factory.mktemp("daemon"))) as running:
+        yield running
+
+
+@pytest.fixture(params=["api", "tags"])
+def place(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A registry that lists referrers by itself, and one whose clients do."""
+    with run_go_registry() if request.param == "api" else run_registry() as registry:
+        yield registry
+
+
+def image(name: str = "") -> Image:
+    """One of that name alone."""
+    files = {**FILES, "name": name.encode()} if name else FILES
+    below = gzip_layer([file(*item) for item in files.items()])
+    return Image((below, tar_layer([file("text", TEXT)])))
+
+
+def fetched(reference: str, ask: Callable[[Any], Any]) -> Any:
+    async def run() -> Any:
+        async with open_source(parse_reference(reference)) as source:
+            return await ask(source)
+
+    return trio.run(run)
+
+
+def attached(reference: str, report: dict[str, Any]) -> Artifact:
+    document = fetched(reference, lambda source: source.manifest(report["digest"]))
+    return parse_manifest(document.data)
+
+
+def blob(reference: str, descriptor: Descriptor) -> bytes:
+    return bytes(fetched(reference, lambda source: source.read_blob(descriptor, 1 << 30)))
+
+
+def test_an_artifact_says_how_layers_are_read_and_what_a_start_reads(
+    daemon: Daemon, place: Any, arena: Path, tmp_path: Path
+) -> None:
+    made = image(place.host)
+    push(made, place, tmp_path, "shown")
+    reference, target = f"{place.host}/shown", str(arena / "mnt")
+    before = fetched(reference, lambda source: source.manifest("latest"))
+    done = daemon.nsfs("index", "push", reference)
+    assert "no start-up pack: no start was recorded" in done.stderr
+    with daemon.mounted(reference, target, "--profile", "record"):
+        assert read(f"{target}/f3") == FILES["f3"]
+        with open(f"{target}/text", "rb") as text:
+            text.seek(2_000_000)
+            assert text.read(100) == TEXT[2_000_000:2_000_100]
+    report = daemon.json("index", "push", reference)
+    assert daemon.json("index", "push", reference)["digest"] == report["digest"]
+    shown = daemon.json("index", "show", reference)["artifacts"]
+    assert {each["digest"] for each in shown} > {report["digest"]}
+    assert all(each["image"] == before.digest and not each["flaw"] for each in shown)
+    artifact = attached(reference, report)
+    assert artifact.subject == before.digest
+    assert [layer.blob for layer in artifact.layers] == [Digest.of(layer.blob) for layer in made.layers]
+    check_layers(reference, artifact, made)
+    check_pack(reference, artifact, made)
+    assert fetched(reference, lambda source: source.manifest("latest")) == before
+    gone = daemon.json("index", "rm", reference, "--digest", report["digest"])["artifacts"]
+    assert [each["digest"] for each in gone] == [report["digest"]]
+    refused = daemon.nsfs("index", "rm", reference, "--digest", report["digest"], check=False)
+    assert (refused.returncode, "no such artifact" in refused.stderr) == (3, True)
+    assert len(daemon.json("index", "rm", reference)["artifacts"]) == 1
+    assert daemon.nsfs("index", "show", reference).stdout == "nothing lies beside it\n"
+
+
+def check_layers(reference: str, artifact: Artifact, made: Image) -> None:
+    """Entries and spans lead to what the tars have."""
+    for claimed, layer, codec in zip(artifact.layers, made.layers, CODECS, strict=True):
+        index = parse_index(blob(reference, claimed.index))
+        assert index.stream_size == len(layer.tar)
+        for entry in (entry for entry in index.entries if entry.path != b"name"):
+            (segment,) = entry.segments
+            found = layer.tar[segment.stream_offset : segment.stream_offset + segment.length]
+            assert found == {**FILES, "text": TEXT}[entry.path.decode()]
+        spans = parse_spans(blob(reference, claimed.spans), codec, index.stream_size, len(layer.blob))
+        assert b"".join(decoded(spans, layer)) == layer.tar
+
+
+def decoded(spans: Any, layer: Layer) -> Iterator[bytes]:
+    for span in spans.spans:
+        compressed = layer.blob[span.offset : span.offset + span.length]
+        yield from decode_verified(spans.codec, spans.covers, [span], compressed)
+
+
+def check_pack(reference: str, artifact: Artifact, made: Image) -> None:
+    """It has what was read, in that order, and little else."""
+    assert artifact.pack is not None
+    assert artifact.pack.pack.media_type == PACK_TYPE
+    pack = blob(reference, artifact.pack.pack)
+    table = parse_table(blob(reference, artifact.pack.table), len(pack))
+    at, runs = 0, []
+    for piece in table.pieces:
+        for run, data in open_piece(piece, pack[at : at + piece.length]):
+            layer = next(each for each in made.layers if Digest.of(each.blob) == table.layers[run.layer])
+            assert layer.tar[run.start : run.start + run.length] == data
+            runs.append((made.layers.index(layer), run))
+        at += piece.length
+    assert [number for number, _ in runs] == sorted(number for number, _ in runs), "the file below was read first"
+    assert len(FILES["f3"]) < sum(run.length for _, run in runs) < len(FILES["f3"]) + 600_000
