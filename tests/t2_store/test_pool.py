@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import os
@@ -19,6 +18,7 @@ from nsfs.store import pool as pool_module
 from nsfs.store.crypt import DomainKey
 from nsfs.store.layout import DomainLayout, Layout
 from nsfs.store.pool import BITMAP_SIZE, DISK_SIZE, Pool, create_bitmap, open_pool
+from page_cache import cached_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,17 +49,6 @@ def pool(domain: DomainLayout, bitmap: int) -> Iterator[Pool]:
     opened = open_pool(domain, bitmap, SALT)
     yield opened
     opened.close()
-
-
-def cached_pages(path: str, offset: int, size: int) -> int:
-    """Pages of a file's range that are in the page cache, by cachestat(2) (Linux 6.5)."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        found = (ctypes.c_uint64 * 5)()
-        assert ctypes.CDLL(None).syscall(451, fd, (ctypes.c_uint64 * 2)(offset, size), found, 0) == 0
-        return found[0]
-    finally:
-        os.close(fd)
 
 
 def after_power_loss(domain: DomainLayout) -> Pool:

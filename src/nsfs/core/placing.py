@@ -36,8 +36,8 @@ _LONG_GAP: Final = 64 << 10
 class Disk(Protocol):
     """Where contents go: the domain's pool."""
 
-    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Store whole blocks and mark them present."""
+    def write_past(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Store whole blocks and mark them present, past the page cache as far as the disk keeps up."""
 
     def write_zeros(self, address: int, size: int) -> None:
         """Mark blocks present that were never written."""
@@ -187,7 +187,7 @@ class _Behind:
         if size == _BATCH and batch == _ZEROS:
             self._disk.write_zeros(address, size)
         else:
-            self._disk.write(address, memoryview(batch)[:size])
+            self._disk.write_past(address, memoryview(batch)[:size])
 
 
 class _Writer:

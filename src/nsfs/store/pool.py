@@ -29,6 +29,7 @@ from nsfs.store.buffers import Buffers
 from nsfs.store.crypt import CHECK_SIZE, ROOM, SALT_SIZE
 from nsfs.store.files import sync_directory
 from nsfs.store.index import END_ADDRESS, FIRST_ADDRESS
+from nsfs.store.writeback import Writeback
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -296,6 +297,7 @@ class Pool:
         self._disk = disk
         self._cipher = cipher
         self._buffers = Buffers()
+        self._writeback = Writeback(disk)
         self._present = present
         access = mmap.ACCESS_READ if readonly else mmap.ACCESS_WRITE
         self._bitmap = mmap.mmap(bitmap_fd, BITMAP_SIZE, access=access)
@@ -397,6 +399,11 @@ class Pool:
             self._store(address, data)
             with self._bits_lock:
                 self._set(address, len(data))
+
+    def write_past(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """As `write`, for one of many runs at rising addresses: the page cache keeps little of them."""
+        self.write(address, data)
+        self._writeback.follow(address, len(data))
 
     def write_zeros(self, address: int, size: int) -> None:
         """Say that these blocks, which were never written or are punched, are there: a hole of a file."""
