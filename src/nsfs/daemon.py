@@ -46,6 +46,7 @@ from nsfs.serve.containerd import Runtime, open_containerd
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
 from nsfs.serve.credentials import Keychain, forbid_core_dumps
+from nsfs.serve.door import listening
 from nsfs.serve.fdstore import HolderStore, Notifier, SystemdStore
 from nsfs.serve.forkserver import launch_server, open_fork_server
 from nsfs.serve.fronts import open_fronts
@@ -217,7 +218,8 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         handlers = {name: handler for group in groups for name, handler in group.handlers().items()}
         services = [control_service(handlers), *([snapshots_service(snapshots)] if snapshots else [])]
         metrics = Metrics(workers.supervisor, namespaces, accounts, cache, stack.enter_context(counted_bugs()))
-        async with serve_rpc(config.socket, services), serve_scrapes(config.metrics.listen, metrics.render):
+        entrance = listening(config.socket, os.environ, lambda: ending.how is End.REPLACE)
+        async with serve_rpc(entrance, services), serve_scrapes(config.metrics.listen, metrics.render):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             site.notifier.tell("READY=1")
             beside = [] if private else list(_besides(config, lifecycle, namespaces))

@@ -15,6 +15,7 @@ from nsfs.model.report import Data, Note, Progress
 from nsfs.serve import api
 from nsfs.serve.client import open_control, probe
 from nsfs.serve.control_rpc import control_service
+from nsfs.serve.door import listening
 from nsfs.serve.rpc import serve_rpc
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def serving(path: str, **handlers: Any) -> Iterator[None]:
     async def main() -> None:
         with trio.CancelScope() as scope:
             scopes.append((trio.lowlevel.current_trio_token(), scope))
-            async with serve_rpc(path, [control_service({"Version": _version} | handlers)]):
+            async with serve_rpc(listening(path, {}), [control_service({"Version": _version} | handlers)]):
                 ready.set()
                 await trio.sleep_forever()
 

@@ -14,7 +14,7 @@ import trio
 import trio.socket
 
 from nsfs.errors import UsageError
-from nsfs.serve.door import Door, peer_of
+from nsfs.serve.door import Door, listening, peer_of
 from nsfs_daemon import run_daemon
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def with_door(path: Path, body: Callable[[trio.SocketListener], Awaitable[None]]
         inside = trio.socket.socket(socket.AF_UNIX)
         await inside.bind(str(path / "inside"))
         inside.listen()
-        with trio.fail_after(20):
+        with trio.fail_after(20), listening(str(path / "door"), {}) as outside:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(Door(str(path / "door"), str(path / "inside"), admitted).serve)
+                nursery.start_soon(Door(outside, str(path / "inside"), admitted).serve)
                 async with trio.SocketListener(inside) as listener:
                     await body(listener)
                 nursery.cancel_scope.cancel()
@@ -140,8 +140,39 @@ def test_who_is_not_admitted_is_led_nowhere(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
-    async def main() -> None:
-        with pytest.raises(UsageError, match=r"socket: cannot listen there: .*/none/door: No such file"):
-            Door(str(tmp_path / "none" / "door"), "", ())
+    with (
+        pytest.raises(UsageError, match=r"socket: cannot listen there: .*/none/door: No such file"),
+        listening(str(tmp_path / "none" / "door"), {}),
+    ):
+        pass
 
-    trio.run(main)
+
+def knocked(path: str) -> socket.socket:
+    """A connection that waits to be accepted."""
+    knocking = socket.socket(socket.AF_UNIX)
+    knocking.settimeout(10)
+    knocking.connect(path)
+    return knocking
+
+
+def test_who_comes_while_the_place_is_given_away_is_let_in_by_the_next(tmp_path: Path) -> None:
+    path, environ = str(tmp_path / "door"), {"HOME": "/"}
+    with listening(path, environ, lambda: True):
+        pass
+    with knocked(path) as knocking, listening(path, environ) as after:
+        assert environ == {"HOME": "/"}
+        assert not after.get_inheritable()
+        after.setblocking(True)
+        accepted, _ = after.accept()
+        with accepted:
+            accepted.send(b"in")
+            assert knocking.recv(2) == b"in"
+    assert not os.path.exists(path)
+
+
+def test_a_place_elsewhere_takes_the_old_one_away(tmp_path: Path) -> None:
+    environ: dict[str, str] = {}
+    with listening(str(tmp_path / "old"), environ, lambda: True):
+        pass
+    with listening(str(tmp_path / "new"), environ):
+        assert os.listdir(tmp_path) == ["new"]

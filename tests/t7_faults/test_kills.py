@@ -6,7 +6,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ from fakes import FakeRegistry
 from images import Image, file
 from mounting import swept
 from nodes import wait_until
+from nsfs.serve.client import probe
 from nsfs.serve.mounts import load_mounts
 from nsfs_daemon import Daemon, mortal_daemons
 from published import estargz_layer, publish
@@ -203,6 +206,31 @@ def test_an_upgrade_replaces_daemon_and_worker_while_readers_read(installed: Pat
         assert os.path.exists(f"/proc/{site.daemon.pid}")
     seen.check(50)
     site.take_away()
+
+
+def test_an_upgrade_to_the_same_code_ends_once_the_next_daemon_serves_and_shuts_nobody_out(site: Site) -> None:
+    site.mount()
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        knocking = threads.submit(knock_until, ended, site.daemon.socket)
+        try:
+            said = site.daemon.json("upgrade")
+            assert site.daemon.tail().count(" serves at ") == 2
+        finally:
+            ended.set()
+        assert said["was"] == said["build"]
+        assert knocking.result() > 0
+    assert len(site.daemon.json("status")["mounts"]) == len(DRIVERS)
+    site.take_away()
+
+
+def knock_until(ended: threading.Event, path: str) -> int:
+    """How often somebody was there at the socket; raises UnreachableError where nobody was."""
+    found = 0
+    while not ended.wait(0.1):
+        probe(path)
+        found += 1
+    return found
 
 
 def test_an_upgrade_to_code_that_does_not_start_is_refused(installed: Path, site: Site) -> None:

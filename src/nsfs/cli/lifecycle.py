@@ -36,15 +36,16 @@ def drain(session: Session, *, force: bool, as_json: bool) -> None:
 @pass_session
 def upgrade(session: Session, *, as_json: bool) -> None:
     """Replace daemon and workers by the code that is installed now; mounts and containers go on meanwhile."""
+    before = session.look()
     report = session.call("Upgrade", api.Empty(), api.UpgradeReport)
-    _wait(session, report.build)
+    _wait(session, report.build, before.incarnation)
     if as_json:
         click.echo(render_json(report))
     session.talk.note(f"{report.build} has taken the place of {report.was}")
 
 
-def _wait(session: Session, build: str) -> None:
-    """Until a daemon of that build answers, and all workers are of the same."""
+def _wait(session: Session, build: str, before: str) -> None:
+    """Until another daemon answers, of that build, and all workers are of the same."""
     deadline = time.monotonic() + _DEADLINE
     state = "the new daemon does not answer"
     while time.monotonic() < deadline:
@@ -52,6 +53,8 @@ def _wait(session: Session, build: str) -> None:
         try:
             version = session.look()
         except UnreachableError:
+            continue
+        if version.incarnation == before:
             continue
         if version.kept_back:
             raise NsfsError(

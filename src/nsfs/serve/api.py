@@ -104,6 +104,8 @@ class VersionReport(Struct, kw_only=True):
     pid: int
     private: bool
     """A user's private daemon, which ends with its last mount."""
+    incarnation: str = ""
+    """Another for each daemon, also where it has the process ID of the one before."""
     build: str = ""
     """Of what code it is (`serve.build`)."""
     outdated: list[str] = []

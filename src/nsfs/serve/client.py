@@ -42,11 +42,11 @@ _decode_failure = msgspec.json.Decoder(api.Failure).decode
 
 
 class Control:
-    """A connection to one daemon; `version` is what it said of itself."""
+    """A connection to one daemon, at the socket `path`; `version` is what it said of itself."""
 
     def __init__(self, channel: grpc.Channel, path: str) -> None:
         self._channel = channel
-        self._path = path
+        self.path = path
         self.version = api.VersionReport(version="", api=0, pid=0, private=False)
 
     def call(self, method: str, request: msgspec.Struct, kind: type[R], listen: Listener | None = None) -> R:
@@ -65,12 +65,12 @@ class Control:
                 if listen is not None:
                     listen(event)
         except grpc.RpcError as error:
-            raise _translate(error, method, self._path) from None
+            raise _translate(error, method, self.path) from None
         except msgspec.MsgspecError as error:
             raise UnsupportedError(f"the daemon's answer is not understood: {error}", hint=_RESTART) from None
         finally:
             stream.cancel()
-        raise UnreachableError(f"the daemon ended a call without a result: {self._path}")
+        raise UnreachableError(f"the daemon ended a call without a result: {self.path}")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ looked at in the worker of the domain that a mount by the same namespace and iso
 from __future__ import annotations
 
 import os
+import secrets
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -59,6 +60,7 @@ class Control:
         self._supervisor = supervisor
         self._keychain = keychain
         self._cache = cache
+        self._incarnation = secrets.token_hex(8)
         self.private = private
         self.running = 0
         """Calls under way, Status and Version aside."""
@@ -103,6 +105,7 @@ class Control:
             api=api.VERSION,
             pid=os.getpid(),
             private=self.private,
+            incarnation=self._incarnation,
             build=supervisor.build,
             outdated=supervisor.outdated(),
             kept_back=supervisor.kept_back(),

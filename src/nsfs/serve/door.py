@@ -4,6 +4,7 @@ gRPC serves unix sockets without telling whose process is at the other end, so i
 are accepted here, their peers' credentials checked (SO_PEERCRED, unix(7): those of the moment of connecting), and their
 bytes relayed to the socket that gRPC listens on, which has no name. Refuses whoever is neither root nor the daemon's
 own user, whatever the modes of socket and folder have become, with a line in the log.
+A daemon that gives its place away by execve(2) hands the listening socket on: who comes meanwhile waits for the next.
 
 Concurrency: a task for each direction of each connection, and one buffer, so that who reads slowly is waited for. It
 costs a call 0.1 ms (Stat over one channel, median of 2,000: 0.66 ms without, 0.77 with; two processors, Linux 6.18),
@@ -16,6 +17,7 @@ import logging
 import os
 import socket
 import struct
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
@@ -23,7 +25,7 @@ import trio
 from nsfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection, Iterator, MutableMapping
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +33,12 @@ _CREDENTIALS: Final = struct.Struct("=iII")
 """struct ucred."""
 _BUFFER: Final = 1 << 18
 """All that a unix socket holds at a time by default (net.core.wmem_default): so a stream is passed on in few steps."""
-_WAITING: Final = 128
+_WAITING: Final = 1024
 """Connections that nobody accepted yet."""
 _TELL_EVERY: Final = 60.0
 """Seconds between two lines about one user."""
+_HANDED_ON: Final = "NSFS_LISTENER"
+"""Of the environment: the descriptor that a daemon in our place listened on."""
 
 
 class Peer(NamedTuple):
@@ -52,13 +56,13 @@ def peer_of(connection: socket.socket | trio.socket.SocketType) -> Peer:
 
 
 class Door:
-    """One socket's. `inside` is where who is admitted is led."""
+    """One listening socket's, which stays its owner's. `inside` is where who is admitted is led."""
 
-    def __init__(self, path: str, inside: str, admitted: Collection[int]) -> None:
+    def __init__(self, listener: socket.socket, inside: str, admitted: Collection[int]) -> None:
         self._inside = inside
         self._admitted = admitted
         self._told: dict[int, float] = {}
-        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listen_unix(path, "socket")))
+        self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))
 
     async def serve(self) -> None:
         """Until it is cancelled."""
@@ -82,6 +86,45 @@ class Door:
         if self._told.get(peer.uid, -_TELL_EVERY) + _TELL_EVERY <= now:
             self._told[peer.uid] = now
             log.warning("refused a connection: uid=%d gid=%d pid=%d", peer.uid, peer.gid, peer.pid)
+
+
+@contextmanager
+def listening(
+    path: str, environ: MutableMapping[str, str], is_handed_on: Callable[[], bool] = lambda: False
+) -> Iterator[socket.socket]:
+    """The daemon's socket at `path`: the one that was handed on to us, or a new one; raises UsageError.
+
+    At the end it is gone, or, where `is_handed_on`, left open for what is executed in our place.
+    """
+    listener = _take_over(path, environ) or listen_unix(path, "socket")
+    try:
+        yield listener
+    finally:
+        if is_handed_on():
+            listener.set_inheritable(True)
+            environ[_HANDED_ON] = str(listener.detach())
+        else:
+            _close(listener)
+
+
+def _close(listener: socket.socket) -> None:
+    path = listener.getsockname()
+    listener.close()
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _take_over(path: str, environ: MutableMapping[str, str]) -> socket.socket | None:
+    """What was handed on, if that is still the socket at `path`."""
+    number = environ.pop(_HANDED_ON, "")
+    if not number:
+        return None
+    listener = socket.socket(fileno=int(number))
+    listener.set_inheritable(False)
+    if listener.getsockname() == path and os.path.exists(path):
+        return listener
+    _close(listener)
+    return None
 
 
 def listen_unix(path: str, key: str) -> socket.socket:

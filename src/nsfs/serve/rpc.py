@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import grpc
@@ -23,7 +23,9 @@ from nsfs.errors import UnreachableError
 from nsfs.serve.door import Door
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -101,8 +103,10 @@ class Bridge:
 
 
 @asynccontextmanager
-async def serve_rpc(path: str, services: Sequence[Callable[[Bridge], grpc.GenericRpcHandler]]) -> AsyncIterator[None]:
-    """Answer on the unix socket `path` (0600) until the block ends; calls still running are cancelled.
+async def serve_rpc(
+    entrance: AbstractContextManager[socket.socket], services: Sequence[Callable[[Bridge], grpc.GenericRpcHandler]]
+) -> AsyncIterator[None]:
+    """Answer on the unix socket `entrance` (0600) until the block ends; calls still running are cancelled.
 
     Only root and the user that we run as are let in.
     """
@@ -111,8 +115,8 @@ async def serve_rpc(path: str, services: Sequence[Callable[[Bridge], grpc.Generi
         bridge = Bridge(nursery)
         handlers = [service(bridge) for service in services]
         server = grpc.server(threads, handlers=handlers, options=[("grpc.so_reuseport", 0)])
-        with _started(server, os.path.dirname(path)) as inside:
-            outside.start_soon(Door(path, inside, {0, os.geteuid()}).serve)
+        with entrance as listener, _started(server, os.path.dirname(listener.getsockname())) as inside:
+            outside.start_soon(Door(listener, inside, {0, os.geteuid()}).serve)
             try:
                 yield
             finally:
@@ -122,8 +126,6 @@ async def serve_rpc(path: str, services: Sequence[Callable[[Bridge], grpc.Generi
                     await trio.to_thread.run_sync(stopped.wait)
                 threads.shutdown(wait=False)
                 outside.cancel_scope.cancel()
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
 
 
 @contextmanager
