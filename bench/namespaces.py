@@ -2,7 +2,7 @@
 
 A call that asks the worker of a namespace for nothing is timed from a connected client: the first one of each, with
 which the domain is made (uid, key, pool, FUSE connection) and its worker starts; and the first one behind the death of
-each worker, which is another's start. The workers are idle when their memory is counted, and each has its fork server.
+each worker, which is another's start. The workers are idle when their memory is counted, and have had no job forked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import signal
 import time
 from contextlib import suppress
-from itertools import chain
 from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
@@ -41,17 +40,14 @@ def measure(bench: Bench) -> None:
     with run_daemon(f"{bench.scratch('namespaces')}/nsfs") as daemon, open_control(daemon.socket) as control:
         first = [_ask(control, name) for name in names]
         workers = daemon.workers()
-        families = [[pid, *_children(pid)] for pid in workers.values()]
-        private = [_kib(family[:1], "Private_(?:Clean|Dirty)") / 1024 for family in families]
-        whole = [_kib(family, "Private_(?:Clean|Dirty)") / 1024 for family in families]
-        total = _kib([daemon.pid, *_children(daemon.pid), *chain(*families)], "Pss") / 1024
+        private = [_kib([pid], "Private_(?:Clean|Dirty)") / 1024 for pid in workers.values()]
+        total = _kib([daemon.pid, *_children(daemon.pid), *workers.values()], "Pss") / 1024
         again = [_ask_again(control, name, workers[f"ns/{name}"]) for name in names]
     _say("first call of a namespace", first)
     _say("a worker that died, to the next one's answer", again)
-    say(f"  {len(families)} namespaces: {total:.0f} MiB in all, {total / len(families):.1f} MiB each")
+    say(f"  {len(names)} namespaces: {total:.0f} MiB in all, {total / len(names):.1f} MiB each")
     for figure in (
         _figure("a worker's private memory", "MiB", private, _PRIVATE_GOAL),
-        _figure("a worker's and its fork server's", "MiB", whole),
         _figure(f"proportional memory of {NAMESPACES} namespaces, with the daemon", "MiB", [total]),
         _figure("a namespace's first call", "ms", first),
         _figure("a namespace's first call, p99", "ms", [_p99(first)]),

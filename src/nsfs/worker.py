@@ -1,9 +1,8 @@
 """The worker of one domain: composition root of everything that serves a tenant's reads.
 
 Started by the daemon's fork server with the socket to the daemon, the live bitmap, the domain's key and, for root, the
-FUSE connection. It forks its own fork server, for jobs, before anything here starts a thread. It ends when its FUSE
-filesystem is unmounted, and, where it has no line to a next daemon, with its daemon; dying at any other time loses
-nothing but time.
+FUSE connection. It ends when its FUSE filesystem is unmounted, and, where it has no line to a next daemon, with its
+daemon; dying at any other time loses nothing but time.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import resource
 import socket
 from contextlib import AsyncExitStack, suppress
 from functools import partial
@@ -50,8 +48,9 @@ from nsfs.remote.source import open_remote
 from nsfs.remote.transport import Timeouts
 from nsfs.serve.config import unpack_config
 from nsfs.serve.credentials import AskedCredentials
-from nsfs.serve.forkserver import fork_server, open_fork_server, received_fds
+from nsfs.serve.forkserver import received_fds
 from nsfs.serve.fuse import FuseOperations
+from nsfs.serve.joblending import LentServer, limit_memory
 from nsfs.serve.lending import Borrowing, Uplink
 from nsfs.serve.logs import counted_bugs, start_logging
 from nsfs.serve.relay import OwnReach, SharedReach
@@ -75,7 +74,6 @@ if TYPE_CHECKING:
     from nsfs.model.pool import LayerKey
     from nsfs.remote.source import Remote
     from nsfs.serve.config import Config
-    from nsfs.serve.forkserver import ServerProcess
     from nsfs.serve.relay import Reach
     from nsfs.serve.wire import Methods
     from nsfs.store.index import DomainIndex
@@ -104,15 +102,13 @@ def main(args: bytes, fds: list[int]) -> int:
     params = _decode_args(args)
     config = unpack_config(params.config)
     start_logging(config.log_format, config.log_level)
-    if params.memory:
-        resource.setrlimit(resource.RLIMIT_DATA, (params.memory, params.memory))
-    forks = fork_server()
+    limit_memory(params.memory)
     widen_descriptors()
-    trio.run(_run, params, config, fds, forks)
+    trio.run(_run, params, config, fds)
     return 0
 
 
-async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: ServerProcess) -> None:
+async def _run(params: WorkerArgs, config: Config, fds: list[int]) -> None:
     control = PassingStream(socket.socket(fileno=fds[0]))
     layout = Layout(config.root, config.run).domain(params.domain, load_key(fds[2]))
     async with AsyncExitStack() as stack:
@@ -135,7 +131,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int], forks: Server
         reach: Reach = OwnReach(RemoteSources(remote), nursery, remote.take_bill)
         if params.is_shared:
             reach = SharedReach(reach.sources, borrowing, uplink, nursery, config.grant_ttl)
-        worker = await _compose(stack, layout, config, pool, index, fds[1:3], forks, reach)
+        worker = await _compose(stack, layout, config, pool, index, fds[1:3], LentServer(uplink, nursery), reach)
         worker.layers.finish(unfinished)
         worker.cache.resume()
         worker.shown.show_again(params.views, params.trees)
@@ -169,17 +165,16 @@ async def _compose(
     pool: Pool,
     index: DomainIndex,
     shared: Sequence[int],
-    forks: ServerProcess,
+    forks: LentServer,
     reach: Reach,
 ) -> _Worker:
-    spawner = await stack.enter_async_context(open_fork_server(forks))
     nursery = await stack.enter_async_context(trio.open_nursery())
     stack.callback(nursery.cancel_scope.cancel)
     kept = KeptPool(pool)
     fetcher = await stack.enter_async_context(open_fetcher(kept, fetch_config(config)))
     blobs = Blobs(reach.sources, index)
     cores = os.cpu_count() or 1
-    jobs = Jobs(spawner, limit=max(2, cores), fed_limit=max(4, 2 * cores))
+    jobs = Jobs(forks, limit=max(2, cores), fed_limit=max(4, 2 * cores))
 
     def spool(key: LayerKey) -> Spool:
         return Spool(layout.spool(key), layout.key)
@@ -208,7 +203,8 @@ async def _compose(
     domain = Domain(images, layers, blobs, views, looking, noted, lambda: Health(bugs.count, kept.trouble), starts)
     pinned = Pinned(images, layers, maps, index, views)
     exports = Exports(images, layers, looking, profiles, views)
-    parts = (domain.methods(), pinned.methods(), cache.methods(), exports.methods(), reach.methods(blobs))
+    services = (domain.methods(), pinned.methods(), cache.methods(), exports.methods())
+    parts = (*services, reach.methods(blobs), forks.methods())
     methods = {name: method for part in parts for name, method in part.items()}
     return _Worker(domain, methods, cache, layers, shown, kept)
 

@@ -12,7 +12,7 @@ from msgspec import Raw, Struct
 
 from nsfs.core import jobs
 from nsfs.errors import CorruptError, NsfsError, UnreachableError
-from nsfs.serve.forkserver import fork_server, open_fork_server
+from nsfs.serve.forkserver import ServerProcess, open_fork_server, serve
 from trio_tests import run
 
 
@@ -188,8 +188,22 @@ def entry(args: bytes, fds: list[int]) -> int:
     return jobs.run_job(Args, double, args, fds)
 
 
+def forked_server() -> ServerProcess:
+    """Of this process, which knows `entry`."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            serve(theirs)
+        finally:
+            os._exit(0)
+    theirs.close()
+    return ServerProcess(ours, pid)
+
+
 def test_a_real_process_answers_and_raises() -> None:
-    server = fork_server()
+    server = forked_server()
 
     async def body() -> None:
         async with open_fork_server(server) as spawner:

@@ -116,8 +116,24 @@ def children_of(pid: int) -> list[int]:
 
 
 def jobs_of(worker: int) -> list[int]:
-    """Jobs are forked by the fork server, the worker's only child."""
-    return [job for server in children_of(worker) for job in children_of(server)]
+    return children_of(fork_server_of(worker))
+
+
+def fork_server_of(worker: int) -> int:
+    """Forked by the zygote as the worker is, with the worker's uid."""
+    others = [each for each in children_of(parent_of(worker)) if each != worker]
+    (found,) = (each for each in others if uid_of(each) == uid_of(worker))
+    return found
+
+
+def uid_of(pid: int) -> int:
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Uid:"))
+
+
+def parent_of(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
 
 
 def test_ctrl_c_leaves_the_pass_to_the_worker(daemon: Daemon, passing: Passing) -> None:
@@ -163,6 +179,19 @@ def test_a_job_that_was_killed_does_not_hinder_the_next_in_the_same_worker(daemo
     with daemon.mounted(passing.reference, passing.target):
         passing.check()
     assert passing.offsets()[-1] > len(passing.layer.blob) // 3
+
+
+def test_a_fork_server_that_was_killed_is_followed_by_another(daemon: Daemon, passing: Passing) -> None:
+    mount = start_mount(daemon, passing)
+    worker = daemon.workers()[DOMAIN]
+    os.kill(fork_server_of(worker), signal.SIGKILL)
+    status, said = finish(mount)
+    assert status != 0
+    assert "Traceback" not in said
+    passing.registry.script = ""
+    with daemon.mounted(passing.reference, passing.target):
+        passing.check()
+    assert daemon.workers()[DOMAIN] == worker
 
 
 def test_the_worker_after_one_that_was_killed_goes_on_by_itself(daemon: Daemon, passing: Passing) -> None:

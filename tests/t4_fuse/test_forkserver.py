@@ -3,19 +3,21 @@
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import msgspec
 import pytest
 import trio
 from msgspec import Struct
 
+from nsfs.core.tasks import open_tasks
 from nsfs.errors import DeniedError, UnreachableError
 from nsfs.serve import forkserver
 from nsfs.serve.forkserver import ForkServer, ServerProcess, open_fork_server
+from nsfs.serve.joblending import ENTRY, JobServerArgs
 
 ME = "test_forkserver_entries"
 
@@ -212,20 +214,24 @@ async def until_answered(server: ForkServer) -> int:
             await trio.sleep(0.02)
 
 
-def test_a_process_can_fork_its_own_server(tmp_path: Path) -> None:
-    secret = tmp_path / "secret"
-
+def test_a_child_can_be_a_server_and_ends_with_its_client() -> None:
     async def body(server: ForkServer) -> None:
-        assert await server.run(f"{ME}:seven", None) == 7
-        links = {os.readlink(f"/proc/{process.pid}/fd/{name}") for name in os.listdir(f"/proc/{process.pid}/fd")}
-        assert "/dev/null" in links
-        assert str(secret) not in links
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            child = await server.spawn(ENTRY, JobServerArgs(log_format="text", log_level="info"), [theirs.fileno()])
+        below = ForkServer()
+        async with open_tasks() as tasks:
+            with trio.socket.from_stdlib_socket(ours) as sock:
+                await tasks.start(below.talk, sock)
+                assert await below.run(f"{ME}:seven", None) == 7
+                job = await below.spawn(f"{ME}:sleep", None)
+            assert await child.wait() == 0
+            await job.wait_gone()
+        assert not below.is_alive
+        child.close()
+        job.close()
 
-    with secret.open("w"):
-        process = forkserver.fork_server()
-        with_server(body, process)
-    with pytest.raises(ProcessLookupError):
-        os.kill(process.pid, 0)
+    with_server(body)
 
 
 def test_requests_that_are_too_large_are_refused() -> None:

@@ -231,7 +231,10 @@ def processes(site: Site) -> dict[str, int]:
     for parent, pid in list(found.items()):
         for child in children(pid):
             command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-            found[f"{parent}'s {next((word for word in command if word.startswith('nsfs.')), 'fork server')}"] = child
+            found[f"{parent}'s {next(word for word in command if word.startswith('nsfs.'))}"] = child
+    for child in children(found["daemon's nsfs.serve.forkserver"]):
+        if child != found["worker"]:
+            found["worker's fork server"] = child
     return found
 
 

@@ -7,8 +7,8 @@ stderr of the server, default signals, an empty signal mask, and what it is conf
 anything else.
 
 The server is single-threaded, imports its modules and warms up once, freezes the collector's generations, and ends when
-its client's end of the socket is closed. `launch_server` execs one; `fork_server` makes one of the calling process,
-which must not have started a thread or trio. The client's side is trio. Invariants: every child that a client knows is
+its client's end of the socket is closed. `launch_server` execs one; a child of one may be one
+(`serve`). The client's side is trio. Invariants: every child that a client knows is
 reaped by the server and reported once; a child whose spawner was cancelled before it got to know it is killed.
 """
 
@@ -259,30 +259,6 @@ class ServerProcess(NamedTuple):
     pid: int
 
 
-def fork_server() -> ServerProcess:
-    """Fork the calling process into a fork server.
-
-    The server dies with the caller and keeps none of its descriptors beyond 0, 1 and 2. For a process that has started
-    neither a thread nor trio.
-    """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            die_with_parent(parent)
-            close_others([theirs.fileno()])
-            ours.detach()
-            _null_stdin()
-            serve(theirs)
-        except BaseException:  # noqa: BLE001 - the frames below belong to the parent
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    theirs.close()
-    return ServerProcess(ours, pid)
-
-
 def launch_server(modules: Sequence[str]) -> ServerProcess:
     """Start a fork server in a fresh interpreter that imports `modules` first; of "module:function", it calls that."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -501,6 +477,11 @@ class ForkServer:
             child.close()
         pending.child = child
         pending.answered.set()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a server, as far as we know."""
+        return self._sock is not None
 
     @property
     def children(self) -> int:

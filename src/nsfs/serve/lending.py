@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 import trio
 from msgspec import Struct
 
-from nsfs.errors import DeniedError, NsfsError, UsageError
+from nsfs.errors import DeniedError, NsfsError, UnreachableError, UsageError
 from nsfs.remote.hosts import Endpoint  # noqa: TC001  msgspec looks it up
 from nsfs.remote.layout import FilePiece, LayoutDirectory
 from nsfs.remote.reference import LayoutReference, parse_reference
@@ -121,7 +121,8 @@ class Uplink:
 
     def disconnect(self) -> None:
         """Wait for the next daemon."""
-        self._connected = trio.Event()
+        if self._connected.is_set():
+            self._connected = trio.Event()
 
     async def call(self, method: str, params: Struct, result: type[T]) -> T:
         """Ask; raises what the daemon raises, UnreachableError where it goes meanwhile."""
@@ -129,6 +130,21 @@ class Uplink:
             await self._connected.wait()
             assert self._daemon is not None
             return await self._daemon.call(method, params, result)
+
+    async def call_until_answered(self, method: str, params: Struct, result: type[T]) -> T:
+        """As `call`, but where a daemon goes meanwhile the next one is asked: what may be done twice."""
+        async with self._turns:
+            while True:
+                await self._connected.wait()
+                daemon = self._daemon
+                assert daemon is not None
+                try:
+                    return await daemon.call(method, params, result)
+                except UnreachableError:
+                    if not daemon.is_closed:
+                        raise
+                    if daemon is self._daemon:
+                        self.disconnect()
 
 
 class Borrowing:

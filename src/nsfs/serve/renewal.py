@@ -72,11 +72,17 @@ async def _wait_greeting(stream: trio.SocketStream, new: Child, lent: Methods) -
         return worker_api.Empty()
 
     with trio.move_on_after(_TRIAL) as scope:
-        methods: Methods = {"Ready": (Ready, ready), **lent}
+        methods: Methods = {"Ready": (Ready, ready), "JobServer": (worker_api.Empty, _wait_taken), **lent}
         async with running(partial(_cancel_when_gone, new, scope)), open_peer(stream, methods, name="daemon"):
             await greeted.wait()
     if not greeted.is_set():
         raise UnreachableError(f"a new worker does not answer: pid {new.pid}")
+
+
+async def _wait_taken(_params: worker_api.Empty, _report: object) -> worker_api.Empty:
+    """What it asks of us in the moment before its trial is over, it asks again then."""
+    await trio.sleep_forever()
+    return worker_api.Empty()
 
 
 async def _cancel_when_gone(child: Child, scope: trio.CancelScope) -> None:

@@ -31,6 +31,8 @@ from nsfs.errors import NsfsError, UnreachableError
 from nsfs.model.policy import owner_of, parse_view_name
 from nsfs.serve.config import Config, pack_config
 from nsfs.serve.forkserver import find_process, started_at
+from nsfs.serve.joblending import ENTRY as JOB_SERVER
+from nsfs.serve.joblending import JobServerArgs, TakeJobServer
 from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
 from nsfs.serve.lending import MAX_ASKED
 from nsfs.serve.line import Line, drain, make_line, send_end, send_over
@@ -154,6 +156,9 @@ class _Kept:
     """Set while a worker answers, and when there will be none any more."""
     peer: Peer | None = None
     pid: int = 0
+    forks: Child | None = None
+    """The fork server that the worker of now has its jobs forked by, if it ever asked for one."""
+    forking: trio.Lock = field(default_factory=trio.Lock)
     trouble: str = ""
     """Why none could be started, since the last one answered."""
     restarts: int = 0
@@ -175,6 +180,12 @@ class _Kept:
             self.ready = trio.Event()
         self.peer = None
         return had_answered
+
+    async def end_forks(self) -> None:
+        """Where it has a fork server: end it, and with it its jobs."""
+        forks, self.forks = self.forks, None
+        if forks is not None:
+            await _end(forks, 0)
 
     def note(self, method: str, params: Struct) -> None:
         """Remember what a worker shows, so that the next one shows it from its start."""
@@ -496,6 +507,7 @@ class Supervisor:
                     child.close()
                 else:
                     await self._end_child(kept, child)
+                    await kept.end_forks()
         return has_answered
 
     async def _end_child(self, kept: _Kept, child: Child) -> None:
@@ -533,6 +545,25 @@ class Supervisor:
             return await self._zygote.spawn(
                 _ENTRY, args, fds, session=outlives, tied=not outlives, confinement=confinement
             )
+
+    async def _lend_forks(self, kept: _Kept) -> None:
+        """Give the worker, which asks for it, a fork server that is held to what it is held to itself."""
+        peer, outlives = await self._wait_peer(kept), kept.line is not None
+        confinement = await self._terms.confinement(kept.domain, kept.owner)
+        args = JobServerArgs(
+            log_format=self._config.log_format, log_level=self._config.log_level, memory=self._memory(kept)
+        )
+        async with kept.forking:
+            await kept.end_forks()
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with ours, theirs:
+                kept.forks = await self._zygote.spawn(
+                    JOB_SERVER, args, [theirs.fileno()], session=outlives, tied=not outlives, confinement=confinement
+                )
+                await peer.call("TakeJobServer", TakeJobServer(), worker_api.Empty, fds=[ours.fileno()])
+
+    def _memory(self, kept: _Kept) -> int:
+        return int(self._config.of_namespace(kept.owner).memory)
 
     def _clones(self, kept: _Kept, stack: ExitStack) -> list[int]:
         """A device of the worker's own, where the kernel does not repeat what it takes; our copy goes with `stack`."""
@@ -580,7 +611,12 @@ class Supervisor:
                 kept.ready.set()
                 return worker_api.Empty()
 
-            methods: Methods = {"Ready": (Ready, ready), **self._terms.lent(kept.domain, kept.owner)}
+            async def lend(_params: worker_api.Empty, _report: object) -> worker_api.Empty:
+                await self._lend_forks(kept)
+                return worker_api.Empty()
+
+            lent = self._terms.lent(kept.domain, kept.owner)
+            methods: Methods = {"Ready": (Ready, ready), "JobServer": (worker_api.Empty, lend), **lent}
             async with (
                 running(partial(_cancel_when_gone, child, starting)),
                 open_peer(stream, methods, name="daemon", most=MAX_ASKED) as peer,
@@ -599,7 +635,7 @@ class Supervisor:
             config=pack_config(self._config.for_worker(kept.owner)),
             build=self.build,
             fuse=connection is not None,
-            memory=int(self._config.of_namespace(kept.owner).memory),
+            memory=self._memory(kept),
             line=kept.line is not None,
             is_shared=not kept.owner and self._connect is not None,
             init=connection.init if connection else b"",
