@@ -57,7 +57,7 @@ class Cri:
 
     def wait_for(self, reference: str) -> None:
         """Until it is listed: the CRI hears of images by events."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while reference not in self.names():
             assert time.monotonic() < deadline, self.names()
             time.sleep(0.05)

@@ -145,7 +145,7 @@ class Node:
         return [line.split()[0] for line in listed.splitlines()[1:]]
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 10) -> bool:
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> bool:
     """Look again and again; whether it came true."""
     deadline = time.monotonic() + seconds
     while not (came := true()) and time.monotonic() < deadline:

@@ -61,7 +61,7 @@ def drop_pages(path: str | Path) -> None:
         os.close(fd)
 
 
-def wait_until(true: Callable[[], object], what: str, seconds: float = 10) -> None:
+def wait_until(true: Callable[[], object], what: str, seconds: float = 60) -> None:
     """Look again and again."""
     deadline = time.monotonic() + seconds
     while not true():

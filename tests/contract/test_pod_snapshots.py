@@ -101,7 +101,7 @@ def test_what_is_not_what_its_image_says_is_never_shown(
         backend.prepare(backend.name("red", "c"), name)
     assert refused.value.code() is grpc.StatusCode.DATA_LOSS
     assert str(layer.digest) in str(refused.value.details())
-    assert wait_until(lambda: "is fenced off" in daemon.tail(), 30)
+    assert wait_until(lambda: "is fenced off" in daemon.tail())
     assert not backend.offer("red", "", offers(forged, forged_reference)[0])
     for info in sorted(backend.select(), key=lambda info: info.kind, reverse=True):
         backend.remove(info.name)

@@ -87,14 +87,14 @@ def spooled(layout: DomainLayout, layer: Layer) -> int:
 
 
 def wait_for_spool(daemon: Daemon, passing: Passing) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while spooled(daemon.layout(), passing.layer) < len(passing.layer.blob) // 2 - (1 << 20):
         assert time.monotonic() < deadline, daemon.tail()
         time.sleep(0.05)
 
 
 def finish(mount: subprocess.Popen[str]) -> tuple[int, str]:
-    _, said = mount.communicate(timeout=30)
+    _, said = mount.communicate(timeout=90)
     return mount.returncode, said
 
 
@@ -164,7 +164,7 @@ def test_a_killed_job_is_a_clear_error_and_leaves_its_spool(daemon: Daemon, pass
 
 
 def wait_for_worker(daemon: Daemon) -> None:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while DOMAIN not in daemon.workers():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -63,7 +63,7 @@ def test_a_view_mounts_and_goes_without_a_trace(arena: Path, loop: bool, direct:
         assert (new / "read_ahead_kb").read_text() == "1024\n"
     assert "ro" in mounts.find_mount(str(target)).options.split(",")
     mounts.unmount(str(target))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while loops(arena) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert loops(arena) == []
@@ -196,7 +196,7 @@ def test_a_mount_that_hangs_is_given_up(arena: Path) -> None:
         begin = time.monotonic()
         with pytest.raises(UnreachableError, match=r"longer than 0.3 s: .*/view"):
             await mounts.carry_out(server, mounts.MountPlan((step,)), deadline=0.3)
-        assert time.monotonic() - begin < 2
+        assert time.monotonic() - begin < 15
         while server.children:  # noqa: ASYNC110 - the server offers no event for it
             await trio.sleep(0.01)
 

@@ -16,7 +16,7 @@ from images import Image, directory, file, gzip_layer, symlink, write_oci_layout
 from nsfs.serve import mounts
 from nsfs_daemon import Daemon, run_daemon
 from registry import Registry, push_layout
-from users import drop_pages, estargz_layer, mounts_of, noise, push, read, views_of
+from users import drop_pages, estargz_layer, mounts_of, noise, push, read, views_of, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -223,6 +223,11 @@ def test_a_mount_in_use_is_left_alone_unless_forced(daemon: Daemon, small: str, 
         assert views_of(daemon) == set()
 
 
+def waiting(daemon: Daemon) -> int:
+    """Reads that wait, of all domains."""
+    return sum(domain["waiting"] for domain in daemon.json("status")["domains"])
+
+
 @pytest.fixture
 def dying(registry: Registry, meter: Meter, arena: Path) -> tuple[str, bytes]:
     """An image whose content nobody has read, as eStargz."""
@@ -255,11 +260,11 @@ def test_content_that_cannot_be_had(
         with open(f"{target}/data", "rb") as opened, pytest.raises(OSError, match="Input/output") as failed:
             opened.read(4096)
         assert failed.value.errno == errno.EIO
-        assert least <= time.monotonic() - begun < least + 4
+        assert least <= time.monotonic() - begun < least + 30
         meter.hold_after = None
         if not stalls:
             meter.up()
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while True:
             try:
                 drop_pages(f"{target}/data")
@@ -279,13 +284,11 @@ def test_a_reader_that_waits_is_seen_and_goes_on(
         meter.down()
         with subprocess.Popen(["cat", f"{target}/data"], stdout=subprocess.PIPE) as reader:
             try:
-                time.sleep(1.5)
-                (seen,) = daemon.json("status")["mounts"]
-                assert "wait" in seen["state"]
+                wait_until(lambda: "wait" in daemon.json("status")["mounts"][0]["state"], "the read is seen to wait")
                 assert "reads wait, the longest for" in daemon.nsfs("status").stdout
                 assert reader.poll() is None
                 meter.up()
-                assert reader.communicate(timeout=20)[0] == data
+                assert reader.communicate(timeout=60)[0] == data
             finally:
                 reader.kill()
         (seen,) = daemon.json("status")["mounts"]
@@ -303,12 +306,12 @@ def test_a_waiting_reader_does_not_keep_a_forced_umount(
     meter.hold_after = 0
     with subprocess.Popen(["cat", f"{target}/data"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as reader:
         try:
-            time.sleep(0.3)
+            wait_until(lambda: waiting(daemon) > 0, "a read waits")
             assert daemon.nsfs("umount", target, check=False).returncode == 8
             begun = time.monotonic()
             daemon.nsfs("umount", "--force", target)
-            assert time.monotonic() - begun < 5
-            assert reader.wait(10) == 1
+            assert time.monotonic() - begun < 30
+            assert reader.wait(60) == 1
         finally:
             reader.kill()
     assert views_of(daemon) == set()
@@ -337,7 +340,7 @@ def test_foreground_stays_and_takes_its_mount_along(daemon: Daemon, small: str, 
             assert line
         assert read(arena / "mnt/top") == b"top"
         running.terminate()
-        assert running.wait(10) == 0
+        assert running.wait(60) == 0
     assert os.listdir(arena / "mnt") == []
     assert daemon.json("status")["mounts"] == []
 
@@ -352,7 +355,7 @@ def test_a_client_that_is_interrupted_leaves_no_mount(
         assert running.stderr is not None
         assert "to download" in running.stderr.readline()
         running.send_signal(2)
-        assert running.wait(10) == 130
+        assert running.wait(60) == 130
     meter.hold_after = None
     time.sleep(0.5)
     assert daemon.json("status")["mounts"] == []

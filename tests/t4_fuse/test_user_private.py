@@ -77,7 +77,7 @@ def test_mounts_of_one_user_share_a_daemon_that_ends_with_them(
     assert user.daemon() == daemon
     assert user.run("ls", two).stdout.split() == SHOWN
     user.run("fusermount3", "-u", two)
-    wait_until(lambda: is_dead(daemon), "the daemon ends with its last mount", 15)
+    wait_until(lambda: is_dead(daemon), "the daemon ends with its last mount")
     assert user.daemon() == 0
     assert not os.path.exists(user.socket)
     (worker,) = [domain["pid"] for domain in status["domains"]]
@@ -224,5 +224,5 @@ def test_foreground_and_a_place_in_tmp(user: User, registry: Registry, arena: Pa
     assert user.daemon() == 0, "it is elsewhere"
     place = f"/tmp/nsfs-{os.stat(user.home).st_uid}"
     assert os.stat(place).st_mode & 0o777 == 0o700
-    wait_until(lambda: not os.path.exists(f"{place}/nsfs.sock"), "the daemon ends", 15)
+    wait_until(lambda: not os.path.exists(f"{place}/nsfs.sock"), "the daemon ends")
     shutil.rmtree(place)

@@ -48,7 +48,7 @@ def test_what_a_recorded_start_read_is_prefetched(
         reference = f"{meter.host}/profiled-{driver}"
         options = ("--driver", driver, "--on-error", "eio")
         with daemon.mounted(reference, target, *options):
-            wait_until(lambda: local(daemon) >= whole, "all is local", 60)
+            wait_until(lambda: local(daemon) >= whole, "all is local")
         daemon.nsfs("evict", reference)
         with daemon.mounted(reference, target, *options, "--profile", "record"):
             assert {name: read(f"{target}/{name}") for name in first} == first
@@ -56,7 +56,7 @@ def test_what_a_recorded_start_read_is_prefetched(
         with daemon.mounted(reference, target, *options, "--profile", "off"):
             assert local(daemon) == 0
         with daemon.mounted(reference, target, *options):
-            wait_until(lambda: logged(daemon, "prefetched") == 1 + DRIVERS.index(driver), "the prefetch", 60)
+            wait_until(lambda: logged(daemon, "prefetched") == 1 + DRIVERS.index(driver), "the prefetch")
             meter.down()
             assert {name: read(f"{target}/{name}") for name in first} == first
             assert len(first) * SIZE <= local(daemon) < whole

@@ -156,7 +156,7 @@ def test_ending_for_good_leaves_no_mount_where_somebody_works(registry: Registry
         workers = daemon.workers()
         with open(one / "base/data", "rb") as held:
             os.kill(daemon.pid, signal.SIGINT)
-            wait_until(lambda: is_dead(daemon.pid), "the daemon ends", 20)
+            wait_until(lambda: is_dead(daemon.pid), "the daemon ends")
             assert [mount.target for mount in mounts.load_mounts() if str(arena) in mount.target] == []
             assert held.fileno() >= 0
         assert not os.path.exists(daemon.socket)
@@ -187,7 +187,7 @@ def test_a_daemon_that_was_killed_is_followed_by_one_that_goes_on(
         assert meter.served() == before
         assert read(one / "own-0") == noise(50_000, 201)
         os.kill(daemon.pid, signal.SIGINT)
-        wait_until(lambda: is_dead(daemon.pid), "the daemon ends", 20)
+        wait_until(lambda: is_dead(daemon.pid), "the daemon ends")
 
 
 def test_daemons_side_by_side(registry: Registry, meter: Meter, arena: Path) -> None:

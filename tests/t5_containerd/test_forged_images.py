@@ -80,7 +80,7 @@ def test_a_forged_image_is_refused_by_name_taken_back_and_in_nobodys_way(node: N
     registry.go_on.set()
     said = start(node, forged, "a")
     assert "diff ID" in said or "not found" in said, said
-    assert wait_until(lambda: images(node) == node.snapshots("red") == [], 60), node.daemon.tail()
+    assert wait_until(lambda: images(node) == node.snapshots("red") == []), node.daemon.tail()
     assert f"image {forged} is deleted from containerd, namespace red" in node.daemon.tail()
     assert "not found" in start(node, forged, "b")
     assert "wrong diff id" in pull(node, forged, check=False)
@@ -100,12 +100,12 @@ def test_who_starts_it_while_it_is_read_is_told_what_is_wrong(node: Node, regist
     node.containerd.ctr("images", "tag", forged, "another:name", namespace="red")
     with ThreadPoolExecutor(1) as pool:
         started = pool.submit(start, node, forged, "a")
-        assert wait_until(lambda: len(node.snapshots("red")) == 3, 60)
+        assert wait_until(lambda: len(node.snapshots("red")) == 3)
         registry.go_on.set()
         said = started.result()
     assert str(FORGED.digest) in said
     assert "the diff ID is not what it is said to be" in said
-    assert wait_until(lambda: images(node) == node.snapshots("red") == [], 60), node.daemon.tail()
+    assert wait_until(lambda: images(node) == node.snapshots("red") == []), node.daemon.tail()
 
 
 def test_it_is_taken_back_though_containerd_counts_a_child_that_is_gone(node: Node, registry: FakeRegistry) -> None:
@@ -121,4 +121,4 @@ def test_it_is_taken_back_though_containerd_counts_a_child_that_is_gone(node: No
     node.collect_garbage("red")
     assert node.snapshots("red") == before
     registry.go_on.set()
-    assert wait_until(lambda: images(node) == node.snapshots("red") == [], 60), node.daemon.tail()
+    assert wait_until(lambda: images(node) == node.snapshots("red") == []), node.daemon.tail()

@@ -58,16 +58,16 @@ def test_a_namespace_that_containerd_deletes_ends_here(tmp_path: Path, release: 
             assert node.run(reference, "c", namespace="first") == "the second layer\n"
             node.clear("first")
             server.ctr("namespaces", "rm", "first")
-            assert wait_until(lambda: remains(daemon, "first") == [], 30)
+            assert wait_until(lambda: remains(daemon, "first") == [])
             assert daemon.workers().keys() == {"ns/second", "ns/stays"}
             node.clear("second")
             assert len(remains(daemon, "second")) == 2
             daemons.close()
             server.ctr("namespaces", "rm", "second")
             daemon = daemons.enter_context(run_daemon(f"{path}/nsfs", settings))
-            assert wait_until(lambda: remains(daemon, "second") == [], 30)
+            assert wait_until(lambda: remains(daemon, "second") == [])
             before = warnings_of(daemon)
-        assert wait_until(lambda: warnings_of(daemon) > before, 30)
+        assert wait_until(lambda: warnings_of(daemon) > before)
         assert len(remains(daemon, "stays")) == 2
 
 

@@ -62,7 +62,7 @@ class Mortal:
             command = ("run", "--detach", "--snapshotter", "nsfs", reference, names[-1], "/bin/sleep", "1000")
             return self.node.containerd.ctr(*command, namespace=namespace, check=False).returncode == 0
 
-        assert wait_until(starts, 30)
+        assert wait_until(starts)
         return names[-1]
 
     def kill(self, *, daemon: bool, worker: bool, namespace: str) -> None:

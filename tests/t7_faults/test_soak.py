@@ -147,7 +147,7 @@ def wait_for_another(site: Site, worker: int) -> int:
         found = site.worker()
         return found not in {0, worker}
 
-    assert wait_until(answers, 30)
+    assert wait_until(answers)
     return found
 
 
