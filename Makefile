@@ -11,7 +11,7 @@ help:
 	@echo 'make soak         the long forms of the tests of faults, which print figures; SOAK=0.1 is a tenth of them'
 	@echo 'make conformance  the suite of containerd for snapshotters, against a daemon of ours; needs Go'
 	@echo 'make lint         lint, types and import contracts alone'
-	@echo 'make bench        the figures, as JSON and plots, in bench/results'
+	@echo 'make bench        how soon images start, as JSON and plots in bench/results; BENCH=full: every figure'
 	@echo 'make proto        the stubs of src/nsfs/serve/proto and of the tests, after a change there'
 	@echo 'make wheel        dist/nsfs-*.whl'
 	@echo 'make pages        manual pages and completions, in dist/'

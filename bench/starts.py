@@ -2,7 +2,7 @@
 
 Owns a private containerd, whose pull is the eager way. Samples of an interrupted run stay in bench/results/starts and
 are gone on with; once all are there, the report and the pictures are what is left. STARTS names images of the set, by
-commas; BENCH=full takes as many samples as the other groups do, otherwise there are at most three.
+commas.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from nsfs.bench.model import Report
 
 _LINE = Shape(12.5e6, 0.03)
-_SOONER = {Way.FIRST: None, Way.INDEXED: 3.0}
+_SOONER = {Way.FIRST: None, Way.INDEXED: 3.0, Way.PROFILE: 5.0}
 """Times sooner than eager; None has no goal of its own."""
+_OF_LIMIT = {Way.PROFILE: 3.0}
+"""Times the limit."""
 _EQUAL = 1 / 1.05
 """What is no loss."""
 _EQUAL_RUNS = ((Way.LOCAL, Way.OVERLAY, "overlayfs"), (Way.FIRST, Way.EAGER, "after an eager pull"))
@@ -39,15 +41,14 @@ _TIMEOUT = 120.0
 def measure(bench: Bench) -> None:
     """All figures of this group."""
     names = os.environ.get("STARTS", "").split(",") if os.environ.get("STARTS") else [each.name for each in images.SET]
-    samples = bench.samples if os.environ.get("BENCH") == "full" else min(3, bench.samples)
     with run_containerd(bench.scratch("containerd")) as containerd:
         for name in names:
             image = images.build(images.RECIPES[name])
             push_layout(image.layout, bench.registry, name)
-            _report(bench, name, _measure(bench, image, samples, containerd.server.socket))
+            _report(bench, name, _measure(bench, image, containerd.server.socket))
 
 
-def _measure(bench: Bench, image: images.Built, samples: int, socket: str) -> Report:
+def _measure(bench: Bench, image: images.Built, socket: str) -> Report:
     name = image.recipe.name
     output = f"{REPOSITORY}/bench/results/starts/{name}"
     wish = Wish(
@@ -55,7 +56,7 @@ def _measure(bench: Bench, image: images.Built, samples: int, socket: str) -> Re
         words=image.recipe.command,
         wait_for=image.recipe.ready,
         shape=_LINE,
-        samples=samples,
+        samples=bench.samples,
         seed=None,
         directory=bench.scratch(name),
         output=output,
@@ -77,6 +78,9 @@ def _report(bench: Bench, name: str, report: Report) -> None:
     for way, goal in _SOONER.items():
         ours = _seconds(report, way)
         bench.add(_figure(f"{name}: first output, {way}", ours, eager, report.plan.baseline, goal))
+    for way, goal in _OF_LIMIT.items():
+        if report.limit is not None:
+            bench.add(_over_limit(f"{name}: times the limit, {way}", _seconds(report, way), report.limit.seconds, goal))
     for way, theirs, whose in _EQUAL_RUNS:
         bench.add(_figure(f"{name}: run, {way}", _runs(report, way), _runs(report, theirs), whose, _EQUAL))
 
@@ -91,6 +95,11 @@ def _figure(name: str, ours: list[float], theirs: list[float], whose: str, goal:
         higher_is_better=False,
         goal=goal,
     )
+
+
+def _over_limit(name: str, ours: list[float], limit: float, goal: float) -> Figure:
+    samples = [seconds / limit for seconds in ours]
+    return Figure(name=name, unit="x", samples=samples, higher_is_better=False, goal=goal)
 
 
 def _seconds(report: Report, way: Way) -> list[float]:

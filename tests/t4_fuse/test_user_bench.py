@@ -61,6 +61,7 @@ def processes() -> list[str]:
     return lines
 
 
+@pytest.mark.timeout(300)  # it drops the machine's caches before each start
 def test_every_way_is_measured_once_and_proven_by_bytes(registry: Registry, arena: Path) -> None:
     push(busybox.image(), registry, arena, "bench")
     reference = f"{registry.host}/bench:latest"
@@ -68,9 +69,10 @@ def test_every_way_is_measured_once_and_proven_by_bytes(registry: Registry, aren
     assert ran.returncode == 0, ran.stderr
     report: dict[str, Any] = json.loads(ran.stdout)
     ways = {way["way"]: way for way in report["ways"]}
-    assert set(ways) == {"eager", "first", "indexed", "local", "overlay"}
+    assert set(ways) == {"eager", "first", "indexed", "profile", "local", "overlay"}
     assert ways["overlay"]["received"] == 0
     assert ways["local"]["received"] < WORDS < ways["indexed"]["received"]  # manifests are asked for
+    assert ways["profile"]["received"] > WORDS
     assert min(ways["eager"]["received"], ways["first"]["received"]) > report["image"]["size"]
     assert all(sample["cached"] < 1 << 20 for sample in report["samples"])
     assert report["limit"]["touched"] >= WORDS
@@ -81,6 +83,7 @@ def test_every_way_is_measured_once_and_proven_by_bytes(registry: Registry, aren
     check_nothing_left(arena)
 
 
+@pytest.mark.timeout(300)
 def test_whoever_interrupts_it_goes_on_where_it_was(registry: Registry, arena: Path) -> None:
     push(busybox.image(), registry, arena, "bench")
     asked = (f"{registry.host}/bench:latest", arena, "--cmd", "echo up", "--way", "local", "--seed", "7", "--samples")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _PIECE = 16 << 10
 _BUFFERED = 0.25
 """Seconds' worth of bytes that are on the way in one direction of a connection."""
+_QUIET, _PATIENCE = 0.5, 10.0
+"""Seconds without a byte after which a line is quiet; seconds that are waited for that at most."""
 _TRACE_EVERY = 0.02
 """Seconds between points of the trace."""
 
@@ -62,6 +64,14 @@ class Line:
             self.trace[-1] = (self.trace[-1][0], self.received)
         else:
             self.trace.append((now, self.received))
+
+    def wait_until_quiet(self) -> None:
+        """Until nothing has come for a while; not for ever."""
+        deadline = time.monotonic() + _PATIENCE
+        seen = -1
+        while seen != self.received and time.monotonic() < deadline:
+            seen = self.received
+            time.sleep(_QUIET)
 
 
 @dataclass(slots=True)

@@ -30,6 +30,8 @@ class Way(enum.StrEnum):
     """Lazily, by a node that has never seen the image."""
     INDEXED = "indexed"
     """Lazily, by a node that has the image's index and none of its contents."""
+    PROFILE = "profile"
+    """The same, where the node also knows what a start of the image reads first."""
     LOCAL = "local"
     """nsfs has all of it, and none of it is in memory."""
     OVERLAY = "overlay"
@@ -37,7 +39,7 @@ class Way(enum.StrEnum):
 
 
 WAYS = tuple(map(str, Way))
-FETCHING = frozenset({Way.EAGER, Way.FIRST, Way.INDEXED})
+FETCHING = frozenset({Way.EAGER, Way.FIRST, Way.INDEXED, Way.PROFILE})
 """Ways that have to fetch something."""
 
 

@@ -53,10 +53,10 @@ class Node:
         if refused := [layer.why for layer in report.layers if not layer.indexed]:
             raise NsfsError(f"the image cannot be had lazily: {refused[0]}")
 
-    def mount(self, reference: str, target: str, namespace: str, driver: str = "auto") -> None:
+    def mount(self, reference: str, target: str, namespace: str, *, driver: str = "auto", profile: str = "use") -> None:
         """Show it at `target`, writable."""
         request = api.MountRequest(
-            reference=reference, target=target, namespace=namespace, driver=driver, writable=True
+            reference=reference, target=target, namespace=namespace, driver=driver, writable=True, profile=profile
         )
         self.control.call("Mount", request, api.MountReport)
 

@@ -49,12 +49,14 @@ class Root(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LazyRoot:
-    """nsfs's own, by a node that has what it has, or its index alone."""
+    """nsfs's own, by a node that has what it has, or has no contents."""
 
     node: Node
     reference: str
     evicted: bool = False
     """Whether contents go before each start."""
+    profile: str = "use"
+    """What is done with what a start reads: record, use or off."""
 
     def prepare(self) -> None:
         """Let contents go."""
@@ -71,7 +73,7 @@ class LazyRoot:
 
     def mount(self, target: str) -> None:
         """Show it by the driver that the node chooses."""
-        self.node.mount(self.reference, target, NAMESPACE)
+        self.node.mount(self.reference, target, NAMESPACE, profile=self.profile)
 
     def umount(self, target: str) -> None:
         """Take it away."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from nsfs import __version__
 from nsfs.bench.command import check_tools, rehearse, run_command
 from nsfs.bench.journal import Journal, open_journal
-from nsfs.bench.line import FREE, Line
+from nsfs.bench.line import FREE
 from nsfs.bench.model import (
     FETCHING,
     PHASES,
@@ -50,8 +50,6 @@ _WARM = 1 << 20
 """Bytes in memory from which on a start is not a cold one."""
 _ATTEMPTS = 5
 """At dropping caches; a page that is being written stays."""
-_QUIET, _PATIENCE = 0.5, 10.0
-"""Seconds without a byte after which the line is quiet; seconds that are waited for that at most."""
 
 
 def measure(wish: Wish, config: Config, say: Callable[[str], None]) -> Report:
@@ -120,7 +118,7 @@ def _take(stage: Stage, turn: Turn) -> Sample:
         before, points, began = line.received, len(line.trace), time.monotonic()
         phases = _start(stage, root)
         received = line.received - before
-        _wait_until_quiet(line)
+        line.wait_until_quiet()
         _check_proof(turn, received)
         return Sample(
             way=turn.way,
@@ -160,14 +158,6 @@ def _start(stage: Stage, root: Root) -> dict[str, float]:
     return {name: after - before for name, before, after in zip(PHASES, times, times[1:], strict=False)}
 
 
-def _wait_until_quiet(line: Line) -> None:
-    deadline = time.monotonic() + _PATIENCE
-    seen = -1
-    while seen != line.received and time.monotonic() < deadline:
-        seen = line.received
-        time.sleep(_QUIET)
-
-
 def _check_proof(turn: Turn, received: int) -> None:
     """A start that had to fetch and fetched nothing over the line was no such start."""
     if turn.way in FETCHING and not received:
@@ -182,7 +172,7 @@ def _touch(stage: Stage, say: Callable[[str], None]) -> Touched | None:
     stage.line.shape = FREE
     drop_caches()
     try:
-        stage.local.mount(stage.named, stage.target, NAMESPACE, "erofs-loop")
+        stage.local.mount(stage.named, stage.target, NAMESPACE, driver="erofs-loop", profile="off")
     except (UnsupportedError, UsageError) as error:
         say(f"no limit, as what a start touches cannot be seen here: {error.message}")
         return None

@@ -14,11 +14,12 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from nsfs.bench.command import Command, with_config
+from nsfs.bench.command import Command, run_command, with_config
 from nsfs.bench.eager import Containerd, copy_layers, open_containerd
 from nsfs.bench.line import FREE, Line, Shape, run_line
 from nsfs.bench.model import WAYS, Way
 from nsfs.bench.node import Node, run_node
+from nsfs.bench.pages import drop_caches
 from nsfs.bench.roots import NAMESPACE, CopiedRoot, LazyRoot, PulledRoot, StackedRoot
 from nsfs.remote.hosts import is_loopback
 from nsfs.remote.reference import Reference, parse_reference
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from nsfs.model.report import ImageReport
     from nsfs.serve.config import Config
 
-_INDEX_ALONE = {Way.INDEXED}
+_WITHOUT_CONTENTS = {Way.INDEXED, Way.PROFILE}
 """Ways that begin on a node that has the index and no contents."""
 
 
@@ -81,7 +82,7 @@ class Stage:
         return f"{self.directory}/mnt"
 
     def make_ready(self) -> None:
-        """Have, over a free line, a node with all of the image and, as ways need them, one with its index, a stack."""
+        """Have, over a free line, all of the image on one node, and whatever else the ways begin with."""
         self.line.shape = FREE
         for node in (self.local, self.indexed):
             if node is not None:
@@ -89,6 +90,24 @@ class Stage:
         self.local.complete(self.named, NAMESPACE)
         if Way.OVERLAY in self.wish.ways:
             self.stacks.append(self._stack())
+        if Way.PROFILE in self.wish.ways:
+            self._record()
+
+    def _record(self) -> None:
+        """Have the node without contents know what a start reads, none of which is in memory."""
+        root = self._lazy_root("record")
+        root.prepare()
+        drop_caches()
+        root.mount(self.target)
+        try:
+            run_command(self.target, self.command, timeout=self.wish.timeout)
+        finally:
+            root.umount(self.target)
+
+    def _lazy_root(self, profile: str) -> LazyRoot:
+        """By the node without contents."""
+        assert self.indexed is not None
+        return LazyRoot(self.indexed, self.named, evicted=True, profile=profile)
 
     def _stack(self) -> StackedRoot:
         directory = f"{self.directory}/stack"
@@ -105,8 +124,9 @@ class Stage:
         if way == Way.LOCAL:
             yield LazyRoot(self.local, self.named)
         elif way == Way.INDEXED:
-            assert self.indexed is not None
-            yield LazyRoot(self.indexed, self.named, evicted=True)
+            yield self._lazy_root("off")
+        elif way == Way.PROFILE:
+            yield self._lazy_root("use")
         elif way == Way.OVERLAY:
             yield self.stacks[0]
         elif way == Way.EAGER and self.containerd is not None:
@@ -143,7 +163,7 @@ def open_stage(wish: Wish, config: Config, say: Callable[[str], None]) -> Iterat
         )
         local = stack.enter_context(run_node(f"{directory}/local", config, environment))
         indexed = None
-        if _INDEX_ALONE.intersection(wish.ways):
+        if _WITHOUT_CONTENTS.intersection(wish.ways):
             indexed = stack.enter_context(run_node(f"{directory}/indexed", config, environment))
         over = replace(parsed, registry=line.host) if direct else parsed
         say(f"asking for {wish.reference}")

@@ -69,7 +69,7 @@ def bench(  # noqa: PLR0913  an argument for each option
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Measure the start of the image REF: eager, never seen, with its index alone, local, and overlayfs's local.
+    """Measure the start of the image REF: eager, never seen, with its index alone or a profile, local, and overlayfs's.
 
     From nothing to the first output of a command, over a line of a chosen bandwidth and round trip to REF's registry,
     with cold caches, in shuffled order. Beside it stands the limit: a local run, the pages that it touches, compressed,
