@@ -20,8 +20,9 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.blobs import Blobs
+from nsfs.core.completing import Completing
 from nsfs.core.domain import Domain, Health, Starts
-from nsfs.core.domain_cache import DomainCache, NotedUse
+from nsfs.core.domain_cache import DomainCache, NotedUse, Uses
 from nsfs.core.dropping import drop_often
 from nsfs.core.exports import Exports
 from nsfs.core.fetcher import open_fetcher
@@ -133,8 +134,8 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int]) -> None:
             reach = SharedReach(reach.sources, borrowing, uplink, nursery, config.grant_ttl)
         worker = await _compose(stack, layout, config, pool, index, fds[1:3], LentServer(uplink, nursery), reach)
         worker.layers.finish(unfinished)
-        worker.cache.resume()
         worker.shown.show_again(params.views, params.trees)
+        worker.cache.resume()
         await _serve(params, config, fds, control, pool, worker, uplink)
 
 
@@ -196,9 +197,11 @@ async def _compose(
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)
-    cache = DomainCache(index, images, layers, views, looking, shown, kept, nursery)
+    completing = Completing(index, views, nursery, follows_use=config.fetch.complete)
+    uses = Uses(index, shown, completing, nursery)
+    cache = DomainCache(index, images, layers, views, looking, uses, kept, completing)
     bugs = stack.enter_context(counted_bugs())
-    noted = NotedUse(shown, cache.note_use)
+    noted = NotedUse(shown, uses.note)
     starts = Starts(recordings, Prefetches(index, profiles, views, nursery))
     domain = Domain(images, layers, blobs, views, looking, noted, lambda: Health(bugs.count, kept.trouble), starts)
     pinned = Pinned(images, layers, maps, index, views)
@@ -359,7 +362,11 @@ class ShownTree:
 
     def maps(self) -> set[str]:
         """See core.domain_cache.Shown."""
-        return {parse_view_name(view)[0] for views in self._shown.values() for view in views}
+        return {parse_view_name(view).map_id for view in self.views()}
+
+    def views(self) -> set[str]:
+        """See core.domain_cache.Shown."""
+        return {view for views in self._shown.values() for view in views}
 
     def show_views(self, names: Sequence[str]) -> None:
         """See core.domain.Shown."""
@@ -424,6 +431,7 @@ def fetch_config(config: Config) -> FetchConfig:
         places=min(config.fetch.concurrency, range_connections(config.registry.connections)),
         read_ahead_least=min(usual.read_ahead_least, config.fetch.read_ahead),
         read_ahead_most=config.fetch.read_ahead,
+        background_rate=config.fetch.complete_rate,
     )
 
 

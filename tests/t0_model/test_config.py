@@ -76,6 +76,8 @@ def test_every_key_can_be_changed() -> None:
     [fetch]
     concurrency = 2
     read_ahead = "64 KiB"
+    complete = true
+    complete_rate = "1MiB"
     [pool]
     max_bytes = "1GiB"
     reserve = 0

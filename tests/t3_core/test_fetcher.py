@@ -4,6 +4,7 @@ import os
 import tempfile
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -16,7 +17,7 @@ import once
 from layouts import BASE, Layout, ScriptedBlob, lay_out, layouts
 from nsfs.core.fetcher import Fetcher, open_fetcher
 from nsfs.core.fetchview import FetchConfig, LayerSource, View
-from nsfs.core.runway import plan_delay
+from nsfs.core.runway import Priority, plan_delay
 from nsfs.errors import CorruptError, DeniedError, NoSpaceError, UnreachableError
 from nsfs.model.layer import Codec
 from nsfs.store.layout import Layout as Paths
@@ -487,5 +488,28 @@ def test_a_prefetch_fails_at_its_first_failure(script: str, full: bool, kind: ty
             with pytest.raises(kind):
                 await w.fetcher.prefetch(w.view, [range(MIB)])
             assert await w.read(0, MIB) == w.layout.disk[:MIB]
+
+    run(test)
+
+
+def test_the_background_keeps_to_its_rate_and_no_reader_waits_for_that() -> None:
+    rate = 1000
+
+    async def test() -> None:
+        config = replace(NO_AHEAD, background_rate=rate)
+        async with world(lay_out(BIG, [MIB] * 16), config=config) as w:
+            await trio.sleep(7)
+            begun = trio.current_time()
+            complete = partial(w.fetcher.make_present, patience=60.0, priority=Priority.BACKGROUND)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(complete, w.view, BASE, 16 * MIB)
+                await trio.testing.wait_all_tasks_blocked()
+                assert (w.fetcher.quiet_for(), w.fetcher.statistics().waiting) == (7, ())
+                await w.read(15 * MIB, 4096)
+                assert (trio.current_time(), w.fetcher.quiet_for()) == (begun, 0)
+                by_reader = w.blob.asked[-1][1]
+            seconds = (w.fetcher.statistics().fetched - by_reader) / rate
+            assert not w.pool.missing(BASE, 16 * MIB)
+            assert seconds <= trio.current_time() - begun <= seconds + by_reader / rate
 
     run(test)

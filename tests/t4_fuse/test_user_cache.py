@@ -161,3 +161,17 @@ def test_a_pinned_image_becomes_complete_and_needs_no_registry(
     with run_daemon(str(tmp_path / "d")) as daemon, daemon.mounted(reference, str(arena / "mnt")):
         assert read(f"{arena}/mnt/f") == noise(SIZE, 40)
         assert daemon.json("offline", reference)["complete"] is True
+
+
+def test_what_is_in_use_becomes_complete_behind_whoever_reads(
+    tmp_path: Path, registry: Registry, meter: Meter, arena: Path
+) -> None:
+    push(Image((estargz_layer([file("f", noise(SIZE, 50))]),)), registry, arena, "used")
+    reference, target = f"{meter.host}/used:latest", str(arena / "mnt")
+    with run_daemon(str(tmp_path / "d"), {"fetch": {"complete": True}}) as daemon, daemon.mounted(reference, target):
+        assert wait_until(lambda: local(daemon)[reference] >= SIZE, 60)
+        meter.down()
+        assert read(f"{target}/f") == noise(SIZE, 50)
+        assert daemon.json("evict", reference)["freed"] >= SIZE
+        (mount,) = daemon.json("status")["mounts"]
+        assert (mount["completing"], mount["local"]) == (False, 0)

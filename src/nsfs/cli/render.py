@@ -199,7 +199,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], nothing: str, rig
 def _mount_row(mount: api.MountReport) -> tuple[str, ...]:
     driver = f"{mount.driver},rw" if mount.writable else mount.driver
     sizes = (str(mount.files), render_size(mount.size), render_size(mount.local), render_size(mount.fetched))
-    return (mount.target, mount.reference, mount.namespace, mount.domain, driver, *sizes, mount.state)
+    state = f"{mount.state}, completing" if mount.completing else mount.state
+    return (mount.target, mount.reference, mount.namespace, mount.domain, driver, *sizes, state)
 
 
 def _domain_row(domain: api.DomainReport) -> tuple[str, ...]:

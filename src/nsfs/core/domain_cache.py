@@ -1,11 +1,10 @@
 """What a domain's pool keeps, as its worker serves it: what is held, what goes, what is pinned and completed.
 
-Owns when a layer was used last, and pins: a pinned image's contents never go, and what of them is absent is fetched in
-the background, one layer at a time. Which layers go is the daemon's decision, over all domains; what goes here spares
-whatever a pinned or, of an idle layer, a mounted layer shares with it.
+Owns when a layer was used last, and pins: a pinned image's contents never go, and what of them is absent is fetched
+(`core.completing`). Which layers go is the daemon's decision, over all domains; what goes here spares whatever a pinned
+or, of an idle layer, a mounted layer shares with it.
 
-Concurrency: completing runs in the worker's nursery, tries again while a registry is away, and survives a worker: pins
-are in the domain's index, and are taken up at its start.
+Concurrency: all state is the domain's index and what is shown; pins survive a worker, and are taken up at its start.
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ import msgspec
 import trio
 
 from nsfs.core import domain, worker_api
+from nsfs.core.completing import InUse, blobs_of
 from nsfs.core.layers import short
 from nsfs.errors import BusyError, NotFoundError, NsfsError
-from nsfs.model import oci
 from nsfs.model.cache import HeldImage, HeldLayer
 from nsfs.model.digest import Digest
+from nsfs.model.policy import parse_view_name
 from nsfs.model.pool import LayerKey
 from nsfs.model.report import Progress
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from msgspec import Struct
 
+    from nsfs.core.completing import Completing
     from nsfs.core.images import Image, Images
     from nsfs.core.keeping import KeptPool
     from nsfs.core.layers import Layers
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
     Report = Callable[[Struct], Awaitable[None]]
 
 log = logging.getLogger(__name__)
-
-_PAUSE_LEAST, _PAUSE_MOST = 1.0, 60.0
-"""Seconds until what could not be completed is tried again."""
 
 
 class Catalog(Protocol):
@@ -75,9 +73,12 @@ class Shown(domain.Shown, Protocol):
     def maps(self) -> set[str]:
         """IDs of the maps that anything shows."""
 
+    def views(self) -> set[str]:
+        """Names of the views that anything shows."""
+
 
 class NotedUse:
-    """`shown`, as core.domain.Shown, that says which maps begin or end to be shown."""
+    """`shown`, as core.domain.Shown, that says of which maps a view begins or ends to be shown."""
 
     def __init__(self, shown: Shown, note_use: Callable[[set[str]], None]) -> None:
         self._shown = shown
@@ -85,9 +86,9 @@ class NotedUse:
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
-        before = self._shown.maps()
+        before = self._shown.views()
         yield
-        self._note_use(before ^ self._shown.maps())
+        self._note_use({parse_view_name(name).map_id for name in before ^ self._shown.views()})
 
     def show_views(self, names: Sequence[str]) -> None:
         """See core.domain.Shown."""
@@ -110,6 +111,43 @@ class NotedUse:
             self._shown.hide_tree(tree_id)
 
 
+class Uses:
+    """What is in use now, and since when it is not; `completing` follows it."""
+
+    def __init__(self, catalog: Catalog, shown: Shown, completing: Completing, nursery: trio.Nursery) -> None:
+        self._catalog = catalog
+        self._shown = shown
+        self._completing = completing
+        self._nursery = nursery
+
+    def note(self, maps: set[str]) -> None:
+        """Somebody begins or ends to use these maps."""
+        if maps:
+            self._nursery.start_soon(self._touch, self._keys_of(maps), time.time())
+            self.follow()
+
+    def follow(self) -> None:
+        """Have what is in use completed."""
+        views = [parse_view_name(name) for name in sorted(self._shown.views())]
+        self._completing.follow(
+            [InUse(key, view.reader) for view in views for key in sorted(self._keys_of([view.map_id]), key=str)]
+        )
+
+    def mounted(self) -> set[LayerKey]:
+        """The layers of all that is shown."""
+        return self._keys_of(self._shown.maps())
+
+    async def _touch(self, keys: Collection[LayerKey], used: float) -> None:
+        try:
+            await trio.to_thread.run_sync(self._catalog.touch, keys, used)
+        except NsfsError as error:
+            log.warning("it is not noted which layers were used: %s", error)
+
+    def _keys_of(self, maps: Iterable[str]) -> set[LayerKey]:
+        records = [record for map_id in maps if (record := self._catalog.map(map_id))]
+        return {key for record in records for key in (record.key, *record.lowers)}
+
+
 class DomainCache:
     """The service."""
 
@@ -120,21 +158,18 @@ class DomainCache:
         layers: Layers,
         views: Views,
         looking: Looking,
-        shown: Shown,
+        uses: Uses,
         pool: KeptPool,
-        nursery: trio.Nursery,
+        completing: Completing,
     ) -> None:
         self._catalog = catalog
         self._images = images
         self._layers = layers
         self._views = views
         self._looking = looking
-        self._shown = shown
+        self._uses = uses
         self._pool = pool
-        self._nursery = nursery
-        self._completing = trio.CapacityLimiter(1)
-        self._awaited: dict[str, trio.CancelScope] = {}
-        """Pins whose images are being completed, by key."""
+        self._completing = completing
 
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
         """What the daemon may call, by name."""
@@ -149,28 +184,14 @@ class DomainCache:
         }
 
     def resume(self) -> None:
-        """Go on completing what is pinned."""
+        """Go on completing what is pinned, and what is in use."""
         for record in self._catalog.images():
             if record.pinned:
-                self._begin(record)
-
-    def note_use(self, maps: set[str]) -> None:
-        """Somebody begins or ends to use these maps."""
-        if maps:
-            self._nursery.start_soon(self._touch, self._keys_of(maps), time.time())
-
-    async def _touch(self, keys: Collection[LayerKey], used: float) -> None:
-        try:
-            await trio.to_thread.run_sync(self._catalog.touch, keys, used)
-        except NsfsError as error:
-            log.warning("it is not noted which layers were used: %s", error)
-
-    def _keys_of(self, maps: Iterable[str]) -> set[LayerKey]:
-        records = [record for map_id in maps if (record := self._catalog.map(map_id))]
-        return {key for record in records for key in (record.key, *record.lowers)}
+                self._completing.begin(record)
+        self._uses.follow()
 
     async def _held(self, _params: worker_api.Empty, _report: Report) -> worker_api.Held:
-        mounted, pinned = self._keys_of(self._shown.maps()), self._pinned()
+        mounted, pinned = self._uses.mounted(), self._pinned()
         layers = [
             HeldLayer(
                 blob=str(record.blob),
@@ -190,7 +211,7 @@ class DomainCache:
 
     def _pinned(self) -> set[Digest]:
         """Blobs of pinned images."""
-        return {blob for record in self._catalog.images() if record.pinned for blob in _blobs_of(record)}
+        return {blob for record in self._catalog.images() if record.pinned for blob in blobs_of(record)}
 
     async def _keep(self, params: worker_api.Keep, _report: Report) -> worker_api.Empty:
         self._pool.refuse(params.unless)
@@ -199,13 +220,14 @@ class DomainCache:
     async def _drop(self, params: worker_api.Drop, _report: Report) -> worker_api.Evicted:
         """Give up what the daemon chose, if that is still idle where it was."""
         records = {record.key: record for record in self._catalog.layers()}
-        pinned, mounted = self._pinned(), self._keys_of(self._shown.maps())
+        pinned, mounted = self._pinned(), self._uses.mounted()
         freed = dropped = 0
         for named in params.layers:
             key = LayerKey(Digest(named.blob), named.index, named.origin)
             record = records.get(key)
             if record is None or record.blob in pinned or (key in mounted and not named.mounted):
                 continue
+            self._completing.give_up([key])
             spared = [each for each in records if each.blob in pinned or (each in mounted and not named.mounted)]
             freed += await self._views.evict(key, spared)
             dropped += 1
@@ -216,6 +238,7 @@ class DomainCache:
         image = await self._images.resolve(params.reference, params.platform, params.owner)
         self._refuse_pinned(image)
         keys = dict.fromkeys(record.key for layer in image.layers if (record := self._layers.record(layer)))
+        self._completing.give_up(keys)
         freed = 0
         for key in keys:
             await report(Progress(stage="evict", what=short(key.blob)))
@@ -236,7 +259,7 @@ class DomainCache:
         record = msgspec.structs.replace(record, pinned=True, owner=params.owner)
         await trio.to_thread.run_sync(self._catalog.put_image, _pin_key(record), record)
         absent = self._absent(image)
-        self._begin(record)
+        self._completing.begin(record)
         return worker_api.Pinned(reference=image.reference, digest=str(image.digest), absent=absent)
 
     async def _unpin(self, params: worker_api.Name, _report: Report) -> worker_api.Pinned:
@@ -247,8 +270,7 @@ class DomainCache:
         if not found:
             raise NotFoundError(f"not pinned in this domain: {params.reference}", hint="nsfs cache ls shows what is")
         for record in found:
-            if scope := self._awaited.pop(_pin_key(record), None):
-                scope.cancel()
+            self._completing.end(record)
             await trio.to_thread.run_sync(self._catalog.drop_image, _pin_key(record))
         return worker_api.Pinned(reference=found[0].reference, digest=str(found[0].manifest_digest), absent=0)
 
@@ -258,35 +280,6 @@ class DomainCache:
         except NotFoundError:
             return None
         return image
-
-    def _begin(self, pin: ImageRecord) -> None:
-        key = _pin_key(pin)
-        if key not in self._awaited:
-            scope = self._awaited[key] = trio.CancelScope()
-            self._nursery.start_soon(self._complete, pin, scope)
-
-    async def _complete(self, record: ImageRecord, scope: trio.CancelScope) -> None:
-        """Fetch what is absent of a pinned image, for as long as that takes."""
-        pause = _PAUSE_LEAST
-        with scope:
-            while True:
-                try:
-                    async with self._completing:
-                        await self._complete_once(record)
-                    break
-                except NsfsError as error:
-                    log.warning("%s is pinned, and not complete yet: %s", record.reference, error)
-                await trio.sleep(pause)
-                pause = min(2 * pause, _PAUSE_MOST)
-            log.info("complete, and needs no registry: %s", record.reference)
-        if self._awaited.get(_pin_key(record)) is scope:
-            del self._awaited[_pin_key(record)]
-
-    async def _complete_once(self, pin: ImageRecord) -> None:
-        blobs = _blobs_of(pin)
-        for record in self._catalog.layers():
-            if record.blob in blobs:
-                await self._views.complete(record.key, pin.owner)
 
     def _absent(self, image: Image) -> int:
         keys = {record.key for layer in image.layers if (record := self._layers.record(layer))}
@@ -324,14 +317,9 @@ def _held_image(record: ImageRecord) -> HeldImage:
     return HeldImage(
         reference=record.reference or record.repository,
         digest=str(record.manifest_digest),
-        blobs=list(map(str, _blobs_of(record))),
+        blobs=list(map(str, blobs_of(record))),
         pinned=record.pinned,
     )
-
-
-def _blobs_of(record: ImageRecord) -> list[Digest]:
-    document = oci.Document(record.manifest, record.media_type, record.manifest_digest)
-    return [layer.digest for layer in oci.parse_manifest(document).layers]
 
 
 def _pin_key(record: ImageRecord) -> str:

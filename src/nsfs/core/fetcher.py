@@ -170,6 +170,8 @@ class Fetcher:
         """By the names of the routes that anything was fetched over."""
         self._kept = Kept(config.kept_bytes)
         self._waiters: set[_Waiter] = set()
+        self._last_wait = trio.current_time()
+        """When a reader was last seen to wait."""
         self._requests = self._hits = self._misses = self._refused = 0
         self._is_refused = False
         """The pool could not take what came last; then nothing is fetched ahead."""
@@ -185,8 +187,16 @@ class Fetcher:
             self._misses,
             self._refused,
             dict(self._fetched),
-            tuple(Waiting(w.view, w.address, w.size, now - w.since, w.reason) for w in self._waiters),
+            tuple(Waiting(w.view, w.address, w.size, now - w.since, w.reason) for w in self._reading()),
         )
+
+    def quiet_for(self) -> float:
+        """Seconds since a reader last waited for absent bytes; 0 while one does."""
+        return 0.0 if any(self._reading()) else trio.current_time() - self._last_wait
+
+    def _reading(self) -> Iterator[_Waiter]:
+        """Those that somebody waits behind; what nobody is known to want waits for itself."""
+        return (waiter for waiter in self._waiters if waiter.priority is Priority.READ)
 
     # Readers
 
@@ -223,7 +233,13 @@ class Fetcher:
         """
         start, end = _whole_blocks(address, size)
         for step in range(start, end, _STEP):
+            before = self._fetched_for(view)
             await self._make_present(view, step, min(_STEP, end - step), patience, priority)
+            if priority is Priority.BACKGROUND and self._config.background_rate:
+                await trio.sleep((self._fetched_for(view) - before) / self._config.background_rate)
+
+    def _fetched_for(self, view: View) -> int:
+        return sum(self._fetched.get(source.key, 0) for source in view.sources)
 
     async def _make_present(
         self, view: View, address: int, size: int, patience: float | None, priority: Priority
@@ -278,6 +294,8 @@ class Fetcher:
                 return await self._supply_in_turn(view, waiter, patience)
         finally:
             self._waiters.discard(waiter)
+            if waiter.priority is Priority.READ:
+                self._last_wait = trio.current_time()
         raise UnreachableError(f"given up, because nobody shows the view any more: {view.name}")
 
     async def _supply_in_turn(self, view: View, waiter: _Waiter, patience: float | None) -> Supply:

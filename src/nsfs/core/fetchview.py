@@ -37,6 +37,8 @@ class FetchConfig:
     """What is fetched for nothing rather than to make two ranges, at least."""
     read_ahead_least: int = 512 << 10
     read_ahead_most: int = 4 << 20
+    background_rate: int = 0
+    """Bytes a second of what nobody is known to want; 0 for as many as come."""
     kept_bytes: int = 16 << 20
     """Decoded spans that are kept for blocks which straddle two, and for a pool that cannot take any."""
     retry_least: float = 0.1

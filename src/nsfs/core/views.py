@@ -107,6 +107,8 @@ class Views:
         self._sources: WeakValueDictionary[tuple[LayerKey, str], LayerSource] = WeakValueDictionary()
         """Of the views there are, by the owner as whom they ask."""
         self._ranges: dict[LayerKey, list[tuple[int, int]]] = {}
+        self._completing: set[LayerKey] = set()
+        """Of which all is being fetched."""
 
     async def read(self, name: str, address: int, size: int) -> bytes | memoryview:
         """Exactly these bytes of the disk as the view sees it; raises as its mount's patience says."""
@@ -154,9 +156,17 @@ class Views:
 
         Raises as its registry does, and NoSpaceError.
         """
-        view = View(f"pin/{key.blob}", [self._source(key, owner)])
-        for address, size in self._ranges_of(key):
-            await self._fetcher.make_present(view, address, size, patience=_COMPLETING, priority=Priority.BACKGROUND)
+        view = View(f"complete/{key.blob}", [self._source(key, owner)])
+        self._completing.add(key)
+        try:
+            for run in self._ranges_of(key):
+                await self._fetcher.make_present(view, *run, patience=_COMPLETING, priority=Priority.BACKGROUND)
+        finally:
+            self._completing.remove(key)
+
+    def quiet_for(self) -> float:
+        """Seconds since a reader last waited for absent bytes; 0 while one does."""
+        return self._fetcher.quiet_for()
 
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         """Have these parts of a layer's stream in the pool; raises as its registry does, and NoSpaceError."""
@@ -185,6 +195,7 @@ class Views:
             local=self.local_bytes([record.key for record in records]),
             fetched=sum(self._blobs.fetched[blob] for blob in {record.blob for record in records}),
             state=self.state(set(maps)),
+            completing=not self._completing.isdisjoint(key for each in records for key in (each.key, *each.lowers)),
             **msgspec.structs.asdict(waits),
         )
 

@@ -120,6 +120,8 @@ class UsageReport(Waits, kw_only=True):
     """Bytes fetched over the network for their blobs, for whichever map, since the domain's worker started."""
     state: str
     """ready, or what their readers wait for."""
+    completing: bool = False
+    """What is absent of one of their layers is being fetched in the background."""
 
 
 def render_mount(info: Mapping[str, str | int | bool], usage: UsageReport) -> bytes:

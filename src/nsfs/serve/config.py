@@ -93,6 +93,10 @@ class Fetch(Struct, frozen=True, kw_only=True):
     """Ranges that are asked of one registry at one time, per domain; no more than it may have connections for."""
     read_ahead: Size = Size(4 << 20)
     """Fetched beyond what a sequential reader asks for; 0 for nothing."""
+    complete: bool = False
+    """Fetch the rest of what is in use, once nobody waited for a read for a while; of pinned images, in any case."""
+    complete_rate: Size = Size(0)
+    """Bytes a second that either may take, per domain; 0 for as many as come while nobody reads what is absent."""
 
 
 class Pool(Struct, frozen=True, kw_only=True):
