@@ -219,11 +219,16 @@ def test_a_child_can_be_a_server_and_ends_with_its_client() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             child = await server.spawn(ENTRY, JobServerArgs(log_format="text", log_level="info"), [theirs.fileno()])
-        below = ForkServer()
+        below = ForkServer(is_apart=True)
         async with open_tasks() as tasks:
             with trio.socket.from_stdlib_socket(ours) as sock:
                 await tasks.start(below.talk, sock)
                 assert await below.run(f"{ME}:seven", None) == 7
+                killed = await below.spawn(f"{ME}:sleep", None)
+                killed.kill()
+                assert await killed.wait() == -signal.SIGKILL
+                killed.kill()
+                killed.close()
                 job = await below.spawn(f"{ME}:sleep", None)
             assert await child.wait() == 0
             await job.wait_gone()

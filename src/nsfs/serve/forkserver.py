@@ -30,6 +30,7 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Final, NamedTuple, NoReturn, TypeAlias
 
 import msgspec
@@ -69,6 +70,13 @@ class Spawn(Struct, tag="spawn", array_like=True):
     """What it is held to before it runs."""
 
 
+class Kill(Struct, tag="kill", array_like=True):
+    """Client to server: send a signal to a child, for a client that may not do it itself."""
+
+    id: int
+    number: int
+
+
 class Spawned(Struct, tag="spawned", array_like=True):
     """Server to client, with a pidfd."""
 
@@ -92,7 +100,7 @@ class Exited(Struct, tag="exited", array_like=True):
 
 Reply: TypeAlias = Spawned | Failed | Exited
 
-_spawn_decoder = msgspec.msgpack.Decoder(Spawn)
+_request_decoder: msgspec.msgpack.Decoder[Spawn | Kill] = msgspec.msgpack.Decoder(Spawn | Kill)
 _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
@@ -206,7 +214,10 @@ class _Server:
             return False
         if not data:
             return False
-        request = _spawn_decoder.decode(data)
+        request = _request_decoder.decode(data)
+        if isinstance(request, Kill):
+            self._kill(request)
+            return True
         try:
             self._fork(request, fds, lost=bool(flags & socket.MSG_CTRUNC))
         except OSError as error:
@@ -215,6 +226,12 @@ class _Server:
             for fd in fds:
                 os.close(fd)
         return True
+
+    def _kill(self, request: Kill) -> None:
+        for pidfd, (number, _) in self._children.items():
+            if number == request.id:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, request.number)
 
     def _fork(self, request: Spawn, fds: list[int], *, lost: bool) -> None:
         if lost:
@@ -290,10 +307,11 @@ def _warm(name: str) -> None:
 class Child:
     """A process that a fork server has made for us."""
 
-    def __init__(self, pid: int, pidfd: int) -> None:
+    def __init__(self, pid: int, pidfd: int, signal_by: Callable[[int], None] | None = None) -> None:
         self.pid = pid
         self.pidfd = pidfd
         """Ours until `close`; readable once the process has ended."""
+        self._signal_by = signal_by or partial(signal.pidfd_send_signal, pidfd)
         self._ended = trio.Event()
         self._status: int | None = None
 
@@ -313,7 +331,7 @@ class Child:
         """Send a signal; nothing happens if it has ended, or was given up."""
         if self.pidfd >= 0:
             with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, number)
+                self._signal_by(number)
 
     def close(self) -> None:
         """Give up the pidfd. The process goes on."""
@@ -371,9 +389,14 @@ class _Pending:
 
 
 class ForkServer:
-    """The client of a fork server. Made by `open_fork_server`."""
+    """The client of a fork server. Made by `open_fork_server`.
 
-    def __init__(self) -> None:
+    `is_apart`: its children are confined beside us and not below, so that they get signals from it alone (Landlock,
+    LANDLOCK_SCOPE_SIGNAL).
+    """
+
+    def __init__(self, *, is_apart: bool = False) -> None:
+        self._is_apart = is_apart
         self._sock: trio.socket.SocketType | None = None
         """None while there is no server."""
         self._ids = itertools.count(1)
@@ -471,12 +494,25 @@ class ForkServer:
 
     def _adopt(self, reply: Spawned, fds: list[int]) -> None:
         pending = self._pending.pop(reply.id)
-        child = self._children[reply.id] = Child(reply.pid, fds[0] if fds else os.pidfd_open(reply.pid))
+        pidfd = fds[0] if fds else os.pidfd_open(reply.pid)
+        signal_by = partial(self._have_signalled, reply.id) if self._is_apart else None
+        child = self._children[reply.id] = Child(reply.pid, pidfd, signal_by)
         if pending.abandoned:
             child.kill()
             child.close()
         pending.child = child
         pending.answered.set()
+
+    def _have_signalled(self, child: int, number: int) -> None:
+        """By the server; where that takes no more messages, all that it started ends with it."""
+        if self._sock is None:
+            return
+        try:
+            os.write(self._sock.fileno(), msgspec.msgpack.encode(Kill(child, number)))
+        except BlockingIOError:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except (BrokenPipeError, ConnectionResetError):
+            return
 
     @property
     def is_alive(self) -> bool:

@@ -95,7 +95,7 @@ class LentServer:
 
 
 async def _talk(sock: socket.socket, task_status: trio.TaskStatus[ForkServer]) -> None:
-    server = ForkServer()
+    server = ForkServer(is_apart=True)
     with trio.socket.from_stdlib_socket(sock) as line:
         async with trio.open_nursery() as nursery:
             await nursery.start(server.talk, line)
