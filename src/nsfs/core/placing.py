@@ -8,6 +8,7 @@ extent is padded with zeros to whole blocks; contents whose digest is unknown ar
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, Protocol
@@ -158,10 +159,10 @@ class _Behind:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._thread = ThreadPoolExecutor(1, "write")
-        self._pending: deque[tuple[Future[None], bytearray]] = deque()
-        self._free = [bytearray(_BATCH) for _ in range(_BEHIND)]
+        self._pending: deque[tuple[Future[None], memoryview]] = deque()
+        self._free = [_make_batch() for _ in range(_BEHIND)]
 
-    def put(self, address: int, batch: bytearray, size: int) -> bytearray:
+    def put(self, address: int, batch: memoryview, size: int) -> memoryview:
         """Have `size` bytes of `batch` written, and give another one to fill."""
         self._pending.append((self._thread.submit(self._write, address, batch, size), batch))
         if not self._free:
@@ -182,12 +183,22 @@ class _Behind:
         """Return when nothing is written any more, whether it was or not."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _write(self, address: int, batch: bytearray, size: int) -> None:
+    def _write(self, address: int, batch: memoryview, size: int) -> None:
         """Write whole blocks. Long zeros, as in a bomb, take no space."""
-        if size == _BATCH and batch == _ZEROS:
+        if size == _BATCH and _is_zeros(batch):
             self._disk.write_zeros(address, size)
         else:
-            self._disk.write_past(address, memoryview(batch)[:size])
+            self._disk.write_past(address, batch[:size])
+
+
+def _make_batch() -> memoryview:
+    """Memory that is taken when it is filled: a small layer needs little of it."""
+    return memoryview(mmap.mmap(-1, _BATCH))
+
+
+def _is_zeros(batch: memoryview) -> bool:
+    """Looks at the first block before it looks at all."""
+    return batch[:BLOCK] == _ZEROS[:BLOCK] and bytes(batch) == _ZEROS
 
 
 class _Writer:
@@ -200,7 +211,7 @@ class _Writer:
         self._left = max_addresses
         self._next = 0
         self._end = 0
-        self._buffer = bytearray(_BATCH)
+        self._buffer = _make_batch()
         self._base = 0
         self._fill = 0
 
