@@ -211,7 +211,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         lifecycle = Lifecycle(ending, namespaces, mounted.manual, site.keeper)
         groups = (
             control,
-            Tenancy(config, mounted.scopes, namespaces, workers.supervisor, control, accounts),
+            Tenancy(config, mounted.scopes, namespaces, workers.supervisor, control, accounts, workers.broker),
             lifecycle,
             Caching(cache, control),
         )

@@ -27,6 +27,7 @@ from nsfs.core.dropping import drop_often
 from nsfs.core.exports import Exports
 from nsfs.core.fetcher import open_fetcher
 from nsfs.core.fetchview import FetchConfig
+from nsfs.core.grants import Shares
 from nsfs.core.images import Images, Located
 from nsfs.core.jobs import Jobs
 from nsfs.core.keeping import KeptPool
@@ -206,7 +207,7 @@ async def _compose(
     domain = Domain(images, layers, blobs, views, looking, noted, lambda: Health(bugs.count, kept.trouble), starts)
     pinned = Pinned(images, layers, maps, index, views)
     exports = Exports(images, layers, looking, profiles, views)
-    services = (domain.methods(), pinned.methods(), cache.methods(), exports.methods())
+    services = (domain.methods(), pinned.methods(), cache.methods(), exports.methods(), Shares(index, views).methods())
     parts = (*services, reach.methods(blobs), forks.methods())
     methods = {name: method for part in parts for name, method in part.items()}
     return _Worker(domain, methods, cache, layers, shown, kept)

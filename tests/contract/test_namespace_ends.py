@@ -159,6 +159,29 @@ def test_what_others_share_stays(daemon: Daemon, registry: FakeRegistry, tmp_pat
     daemon.nsfs("umount", str(tmp_path / "two"))
 
 
+def test_each_is_told_what_it_has_of_what_is_shared(daemon: Daemon, registry: FakeRegistry, tmp_path: Path) -> None:
+    """Nothing of what others alone had fetched; also when nothing is mounted any more, and no worker runs."""
+
+    def told(name: str) -> tuple[int, int, list[tuple[str, int]]]:
+        report = daemon.json("ns", "show", name)
+        return report["shared"], report["own"], [(each["name"], each["grants"]) for each in report["domains"]]
+
+    first, other = (published.publish(registry, image(seed), f"share{seed}") for seed in (40, 41))
+    for name, reference in (("u1", first), ("u2", first), ("u3", other)):
+        with daemon.mounted(reference, str(tmp_path / name), "--isolation", "shared", "--namespace", name):
+            assert (tmp_path / name / "d/f").stat().st_size == 100_000
+    daemon.nsfs("inspect", "--namespace", "u4", first)
+    for name in ("u1", "u2", "u3"):
+        used, own, domains = told(name)
+        assert used == 25 * 4096
+        assert domains == [(f"ns/{name}", 0), ("shared", 1)]
+        assert own > 0
+    assert told("u4")[0] == 0
+    assert namespaces(daemon)["u1"]["shared"] == 25 * 4096
+    (row,) = [each for each in daemon.json("ns", "show", "u1")["domains"] if not each["own"]]
+    assert row["used"] < row["disk"]
+
+
 def test_what_a_person_reads(daemon: Daemon, registry: FakeRegistry) -> None:
     with Backend(daemon.socket, "nsfs") as backend:
         backend.pull("seen", image(5), published.publish(registry, image(5), "seen"))

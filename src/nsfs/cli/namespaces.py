@@ -12,7 +12,7 @@ from nsfs.serve import api
 
 _HEAD = ("NAMESPACE", "DOMAINS", "MOUNTS", "SNAPSHOTS", "CONTAINERS", "OWN", "QUOTA", "SHARED", "FETCHED")
 _COST_HEAD = ("ASKED", "REQUESTS", "RECEIVED")
-_DOMAIN_HEAD = ("DOMAIN", "WHOSE", "UID", "KEY", "PID", "DISK", "QUOTA", "FETCHED", "GRANTS", "STATE")
+_DOMAIN_HEAD = ("DOMAIN", "WHOSE", "UID", "KEY", "PID", "DISK", "USED", "QUOTA", "FETCHED", "GRANTS", "STATE")
 
 
 @click.group()
@@ -74,7 +74,7 @@ def _render(report: api.NamespaceReport) -> list[str]:
     return [
         *render_columns([_HEAD, _row(report)], frozenset(range(1, len(_HEAD)))),
         "",
-        *(render_columns(rows, frozenset({2, 4, 5, 6, 7, 8})) if report.domains else ["no domains"]),
+        *(render_columns(rows, frozenset({2, 4, 5, 6, 7, 8, 9})) if report.domains else ["no domains"]),
         *(["", "mounts:", *(f"  {target}" for target in report.mounts)] if report.mounts else []),
         *(["", "containers:", *(f"  {key}" for key in report.containers)] if report.containers else []),
         *(["", "logged in:", *(f"  {owner}" for owner in report.logins)] if report.logins else []),
@@ -93,5 +93,5 @@ def _cost_row(cost: Cost) -> tuple[str, ...]:
 def _domain_row(domain: api.NamespaceDomain) -> tuple[str, ...]:
     whose = ("its own" if domain.own else "shared", str(domain.uid), "yes" if domain.encrypted else "none")
     quota = render_size(domain.quota) if domain.quota else "-"
-    sizes = (render_size(domain.disk), quota, render_size(domain.fetched))
+    sizes = (render_size(domain.disk), render_size(domain.used), quota, render_size(domain.fetched))
     return (domain.name, *whose, str(domain.pid or "-"), *sizes, str(domain.grants), domain.state)

@@ -15,22 +15,31 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from nsfs.core import worker_api
 from nsfs.core.blobs import Holder
 from nsfs.core.tasks import run_all
+from nsfs.core.worker_api import Empty, Share
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError
-from nsfs.model.pool import GrantRecord
+from nsfs.model.pool import Access, GrantRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from typing import Any
+
+    from msgspec import Struct
 
     from nsfs.core.blobs import Blobs
     from nsfs.core.images import Image, Layer
     from nsfs.model.digest import Digest
+    from nsfs.model.pool import LayerKey, LayerRecord
+
+    Methods = dict[str, tuple[type[Struct], Callable[[Any, Any], Awaitable[Struct]]]]
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +50,6 @@ class Ledger(Protocol):
     def grant(self, owner: str, repository: str, blob: Digest) -> GrantRecord | None:
         """One, whether it still holds or not."""
 
-    def grants(self, owner: str) -> list[GrantRecord]:
-        """All of an owner, those that hold no more included."""
-
     def put_grant(self, record: GrantRecord) -> None:
         """Keep one."""
 
@@ -52,6 +58,59 @@ class Ledger(Protocol):
 
     def delete_grants(self, owner: str) -> int:
         """Forget all of an owner."""
+
+
+class Catalog(Protocol):
+    """What the domain has, and what was granted of it."""
+
+    def all_grants(self) -> list[GrantRecord]:
+        """Of every owner, those that hold no more included."""
+
+    def layers(self) -> list[LayerRecord]:
+        """Every layer."""
+
+    def origins(self, blob: Digest, access: Access) -> list[tuple[str, str]]:
+        """Repositories from which that owner named the blob, at that registry."""
+
+
+class Contents(Protocol):
+    """The pool, by layer."""
+
+    def local_bytes(self, keys: Iterable[LayerKey]) -> int:
+        """Bytes of these layers that are there."""
+
+
+class Shares:
+    """What each owner has of the domain, for whoever administers it."""
+
+    def __init__(self, catalog: Catalog, contents: Contents, clock: Callable[[], float] = time.time) -> None:
+        self._catalog = catalog
+        self._contents = contents
+        self._clock = clock
+
+    def methods(self) -> Methods:
+        """What the daemon may call."""
+        return {"Shares": (Empty, self._take)}
+
+    async def _take(self, _params: Empty, _report: object) -> worker_api.Shares:
+        granted: defaultdict[str, list[GrantRecord]] = defaultdict(list)
+        for grant in self._catalog.all_grants():
+            granted[grant.owner].append(grant)
+        layers, shares = self._catalog.layers(), []
+        for owner, grants in sorted(granted.items()):
+            await trio.lowlevel.checkpoint()
+            shares.append(self._share(owner, grants, layers))
+        return worker_api.Shares(shares=shares)
+
+    def _share(self, owner: str, grants: Sequence[GrantRecord], layers: Sequence[LayerRecord]) -> Share:
+        now, blobs = self._clock(), {grant.blob for grant in grants}
+        keys = [each.key for each in layers if each.blob in blobs and self._is_named(owner, each)]
+        held = {grant.blob for grant in grants if grant.holds(now)}
+        return Share(owner=owner, granted=len(held), local=self._contents.local_bytes(keys))
+
+    def _is_named(self, owner: str, layer: LayerRecord) -> bool:
+        """Whether the owner means this registry's layer, and not another's with that digest."""
+        return bool(self._catalog.origins(layer.blob, Access(owner, layer.origin)))
 
 
 class Grants:

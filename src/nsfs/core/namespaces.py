@@ -140,12 +140,16 @@ class Namespaces:
 
     async def holdings(self) -> dict[str, Holding]:
         """What each namespace has, by name."""
-        domains = await trio.to_thread.run_sync(self._disks.names)
+        domains = await self.domains()
         return self.held(domains, await trio.to_thread.run_sync(self._owners.logins))
 
     def held(self, domains: Iterable[str], logins: Iterable[str] = ()) -> dict[str, Holding]:
         """What each namespace has where these domains are on disk and these owners logged in, by name."""
         return plan_holdings(domains, self._mounts.records(), self._snapshots.all(), self._snapshots.shown(), logins)
+
+    async def domains(self) -> list[str]:
+        """All that have anything on disk."""
+        return await trio.to_thread.run_sync(self._disks.names)
 
     async def holding(self, namespace: str) -> Holding:
         """What one has; raises NotFoundError where that is nothing."""
@@ -189,7 +193,7 @@ class Namespaces:
     async def _end_rest(self, found: Holding) -> Ended:
         namespace = found.namespace
         snapshots = await self._snapshots.drop(namespace)
-        domains = own_domains(namespace, await trio.to_thread.run_sync(self._disks.names))
+        domains = own_domains(namespace, await self.domains())
         freed = 0
         for name in domains:
             freed += (await self.measure(name)).size

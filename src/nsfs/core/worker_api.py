@@ -265,6 +265,22 @@ class Costs(Struct, kw_only=True):
     costs: list[Cost]
 
 
+class Share(Struct, kw_only=True):
+    """What an owner has of a domain that several share."""
+
+    owner: str
+    granted: int
+    """Blobs that it may have now."""
+    local: int
+    """Bytes of contents that are there, of the layers that it was ever granted, and not refused since."""
+
+
+class Shares(Struct, kw_only=True):
+    """The answer to Shares: those of all owners with any."""
+
+    shares: list[Share]
+
+
 class CredentialRequest(Struct, kw_only=True):
     """Worker to daemon: as whom to ask a registry. Answered by CredentialAnswer."""
 

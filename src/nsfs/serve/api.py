@@ -224,6 +224,9 @@ class NamespaceDomain(Struct, kw_only=True):
     encrypted: bool
     disk: int
     """Bytes that it takes on disk, its indexes included."""
+    used: int
+    """Of a shared domain: bytes there of layers that the namespace, its tenants included, was granted and not refused
+    since, whoever had them fetched; what two of its owners have counts for both. Of its own: all of `disk`."""
     fetched: int
     """Bytes fetched over the network since its worker started."""
     grants: int
@@ -250,7 +253,7 @@ class NamespaceReport(Struct, kw_only=True):
     own: int
     """Bytes on disk of its own domains."""
     shared: int
-    """Bytes on disk of the domains that it shares, whoever had them fetched."""
+    """Bytes that it uses of domains that it shares, whoever had them fetched."""
     fetched: int
     """Bytes fetched for its own domains since their workers started."""
     costs: list[Cost] = []

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 import socket
-import time
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import trio
 from msgspec import Struct
@@ -22,7 +22,8 @@ from msgspec import Struct
 from nsfs.core.grants import Grants
 from nsfs.core.images import Located
 from nsfs.core.relay import RelaySource, relay_methods
-from nsfs.core.worker_api import Costs, Empty
+from nsfs.core.tasks import run_all
+from nsfs.core.worker_api import Costs, Empty, Share, Shares
 from nsfs.errors import DeniedError, NsfsError, UnreachableError
 from nsfs.model.policy import Domain, Isolation, check_owner, domain_named, own_domain, owner_of
 from nsfs.model.pool import Access, origin_of
@@ -44,22 +45,15 @@ if TYPE_CHECKING:
     from nsfs.serve.wire import Methods, Peer, Report
 
 T = TypeVar("T")
+_ANSWERS: Final = 2.0
+"""Seconds that a shared domain's worker has, its start included, to say who has what of it."""
 log = logging.getLogger(__name__)
 
 
 class RelayRequest(Struct, kw_only=True):
-    """Names an owner: for Relay, which a shared domain's worker asks (answered by RelayMade), and for its grants.
-
-    CountGrants is answered by GrantsHeld, ForgetGrants by Empty.
-    """
+    """Names an owner: for Relay, which a shared domain's worker asks (answered by RelayMade), and for ForgetGrants."""
 
     owner: str
-
-
-class GrantsHeld(Struct, kw_only=True):
-    """How many blobs an owner may have now."""
-
-    held: int
 
 
 class RelayMade(Struct, kw_only=True):
@@ -162,6 +156,12 @@ class Workers(Protocol):
         """On whose behalf somebody called into a domain, or has a view there."""
 
 
+def _shared(domains: Iterable[str]) -> list[Domain]:
+    """Those of several owners."""
+    named = map(domain_named, domains)
+    return [domain for domain in named if not domain.transient and not owner_of(domain)]
+
+
 class Broker:
     """The daemon's part: it makes relays, and sees nothing of what goes over them."""
 
@@ -188,10 +188,24 @@ class Broker:
     async def forget(self, owner: str, domains: Iterable[str]) -> None:
         """Have those of `domains` that are shared forget what `owner` was granted: it is no more."""
         assert self._workers is not None, "nobody ends before"
-        for name in domains:
-            domain = domain_named(name)
-            if not domain.transient and not owner_of(domain):
-                await self._workers.call(domain, "ForgetGrants", RelayRequest(owner=owner), Empty)
+        for domain in _shared(domains):
+            await self._workers.call(domain, "ForgetGrants", RelayRequest(owner=owner), Empty)
+
+    async def shares(self, domains: Iterable[str]) -> dict[str, dict[str, Share]]:
+        """What each owner has of those of `domains` that are shared, by domain and owner; without what does not answer.
+
+        Starts workers that do not run: who was granted something may have nothing mounted.
+        """
+        found: dict[str, dict[str, Share]] = {}
+
+        async def ask(domain: Domain) -> None:
+            assert self._workers is not None, "nobody asks before"
+            with trio.move_on_after(_ANSWERS), suppress(NsfsError):
+                said = await self._workers.call(domain, "Shares", Empty(), Shares)
+                found[domain.name] = {share.owner: share for share in said.shares}
+
+        await run_all([partial(ask, domain) for domain in _shared(domains)])
+        return found
 
     async def _join(self, workers: Workers, domain: str, owner: str) -> None:
         own = Domain(own_domain(check_owner(owner)), Isolation.ISOLATED, owner)
@@ -269,14 +283,8 @@ class SharedReach:
         del blobs
         return {
             **self._relays.methods(),
-            "CountGrants": (RelayRequest, self._count),
             "ForgetGrants": (RelayRequest, self._forget),
         }
-
-    async def _count(self, asked: RelayRequest, _report: Report) -> GrantsHeld:
-        grants = [] if self._ledger is None else self._ledger.grants(asked.owner)
-        now = time.time()
-        return GrantsHeld(held=sum(grant.holds(now) for grant in grants))
 
     async def _forget(self, gone: RelayRequest, _report: Report) -> Empty:
         if self._ledger is not None:

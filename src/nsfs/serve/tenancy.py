@@ -9,23 +9,32 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nsfs.core.tasks import run_all
-from nsfs.errors import NsfsError
 from nsfs.model.explain import follows_of, sharers_of
 from nsfs.model.policy import ScopeRequest
 from nsfs.serve import api
-from nsfs.serve.relay import GrantsHeld, RelayRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping
+    from typing import Protocol
 
     from nsfs.core.namespaces import Namespaces
     from nsfs.core.scopes import Scopes
+    from nsfs.core.worker_api import Share
     from nsfs.model.namespaces import Holding
     from nsfs.serve.accounts import Accounts
     from nsfs.serve.config import Config
     from nsfs.serve.control import Control
     from nsfs.serve.control_rpc import Handler, Report
     from nsfs.serve.supervisor import Supervisor
+
+    Shares = Mapping[str, Mapping[str, Share]]
+    """Of shared domains, by domain and owner."""
+
+    class Sharing(Protocol):
+        """Who has what of domains that several share."""
+
+        async def shares(self, domains: Iterable[str]) -> Shares:
+            """Of those of `domains` that are."""
 
 
 class Tenancy:
@@ -39,8 +48,10 @@ class Tenancy:
         supervisor: Supervisor,
         control: Control,
         accounts: Accounts,
+        sharing: Sharing,
     ) -> None:
         self._accounts = accounts
+        self._sharing = sharing
         self._config = config
         self._scopes = scopes
         self._namespaces = namespaces
@@ -82,16 +93,17 @@ class Tenancy:
     async def _all(self, _request: api.Empty, _report: Report) -> api.NamespacesReport:
         """All at once: a worker that does not answer holds up nobody else."""
         holdings = await self._namespaces.holdings()
+        shares = await self._shares()
         reports: dict[str, api.NamespaceReport] = {}
 
         async def ask(name: str, found: Holding) -> None:
-            reports[name] = await self._report(found)
+            reports[name] = await self._report(found, shares)
 
         await run_all([partial(ask, name, found) for name, found in holdings.items()])
         return api.NamespacesReport(namespaces=[reports[name] for name in holdings])
 
     async def _one(self, request: api.NamespaceRequest, _report: Report) -> api.NamespaceReport:
-        return await self._report(await self._namespaces.holding(request.namespace))
+        return await self._report(await self._namespaces.holding(request.namespace), await self._shares())
 
     async def _end(self, request: api.NamespaceRequest, _report: Report) -> api.NamespaceEnded:
         ended = await self._namespaces.end(request.namespace, force=request.force)
@@ -103,8 +115,13 @@ class Tenancy:
             freed=ended.freed,
         )
 
-    async def _report(self, found: Holding) -> api.NamespaceReport:
-        domains = [await self._domain(found, name) for name in sorted(found.own | found.shared)]
+    async def _shares(self) -> Shares:
+        return await self._sharing.shares(await self._namespaces.domains())
+
+    async def _report(self, found: Holding, shares: Shares) -> api.NamespaceReport:
+        granted = {name for name, by_owner in shares.items() if not by_owner.keys().isdisjoint(found.owners)}
+        names = sorted(found.own | found.shared | granted)
+        domains = [await self._domain(found, name, shares.get(name, {})) for name in names]
         return api.NamespaceReport(
             namespace=found.namespace,
             containerd=found.namespace in await self._namespaces.came_by_containerd(),
@@ -115,15 +132,16 @@ class Tenancy:
             logins=sorted(found.logins),
             quota=int(self._config.of_namespace(found.namespace).quota),
             own=sum(domain.disk for domain in domains if domain.own),
-            shared=sum(domain.disk for domain in domains if not domain.own),
+            shared=sum(domain.used for domain in domains if not domain.own),
             fetched=sum(domain.fetched for domain in domains if domain.own),
             costs=await self._accounts.of(found.owners),
         )
 
-    async def _domain(self, of: Holding, name: str) -> api.NamespaceDomain:
+    async def _domain(self, of: Holding, name: str, shares: Mapping[str, Share]) -> api.NamespaceDomain:
         pid = self._supervisor.pids().get(name, 0)
         report = await self._control.domain_report(name, pid)
         found = await self._namespaces.measure(name)
+        held = [shares[owner] for owner in of.owners if owner in shares]
         return api.NamespaceDomain(
             name=name,
             own=name in of.own,
@@ -132,18 +150,8 @@ class Tenancy:
             encrypted=found.is_encrypted,
             disk=found.size,
             fetched=report.fetched,
-            grants=0 if name in of.own else await self._count_grants(name, of.owners),
+            used=found.size if name in of.own else sum(share.local for share in held),
+            grants=sum(share.granted for share in held),
             quota=int(self._config.of_namespace(name.removeprefix("ns/")).quota) if name in of.own else 0,
             state=report.state,
         )
-
-    async def _count_grants(self, domain: str, owners: Sequence[str]) -> int:
-        """As far as the domain's worker answers at once; its state says where it does not."""
-        held = 0
-        for owner in owners:
-            try:
-                said = await self._supervisor.ask_now(domain, "CountGrants", RelayRequest(owner=owner), GrantsHeld)
-            except NsfsError:
-                break
-            held += said.held
-        return held

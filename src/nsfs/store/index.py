@@ -404,25 +404,22 @@ class DomainIndex:
         with self._transaction(self._db.grants, write=True) as txn:
             txn.delete(self._records.name(_owner_key(owner), _grant_key(repository, blob)))
 
-    def grants(self, owner: str) -> list[GrantRecord]:
-        """All grants of an owner, those that hold no more included."""
+    def all_grants(self) -> list[GrantRecord]:
+        """Those of every owner."""
         with self._transaction(self._db.grants) as txn:
-            pairs = list(self._grants_of(txn, owner))
+            pairs = list(txn.cursor())
         return [self._decoded(self._records.unseal(kept, value), _decode_grant) for kept, value in pairs]
 
     def delete_grants(self, owner: str) -> int:
         """Forget all grants of an owner; how many there were."""
         with self._transaction(self._db.grants, write=True) as txn:
-            keys = [key for key, _ in self._grants_of(txn, owner)]
+            first = self._records.name(_owner_key(owner))
+            cursor = txn.cursor()
+            cursor.set_range(first)
+            keys = [key for key, _ in takewhile(lambda pair: pair[0].startswith(first), cursor)]
             for key in keys:
                 txn.delete(key)
         return len(keys)
-
-    def _grants_of(self, txn: _Transaction, owner: str) -> Iterator[tuple[bytes, bytes]]:
-        first = self._records.name(_owner_key(owner))
-        cursor = txn.cursor()
-        cursor.set_range(first)
-        return takewhile(lambda pair: pair[0].startswith(first), cursor)
 
     def image(self, key: str) -> ImageRecord | None:
         """What an image was when it was last resolved; `key` is its complete reference, a space and its platform."""
