@@ -149,6 +149,7 @@ class FakeMemory:
     def __init__(self) -> None:
         self.images: dict[str, ImageRecord] = {}
         self.puts = 0
+        self.origin_puts: list[Collection[Digest]] = []
         self.known: dict[tuple[Digest, Access], list[str]] = {}
 
     def image(self, key: str) -> ImageRecord | None:
@@ -167,6 +168,7 @@ class FakeMemory:
         ]
 
     def put_origin(self, blobs: Collection[Digest], repository: str, access: Access = NOBODY) -> None:
+        self.origin_puts.append(blobs)
         for blob in blobs:
             known = self.known.setdefault((blob, access), [])
             self.known[blob, access] = [repository, *(name for name in known if name != repository)]

@@ -9,6 +9,7 @@ from nsfs.core.ports import LocalBlob
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError, UnreachableError
 from nsfs.model.digest import Digest
 from nsfs.model.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Platform
+from nsfs.model.pool import Access
 from trio_tests import run
 
 AMD64 = Platform("amd64", "linux")
@@ -196,6 +197,24 @@ def test_a_repository_that_is_named_anew_is_asked_first_again() -> None:
         await site.blobs.add([BLOB], "third")
         await site.blob.fetch(0, 1)
         assert [len(place.asked) for place in site.places] == [1, 1, 2]
+
+    run(body)
+
+
+def test_what_was_remembered_last_is_not_remembered_again() -> None:
+    async def body() -> None:
+        site = Places()
+        other = digest_of(b"other")
+        site.memory.origin_puts.clear()
+        await site.blobs.add([BLOB], "first")
+        await site.blobs.add([BLOB, other], "first")
+        await site.blobs.add([BLOB, other], "first", Access("anna"))
+        assert site.memory.origin_puts == [[BLOB], [other]]
+        await site.blobs.add([BLOB], "second")
+        await site.blobs.add([BLOB], "first")
+        await site.blobs.add([BLOB], "first", Access("anna", "0123456789abcdef"))
+        await site.blobs.add([BLOB], "first", Access("bert", "0123456789abcdef"))
+        assert site.memory.origin_puts[2:] == [[BLOB]] * 4
 
     run(body)
 

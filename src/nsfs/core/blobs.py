@@ -71,16 +71,29 @@ class Blobs:
         """Of blobs whose latest repository failed, the one that did not."""
         self._unwritten: dict[tuple[Digest, Access], Holder] = {}
         """What could not be remembered for longer than we live."""
+        self._latest: dict[tuple[Digest, Access], str] = {}
+        """Of some blobs, the repository that was remembered last: it need not be written, nor looked for, again."""
 
     async def add(self, digests: Collection[Digest], repository: str, access: Access = NOBODY) -> None:
         """Remember that `repository` has the blobs."""
         for digest in digests:
             self._working.pop((digest, access), None)
+        place = access if access.origin else NOBODY
+        fresh = [digest for digest in digests if self._latest.get((digest, place)) != repository]
+        if not fresh:
+            return
         try:
-            await trio.to_thread.run_sync(self._origins.put_origin, digests, repository, access)
+            await trio.to_thread.run_sync(self._origins.put_origin, fresh, repository, access)
         except NsfsError as error:
             log.warning("it is not written down that %s has these blobs: %s", repository, error)
-            self._unwritten.update({(digest, access): Holder(access.owner, repository) for digest in digests})
+            self._unwritten.update({(digest, access): Holder(access.owner, repository) for digest in fresh})
+        else:
+            self._note_latest(fresh, repository, place)
+
+    def _note_latest(self, digests: Collection[Digest], repository: str, place: Access) -> None:
+        if len(self._latest) + len(digests) > _KEPT:
+            self._latest.clear()
+        self._latest.update({(digest, place): repository for digest in digests})
 
     def blob(self, digest: Digest, size: int, access: Access = NOBODY) -> OriginBlob:
         """The blob; nothing is asked yet."""
