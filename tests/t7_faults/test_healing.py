@@ -100,7 +100,9 @@ def reads(root: Path, name: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("boots", [False, True], ids=["killed", "booted"])
+@pytest.mark.parametrize(
+    "boots", [pytest.param(False, marks=pytest.mark.soak, id="killed"), pytest.param(True, id="booted")]
+)
 def test_all_that_is_local_reads_and_the_rest_heals_by_itself(tmp_path: Path, boots: bool) -> None:
     settings = {"registry": {"docker_config": str(tmp_path / "config.json")}, "fetch": {"read_ahead": 0}}
     with ExitStack() as stack:
