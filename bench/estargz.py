@@ -21,21 +21,22 @@ _TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
 
 def convert(image: Built, cache: str = CACHE) -> str:
     """The OCI layout of `image` as eStargz, from the cache or made now; raises OSError or CalledProcessError."""
-    layers = [_convert_layer(layer) for layer in image.layers]
+    layers = [convert_layer(layer, cache) for layer in image.layers]
     layout = f"{cache}/images/{image.recipe.name}-estargz"
     return images.write_layout(layout, [layer for layer, _ in layers], image.recipe.command, [toc for _, toc in layers])
 
 
-def _convert_layer(layer: Layer) -> tuple[Layer, dict[str, str]]:
-    """The layer as eStargz, and the annotations of its descriptor."""
+def convert_layer(layer: Layer, cache: str = CACHE) -> tuple[Layer, dict[str, str]]:
+    """The layer as eStargz, from the cache or made now, and the annotations of its descriptor."""
     directory = os.path.dirname(layer.blob)
     facts, blob = f"{directory}/estargz.json", f"{directory}/estargz.tar.gz"
-    if not os.path.exists(facts):
-        with open(layer.blob, "rb") as file:
-            made = goestargz.convert(file.read())
-        with open(blob, "wb") as out:
-            out.write(made.blob)
-        _store(facts, {"diff_id": made.diff_id, "toc_digest": made.toc_digest})
+    with images.alone(cache):
+        if not os.path.exists(facts):
+            with open(layer.blob, "rb") as file:
+                made = goestargz.convert(file.read())
+            with open(blob, "wb") as out:
+                out.write(made.blob)
+            _store(facts, {"diff_id": made.diff_id, "toc_digest": made.toc_digest})
     with open(facts) as stored:
         known = json.load(stored)
     annotations = {_TOC_DIGEST: known["toc_digest"]}

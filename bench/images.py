@@ -19,6 +19,7 @@ import sys
 import tarfile
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -242,17 +243,31 @@ class Built:
 
 
 def build(recipe: Recipe, cache: str = CACHE) -> Built:
-    """Make the image, or find it in the cache."""
-    os.makedirs(f"{cache}/steps", exist_ok=True)
-    with open(f"{cache}/lock", "w") as lock, ThreadPoolExecutor(1) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """Make the image, or find its layers in the cache."""
+    layers = make_layers(recipe, cache)
+    with alone(cache):
+        return Built(recipe, write_layout(f"{cache}/images/{recipe.name}", layers, recipe.command), layers)
+
+
+def make_layers(recipe: Recipe, cache: str = CACHE) -> tuple[Layer, ...]:
+    """The layers of the image, from the cache or made now."""
+    with alone(cache), ThreadPoolExecutor(1) as pool:
+        os.makedirs(f"{cache}/steps", exist_ok=True)
         directories = [_base(cache)]
         packing = [pool.submit(_pack, directories[0], Step(""))]
         for step in recipe.steps:
             directories.append(_run_step(step, directories, cache))
             packing.append(pool.submit(_pack, directories[-1], step))
-        layers = tuple(future.result() for future in packing)
-        return Built(recipe, write_layout(f"{cache}/images/{recipe.name}", layers, recipe.command), layers)
+        return tuple(future.result() for future in packing)
+
+
+@contextmanager
+def alone(cache: str) -> Iterator[None]:
+    """Be the only process that changes the cache."""
+    os.makedirs(cache, exist_ok=True)
+    with open(f"{cache}/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _say(text: str) -> None:

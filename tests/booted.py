@@ -8,7 +8,6 @@ network, where the registries of tests are, and /dev/fuse. nsfs inside is this r
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -20,13 +19,15 @@ from typing import TYPE_CHECKING
 
 import debian
 import nsfs
+import prepared
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CACHE = os.path.join(REPOSITORY, ".cache")
 _PACKAGES = "systemd,systemd-sysv,dbus,python3,containerd,runc,fuse3,kmod,procps,busybox-static"
+_ISOLATED = ("unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""What debootstrap mounts ends with it."""
 _DEADLINE = 60.0
 """Seconds for the machine to boot."""
 NAMESPACE = "booted"
@@ -99,7 +100,7 @@ def _code() -> set[str]:
 def _root(directory: str) -> Iterator[str]:
     for name in ("upper", "work", "root", *_WRITTEN):
         os.makedirs(f"{directory}/{name}")
-    options = f"lowerdir={_tree()},upperdir={directory}/upper,workdir={directory}/work"
+    options = f"lowerdir={make_tree()},upperdir={directory}/upper,workdir={directory}/work"
     subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, f"{directory}/root"], check=True)
     try:
         yield f"{directory}/root"
@@ -107,15 +108,15 @@ def _root(directory: str) -> Iterator[str]:
         subprocess.run(["umount", "--lazy", f"{directory}/root"], check=True)
 
 
-def _tree() -> str:
+def make_tree() -> str:
+    """The tree that machines boot from, made where it is not there."""
     archive = debian.find_archive()
-    tree = f"{CACHE}/booted-{archive.suite}"
-    with open(f"{CACHE}/booted.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    tree = f"{prepared.CACHE}/booted-{archive.suite}"
+    with prepared.alone("booted"):
         if not os.path.exists(tree):
             shutil.rmtree(f"{tree}.tmp", ignore_errors=True)
             command = ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", archive.suite, f"{tree}.tmp"]
-            subprocess.run([*command, archive.uri], check=True, capture_output=True)
+            subprocess.run([*_ISOLATED, *command, archive.uri], check=True, capture_output=True)
             os.rename(f"{tree}.tmp", tree)
     return tree
 

@@ -13,6 +13,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import prepared
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -81,8 +83,13 @@ def fetch_package(package: str, suite: str, directory: str) -> str:
     apt's state, lists and cache are below `directory` too, so that the host's are neither used nor changed.
     """
     root = f"{directory}/root"
-    if os.path.exists(root):
-        return root
+    with prepared.alone(os.path.basename(directory)):
+        if not os.path.exists(root):
+            _fetch(package, suite, directory)
+    return root
+
+
+def _fetch(package: str, suite: str, directory: str) -> None:
     archive = find_archive()
     for name in ("etc/sources.list.d", "etc/preferences.d", "lists/partial", "cache/archives/partial", "state"):
         os.makedirs(f"{directory}/{name}", exist_ok=True)
@@ -98,10 +105,9 @@ def fetch_package(package: str, suite: str, directory: str) -> str:
     subprocess.run([*apt, "update"], check=True, stdout=subprocess.DEVNULL)
     subprocess.run([*apt, "download", package], check=True, cwd=directory, stdout=subprocess.DEVNULL)
     (path,) = glob.glob(f"{directory}/{package}_*.deb")
-    subprocess.run(["dpkg-deb", "-x", path, f"{root}.partial"], check=True)
-    os.rename(f"{root}.partial", root)
+    subprocess.run(["dpkg-deb", "-x", path, f"{directory}/root.partial"], check=True)
+    os.rename(f"{directory}/root.partial", f"{directory}/root")
     os.unlink(path)
-    return root
 
 
 def _render_configuration(directory: str) -> str:

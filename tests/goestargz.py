@@ -15,9 +15,11 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
+import prepared
+
 TESTS = pathlib.Path(__file__).resolve().parent
 SOURCES = TESTS / "estargz"
-CACHE = TESTS.parent / ".cache"
+CACHE = pathlib.Path(prepared.CACHE)
 
 
 class Estargz(NamedTuple):
@@ -52,11 +54,11 @@ def convert(
 def _program() -> pathlib.Path:
     sources = b"".join((SOURCES / name).read_bytes() for name in ("go.mod", "go.sum", "main.go"))
     program = CACHE / f"estargz-{hashlib.sha256(sources).hexdigest()[:16]}"
-    if not program.exists():
-        CACHE.mkdir(exist_ok=True)
-        built = program.with_suffix(f".{os.getpid()}")
-        go = shutil.which("go") or "/usr/local/go/bin/go"
-        environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false"}
-        subprocess.run([go, "build", "-o", built, "."], cwd=SOURCES, env=environment, check=True, timeout=600)
-        built.replace(program)
+    with prepared.alone("estargz"):
+        if not program.exists():
+            built = program.with_suffix(f".{os.getpid()}")
+            go = shutil.which("go") or "/usr/local/go/bin/go"
+            environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false"}
+            subprocess.run([go, "build", "-o", built, "."], cwd=SOURCES, env=environment, check=True, timeout=600)
+            built.replace(program)
     return program

@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import prepared
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TESTS = pathlib.Path(__file__).resolve().parent
 SOURCES = TESTS / "goregistry"
-CACHE = TESTS.parent / ".cache"
+CACHE = pathlib.Path(prepared.CACHE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def run_go_registry(*, deletes: bool = True) -> Iterator[GoRegistry]:
     """Start one; where it `deletes` nothing, it refuses to."""
     with tempfile.TemporaryDirectory(prefix="nsfs-registry-") as folder:
         log = pathlib.Path(folder, "log")
-        command = [str(_program()), f"-log={log}", f"-delete={str(deletes).lower()}"]
+        command = [str(go_registry_program()), f"-log={log}", f"-delete={str(deletes).lower()}"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -60,14 +62,15 @@ def run_go_registry(*, deletes: bool = True) -> Iterator[GoRegistry]:
 
 
 @functools.cache
-def _program() -> pathlib.Path:
+def go_registry_program() -> pathlib.Path:
+    """Build it, where it is not there."""
     sources = b"".join((SOURCES / name).read_bytes() for name in ("go.mod", "go.sum", "main.go"))
     program = CACHE / f"goregistry-{hashlib.sha256(sources).hexdigest()[:16]}"
-    if not program.exists():
-        CACHE.mkdir(exist_ok=True)
-        built = program.with_suffix(f".{os.getpid()}")
-        go = shutil.which("go") or "/usr/local/go/bin/go"
-        environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false"}
-        subprocess.run([go, "build", "-o", built, "."], cwd=SOURCES, env=environment, check=True, timeout=600)
-        built.replace(program)
+    with prepared.alone("goregistry"):
+        if not program.exists():
+            built = program.with_suffix(f".{os.getpid()}")
+            go = shutil.which("go") or "/usr/local/go/bin/go"
+            environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false"}
+            subprocess.run([go, "build", "-o", built, "."], cwd=SOURCES, env=environment, check=True, timeout=600)
+            built.replace(program)
     return program

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from fakes import PASSWORD, USER, FakeRegistry
-from goregistry import GoRegistry, run_go_registry
+from goregistry import GoRegistry, go_registry_program, run_go_registry
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, UnreachableError, UnsupportedError
 from nsfs.format.artifact import EMPTY
 from nsfs.model.digest import Digest
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 KIND = "application/vnd.test.thing"
+
+prepare = go_registry_program
+"""See prepared."""
 
 
 def run(body: Callable[[T], Awaitable[None]], subject: T) -> None:

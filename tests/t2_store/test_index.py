@@ -166,21 +166,22 @@ def test_a_full_index_loses_nothing(path: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_two_processes_never_get_the_same_addresses(path: str) -> None:
     open_index(path).close()
-    ends = []
+    ends, pids = [], []
     for _ in range(2):
         receive, send = os.pipe()
-        if os.fork() == 0:
+        if (pid := os.fork()) == 0:
             with open_index(path) as index:
                 os.write(send, b"".join(b"%d\n" % index.reserve().address for _ in range(20)))
             os._exit(0)
         os.close(send)
         ends.append(receive)
+        pids.append(pid)
     addresses = []
     for end in ends:
         with open(end, "rb") as lines:
             addresses += [int(line) for line in lines]
-    for _ in ends:
-        os.wait()
+    for pid in pids:
+        os.waitpid(pid, 0)
     assert len(set(addresses)) == 40
 
 

@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def prepare() -> None:
+    """See prepared."""
+    images.make_layers(images.DEMO)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_debian_image_equals_what_unpacking_gives(tmp_path: Path) -> None:
     built = images.build(images.DEMO)
     scratch = tmp_path / "oracle"

@@ -15,24 +15,25 @@ import subprocess
 
 import pytest
 
+import prepared
 from nsfs_daemon import run_daemon
 
 SOURCES = pathlib.Path(__file__).resolve().parents[1] / "conformance"
-CACHE = SOURCES.parents[1] / ".cache"
+CACHE = pathlib.Path(prepared.CACHE)
 CHECKS = 21
 """In containerd 2.2.7."""
 
 
-def build() -> pathlib.Path:
+def prepare() -> pathlib.Path:
     sources = b"".join((SOURCES / name).read_bytes() for name in ("go.mod", "go.sum", "conformance_test.go"))
     program = CACHE / f"conformance-{hashlib.sha256(sources).hexdigest()[:16]}"
-    if not program.exists():
-        CACHE.mkdir(exist_ok=True)
-        built = program.with_suffix(f".{os.getpid()}")
-        command = [find_go(), "test", "-c", "-o", str(built), "."]
-        environment = os.environ | {"GOFLAGS": "-trimpath -buildvcs=false"}
-        subprocess.run(command, cwd=SOURCES, env=environment, check=True, timeout=900)
-        built.replace(program)
+    with prepared.alone("conformance"):
+        if not program.exists():
+            built = program.with_suffix(f".{os.getpid()}")
+            command = [find_go(), "test", "-c", "-o", str(built), "."]
+            environment = os.environ | {"GOFLAGS": "-trimpath -buildvcs=false"}
+            subprocess.run(command, cwd=SOURCES, env=environment, check=True, timeout=900)
+            built.replace(program)
     return program
 
 
@@ -49,7 +50,7 @@ def find_go() -> str:
 
 @pytest.mark.timeout(1200)
 def test_containerds_own_suite(tmp_path: pathlib.Path) -> None:
-    program = build()
+    program = prepare()
     with run_daemon(str(tmp_path / "daemon")) as daemon:
         command = [str(program), "-test.v", "-test.timeout=300s", "-socket", daemon.socket]
         done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def prepare() -> None:
+    """See prepared."""
+    for layer in images.make_layers(images.PYTHON):
+        estargz.convert_layer(layer)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("release", RELEASES)
 def test_python_starts_from_less_than_a_third(tmp_path: Path, release: str) -> None:
     built = images.build(images.PYTHON)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import busybox
-from booted import NAMESPACE, Machine, booted
+from booted import NAMESPACE, Machine, booted, make_tree
 from fakes import FakeRegistry
 from images import Image, file
 from nodes import wait_until
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILES = {f"data/{number}": random.Random(number).randbytes(300_000) for number in range(8)}
+
+
+prepare = make_tree
+"""See prepared."""
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def holders(machine: Machine) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_containers_notice_nothing_of_what_systemd_does_to_the_daemon(machine: Machine) -> None:
     layer = estargz_layer([file(name, data) for name, data in FILES.items()], chunk_size=1 << 17)
     with FakeRegistry() as registry:
@@ -78,7 +82,7 @@ def test_containers_notice_nothing_of_what_systemd_does_to_the_daemon(machine: M
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_systemd_keeps_the_descriptors_where_it_says_so(machine: Machine) -> None:
     """Since systemd 254 it says so by itself."""
     machine.set_up("nsfs", "[Service]\nEnvironment=FDSTORE=8192\n")

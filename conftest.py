@@ -1,0 +1,3 @@
+"""What all tests need of pytest."""
+
+pytest_plugins = ["prepared"]
