@@ -48,14 +48,14 @@ def _build_maps(bench: Bench, scratch: str, reference: str, target: str) -> list
     """With the indexes there and the maps gone, in a daemon that has just started, but whose worker runs."""
     times = []
     for _ in range(bench.samples):
-        _forget_maps(f"{scratch}/nsfs/root")
+        forget_maps(f"{scratch}/nsfs/root")
         with run_daemon(f"{scratch}/nsfs") as daemon, open_control(daemon.socket) as control:
             control.call("Inspect", api.ImageRequest(reference=reference), ImageReport)  # starts the worker
             times.append(_time_mount(control, reference, target, _SOME_FILE))
     return times
 
 
-def _forget_maps(root: str) -> None:
+def forget_maps(root: str) -> None:
     """Delete all maps, as if the layers had been indexed but never mounted; no daemon may run."""
     for path in glob.glob(f"{root}/domains/*/layers/*/*/map*.erofs"):
         os.unlink(path)

@@ -23,7 +23,18 @@ from bench.harness import Bench, open_bench, say
 
 STARTS = ("starts", "crowd")
 """What users see, within half an hour."""
-GROUPS = ("metadata", "reading", "pulling", "containers", "memory", "maps", "namespaces", "fairness", *STARTS)
+GROUPS = (
+    "metadata",
+    "reading",
+    "pulling",
+    "containers",
+    "memory",
+    "maps",
+    "namespaces",
+    "fairness",
+    "hotpath",
+    *STARTS,
+)
 _IS_FULL = os.environ.get("BENCH") == "full"
 _SAMPLES = 5 if _IS_FULL else 3
 
