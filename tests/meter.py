@@ -32,6 +32,8 @@ class Served:
     status: int
     first: int
     """Offset of the body in the blob."""
+    size: int
+    """Of the body."""
     sent: int = 0
 
 
@@ -155,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _relay(self, answer: http.client.HTTPResponse) -> None:
         first = re.match(r"bytes (\d+)-", answer.getheader("Content-Range") or "")
-        served = Served(self.path, answer.status, int(first[1]) if first else 0)
+        served = Served(self.path, answer.status, int(first[1]) if first else 0, answer.length or 0)
         self.server.meter.log.append(served)
         while piece := answer.read(self._allowed(served)):
             served.sent += len(piece)

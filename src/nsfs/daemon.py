@@ -36,6 +36,7 @@ from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, Unsupp
 from nsfs.model.cache import Limits
 from nsfs.model.encryption import Encrypt
 from nsfs.model.mounts import Host
+from nsfs.model.profile import ProfileUse
 from nsfs.remote.hosts import HostsDirectory
 from nsfs.remote.reference import parse_reference
 from nsfs.serve import doctor, mounts
@@ -287,7 +288,8 @@ async def _open_mounts(stack: AsyncExitStack, site: _Site, workers: _Workers) ->
 
 async def _open_snapshots(stack: AsyncExitStack, site: _Site, workers: _Workers, mounted: _Mounts) -> Snapshots:
     config, kernel = site.config, mounted.kernel
-    choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict")
+    profile = ProfileUse(config.containerd.profile)
+    choice = LazyConfig(wait=config.prepare_wait, strict=config.prepare == "strict", profile=profile)
     clones = Clones(kernel, possible=site.host.idmap)
     lazy = LazyLayers(workers.supervisor, mounted.lowers, clones, site.host, mounted.scopes, choice)
     directories = SnapshotDirs(site.layout.snapshots, site.layout.lowers)

@@ -174,6 +174,7 @@ def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade
             content_bytes=sum(entry.size for entry in regular),
             slabs=(slab,),
             has_spans=True,
+            prefetch_size=index.prefetch_size,
         )
         catalog.commit_layer(record, [])
     made = _write_map(layout, key, map_id_of(key), index.entries, addresses, None)

@@ -21,7 +21,7 @@ import trio
 from nsfs.core import worker_api
 from nsfs.core.blobs import Blobs
 from nsfs.core.completing import Completing
-from nsfs.core.domain import Domain, Health, Starts
+from nsfs.core.domain import Domain, Health
 from nsfs.core.domain_cache import DomainCache, NotedUse, Uses
 from nsfs.core.dropping import drop_often
 from nsfs.core.exports import Exports
@@ -37,6 +37,7 @@ from nsfs.core.maps import Maps
 from nsfs.core.pinned import Pinned
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
+from nsfs.core.starts import Starts
 from nsfs.core.tasks import open_tasks
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import DomainFs
@@ -199,13 +200,14 @@ async def _compose(
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)
     completing = Completing(index, views, nursery, follows_use=config.fetch.complete)
-    uses = Uses(index, shown, completing, nursery)
+    prefetches = Prefetches(index, views, nursery)
+    uses = Uses(index, shown, completing, prefetches, nursery)
     cache = DomainCache(index, images, layers, views, looking, uses, kept, completing)
     bugs = stack.enter_context(counted_bugs())
     noted = NotedUse(shown, uses.note)
-    starts = Starts(recordings, Prefetches(index, profiles, views, nursery))
+    starts = Starts(profiles, recordings, prefetches)
     domain = Domain(images, layers, blobs, views, looking, noted, lambda: Health(bugs.count, kept.trouble), starts)
-    pinned = Pinned(images, layers, maps, index, views)
+    pinned = Pinned(images, layers, maps, index, views, starts)
     exports = Exports(images, layers, looking, profiles, views)
     services = (domain.methods(), pinned.methods(), cache.methods(), exports.methods(), Shares(index, views).methods())
     parts = (*services, reach.methods(blobs), forks.methods())

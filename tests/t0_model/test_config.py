@@ -85,6 +85,7 @@ def test_every_key_can_be_changed() -> None:
     low = 0.25
     [containerd]
     address = "/g"
+    profile = "off"
     [metrics]
     listen = "unix:/m"
     [kernel]

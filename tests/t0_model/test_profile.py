@@ -18,6 +18,7 @@ from nsfs.model.profile import (
     Profile,
     ProfiledLayer,
     Run,
+    least_use,
     merge_runs,
     parse_profile,
     parse_profile_use,
@@ -79,9 +80,16 @@ def test_windows_have_every_byte_in_order_and_double(runs: list[Run]) -> None:
 
 
 def test_uses_of_a_profile_have_names() -> None:
-    assert [parse_profile_use(text) for text in ("off", "use", "record")] == list(profiles.ProfileUse)
+    assert [parse_profile_use(text) for text in ("off", "use", "first", "record")] == list(profiles.ProfileUse)
     with pytest.raises(UsageError, match="not a use of a profile: 'always'"):
         parse_profile_use("always")
+
+
+def test_the_least_of_several_uses_counts() -> None:
+    off, use, first, record = profiles.ProfileUse
+    assert least_use(record, first) is first
+    assert least_use(first, use, record) is use
+    assert least_use(use, off, first) is off
 
 
 def test_a_table_of_contents_has_a_stream_of_its_own() -> None:

@@ -130,6 +130,16 @@ class FakeDomain(FakeMemory):
         self.events.append(("give up", set(keys)))
 
 
+class FakePrefetches:
+    """What is given up, in order."""
+
+    def __init__(self) -> None:
+        self.ended: list[set[LayerKey]] = []
+
+    def end(self, layers: Collection[LayerKey]) -> None:
+        self.ended.append(set(layers))
+
+
 def key_of(blob: Digest) -> LayerKey:
     return LayerKey(blob, "plain")
 
@@ -167,7 +177,8 @@ class Site:
         fake = cast("Any", self.domain)
         self.pool = KeptPool(FakePool())  # type: ignore[arg-type]
         self.images = Images(FakeSources(self.registry), self.domain, Platform("amd64", "linux"))
-        self.uses = Uses(Catalog(self.domain), fake, fake, nursery)
+        self.prefetches = FakePrefetches()
+        self.uses = Uses(Catalog(self.domain), fake, fake, cast("Any", self.prefetches), nursery)
         self.cache = DomainCache(Catalog(self.domain), self.images, fake, fake, fake, self.uses, self.pool, fake)
 
     async def ask(self, method: str, params: msgspec.Struct | None = None) -> Any:
@@ -373,6 +384,9 @@ def test_use_is_noted_where_it_begins_and_where_it_ends() -> None:
             await trio.testing.wait_all_tasks_blocked()
             assert site.domain.touched == [{base}, {base}]
             assert site.domain.events == [("follow", {base}), ("follow", set())]
+            assert site.prefetches.ended == [set(), {base}]
+            site.uses.give_up([own])
+            assert site.domain.events[-1] == ("give up", site.prefetches.ended[-1])
 
     run(body)
 

@@ -78,7 +78,7 @@ class Layers:
             reference=layer.reference, blob=layer.blob, chain=layer.chain, state=what, reason=f"it is {what}"
         )
 
-    async def stack(self, snapshot: int, request: ScopeRequest, layers: object, shift: object) -> Any:
+    async def stack(self, snapshot: int, request: ScopeRequest, layers: object, shift: object, profile: object) -> Any:
         raise AssertionError
 
     async def release(self, snapshot: int) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import trio
 
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
+from nsfs.core.starts import Starts
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import NoSpaceError, UnreachableError
 from nsfs.model.digest import Digest
 from nsfs.model.policy import view_name
-from nsfs.model.pool import LayerKey
-from nsfs.model.profile import WINDOW_LEAST, Profile, ProfiledLayer, Run
+from nsfs.model.pool import Access, LayerKey
+from nsfs.model.profile import WINDOW_LEAST, Profile, ProfiledLayer, ProfileUse, Run
 from trio_tests import run
 
 if TYPE_CHECKING:
@@ -37,19 +38,21 @@ class Row:
     key: LayerKey = HIGH
     lowers: tuple[LayerKey, ...] = (LOW,)
     has_spans: bool = True
+    prefetch_size: int = 0
 
 
 class FakeCatalog:
-    """The one map is HIGH's and has addresses of LOW's; `bare` layers have no spans."""
+    """The one map is HIGH's and has addresses of LOW's; `bare` layers have no spans, the `marked` one a landmark."""
 
-    def __init__(self, bare: Sequence[LayerKey] = ()) -> None:
+    def __init__(self, bare: Sequence[LayerKey] = (), marked: LayerKey | None = None) -> None:
         self.bare = bare
+        self.marked = marked
 
     def map(self, map_id: str) -> Any:
         return Row() if map_id == MAP else None
 
     def layer(self, key: LayerKey) -> Any:
-        return Row(has_spans=key not in self.bare)
+        return Row(has_spans=key not in self.bare, prefetch_size=1000 if key == self.marked else 0)
 
 
 class FakeTable:
@@ -79,8 +82,7 @@ class FakeStore:
         self.profiles.append(profile)
 
     def get(self, image: Digest, owner: str) -> Profile | None:
-        assert (image, owner) == (IMAGE, "team")
-        return self.profiles[-1] if self.profiles else None
+        return self.profiles[-1] if self.profiles and (image, owner) == (IMAGE, "team") else None
 
 
 @asynccontextmanager
@@ -180,6 +182,9 @@ class FakeStreams:
     at_once: int = 0
     most_at_once: int = 0
 
+    def leading(self, key: LayerKey, size: int) -> range:
+        return range(3 * size)
+
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         assert owner == "team"
         self.asked.append((key, list(parts)))
@@ -193,11 +198,10 @@ class FakeStreams:
 
 async def prefetched(runs: list[Run], streams: FakeStreams, bare: Sequence[LayerKey] = ()) -> None:
     """Have a profile of `runs` prefetched, twice at once."""
-    store = FakeStore([Profile(layers=LAYERS, runs=runs)] if runs else [])
     async with open_tasks() as nursery:
-        service = Prefetches(FakeCatalog(bare), store, streams, nursery)
+        service = Prefetches(FakeCatalog(bare), streams, nursery)
         for _ in range(2):
-            service.begin(IMAGE, "team", [LOW, HIGH])
+            service.begin(IMAGE, "team", [LOW, HIGH], Profile(layers=LAYERS, runs=runs))
         await trio.sleep(100)
 
 
@@ -233,12 +237,104 @@ def test_what_no_range_can_bring_is_left_to_reads() -> None:
     run(body)
 
 
-def test_a_failure_ends_a_prefetch_and_no_profile_is_none() -> None:
+def test_a_failure_ends_a_prefetch() -> None:
     async def body() -> None:
         streams = FakeStreams(dead=[HIGH])
         await prefetched([Run(1, 0, 100 * WINDOW_LEAST)], streams)
         assert len(streams.asked) == 2
-        await prefetched([], streams)
-        assert len(streams.asked) == 2
+
+    run(body)
+
+
+def test_a_prefetch_ends_with_the_use_of_a_layer_and_may_begin_again() -> None:
+    async def body() -> None:
+        streams, profile = FakeStreams(), Profile(layers=LAYERS, runs=[Run(1, 0, 100 * WINDOW_LEAST)])
+        async with open_tasks() as nursery:
+            service = Prefetches(FakeCatalog(), streams, nursery)
+            service.begin(IMAGE, "team", [LOW, HIGH], profile)
+            await trio.sleep(0.5)
+            service.end([LayerKey(IMAGE, "plain")])
+            await trio.sleep(1)
+            assert len(streams.asked) == 4
+            service.end([LOW])
+            await trio.sleep(5)
+            assert len(streams.asked) == 4
+            service.begin(IMAGE, "team", [LOW, HIGH], profile)
+            await trio.sleep(0.5)
+            assert len(streams.asked) == 6
+
+    run(body)
+
+
+@dataclass
+class FakeImage:
+    """As far as a start asks."""
+
+    digest: Digest = IMAGE
+
+    @property
+    def access(self) -> Access:
+        return Access("team", "")
+
+
+@asynccontextmanager
+async def starts(
+    store: FakeStore, streams: FakeStreams, catalog: FakeCatalog
+) -> AsyncIterator[tuple[Starts, Recordings]]:
+    table: Any = FakeTable
+    async with open_tasks() as nursery:
+        recordings = Recordings(catalog, table, store, nursery)
+        yield Starts(store, recordings, Prefetches(catalog, streams, nursery)), recordings
+
+
+async def start(service: Starts, use: ProfileUse, starter: str = "") -> str:
+    image: Any = FakeImage()
+    return await service.begin(use, image, [LOW, HIGH], "", starter)
+
+
+def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
+    """Also where containerd asks twice for the mounts of one start, and a second one begins beside the first."""
+
+    async def body() -> None:
+        store, streams = FakeStore(), FakeStreams()
+        async with starts(store, streams, FakeCatalog()) as (service, recordings):
+            assert await start(service, ProfileUse.OFF) == await start(service, ProfileUse.USE) == ""
+            tag = await start(service, ProfileUse.FIRST, "a")
+            assert await start(service, ProfileUse.FIRST, "a") == tag != ""
+            assert await start(service, ProfileUse.FIRST, "b") == ""
+            await read(recordings, tag, 32)
+            recordings.end([view_name(MAP, "", "", tag)])
+            await service.wait_kept()
+            assert not streams.asked
+            assert await start(service, ProfileUse.FIRST, "c") == ""
+            await trio.sleep(1)
+            assert streams.asked == [(HIGH, [range(512, 512 + BLOCK)])]
+            assert await start(service, ProfileUse.RECORD) != ""
+
+    run(body)
+
+
+def test_without_a_profile_the_landmark_of_a_layer_is_one() -> None:
+    """The start is recorded all the same: what it reads is nearer to what the next one will."""
+
+    async def body() -> None:
+        store, streams = FakeStore(), FakeStreams()
+        async with starts(store, streams, FakeCatalog(marked=HIGH)) as (service, _):
+            assert await start(service, ProfileUse.FIRST) != ""
+            await trio.sleep(1)
+            assert streams.asked == [(HIGH, [range(3000)])]
+
+    run(body)
+
+
+def test_a_start_that_reads_what_is_not_the_images_says_so() -> None:
+    async def body() -> None:
+        store, image = FakeStore(), FakeImage()
+        async with starts(store, FakeStreams(), FakeCatalog()) as (service, recordings):
+            tag = await service.begin(ProfileUse.FIRST, cast("Any", image), [LOW, HIGH], "another's layer")
+            await read(recordings, tag, 32)
+            recordings.end([view_name(MAP, "", "", tag)])
+            await service.wait_kept()
+            assert (store.profiles[0].flaw, store.profiles[0].is_complete) == ("another's layer", False)
 
     run(body)

@@ -45,7 +45,7 @@ class NothingLazy:
     async def settle(self, request: ScopeRequest, layer: LazyLayer) -> LazyLayer:
         raise AssertionError
 
-    async def stack(self, snapshot: int, request: ScopeRequest, layers: object, shift: object) -> Any:
+    async def stack(self, snapshot: int, request: ScopeRequest, layers: object, shift: object, profile: object) -> Any:
         raise AssertionError
 
     async def release(self, snapshot: int) -> None:

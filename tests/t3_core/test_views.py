@@ -142,7 +142,7 @@ class FakeRecordings:
     """One, with the tag of eight ones, while it runs."""
 
     def __init__(self) -> None:
-        self.only = Recording(key(1).blob, "", [key(1)], 10.0)
+        self.only = Recording(key(1).blob, "", [key(1)], "", 10.0)
 
     def of(self, tag: str) -> Recording | None:
         return self.only if tag == "1" * 8 else None

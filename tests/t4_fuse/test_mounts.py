@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -15,8 +16,11 @@ from mounting import arena, below, loops, make_directory
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnreachableError, UnsupportedError, UsageError
 from nsfs.format.erofs import render_erofs
 from nsfs.model.layer import Kind, Node
+from nsfs.model.mounts import Driver, Host, Lower
 from nsfs.serve import mounts
 from nsfs.serve.forkserver import ForkServer, launch_server, open_fork_server
+from nsfs.serve.kernel import HostKernel
+from nsfs.store.layout import Layout
 
 __all__ = ["arena"]
 ADDRESS = 1 << 30
@@ -266,3 +270,15 @@ def test_errno_becomes_an_error_with_a_hint(number: int, fstype: str, cls: type[
     error = mounts.plan_error(number, "cannot", fstype)
     assert type(error) is cls
     assert error.hint
+
+
+def test_a_lower_is_known_by_its_whole_path(arena: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is mounted under the last part of its name, before or after it."""
+    layout = Layout(str(arena / "root"), str(arena / "run"))
+    source, view = layout.domain_run("ns/red").fuse_map("0" * 32), "0" * 32
+    targets = {"/mnt/0": "/dev/vdb", f"{layout.lowers}/0": source, "/run/other/l/0": source}
+    lines = [f"{n} 1 0:{n} / {to} ro - erofs {what} ro" for n, (to, what) in enumerate(targets.items())]
+    monkeypatch.setattr(mounts, "load_mounts", lambda: mounts.parse_mountinfo("\n".join(lines)))
+    server: Any = None
+    kernel = HostKernel(layout, Host(root=True, erofs=True, file_backed=True), server)
+    assert kernel.mounted_lowers() == {"0": Lower("ns/red", view, Driver.EROFS)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pathlib
 import random
 from typing import TYPE_CHECKING
 
 import pytest
 
 from images import Image, file, gzip_layer
-from meter import Meter
+from meter import Meter, Served
 from nsfs_daemon import Daemon, run_daemon
 from users import noise, push, read, wait_until
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from registry import Registry
 
 DRIVERS = ("erofs", "fuse")
-SIZE = 300_000
-FILES = 16
+SIZE = 600_000
+FILES = 12
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,12 @@ def contents(layer: int, seed: int) -> dict[str, bytes]:
 def test_what_a_recorded_start_read_is_prefetched(
     daemon: Daemon, registry: Registry, arena: Path, tmp_path: Path, driver: str
 ) -> None:
-    """Also where the registry is away by the time of the reads; the rest of the image stays where it is."""
+    """Also where the registry is away by then, and what another image has in memory; the rest stays where it is."""
     layers = [contents(layer, random.Random(driver).randrange(1 << 40)) for layer in range(2)]
     image = Image(tuple(gzip_layer([file(*item) for item in files.items()]) for files in layers))
     push(image, registry, tmp_path, f"profiled-{driver}")
-    first = {name: files[name] for files in layers for name in list(files)[5::9]}
+    push(Image(image.layers[:1]), registry, tmp_path, f"base-{driver}")
+    first = {name: files[name] for files in layers for name in list(files)[2::3]}
     target, whole = str(arena / "mnt"), 2 * FILES * SIZE
     with Meter(registry.host) as meter:
         reference = f"{meter.host}/profiled-{driver}"
@@ -50,16 +52,51 @@ def test_what_a_recorded_start_read_is_prefetched(
         with daemon.mounted(reference, target, *options):
             wait_until(lambda: local(daemon) >= whole, "all is local")
         daemon.nsfs("evict", reference)
-        with daemon.mounted(reference, target, *options, "--profile", "record"):
+        base = f"{meter.host}/base-{driver}"
+        with (
+            daemon.mounted(base, str(arena / "warm"), *options),
+            daemon.mounted(reference, target, *options, "--profile", "record"),
+        ):
+            assert {name: read(arena / "warm" / name) for name in layers[0]} == layers[0]
             assert {name: read(f"{target}/{name}") for name in first} == first
         daemon.nsfs("evict", reference)
         with daemon.mounted(reference, target, *options, "--profile", "off"):
             assert local(daemon) == 0
+        last, meter.hold_after = image.layers[1].digest, 1
+        begun, before = len(meter.log), len(meter.blobs(last))
         with daemon.mounted(reference, target, *options):
+            wait_until(lambda: len(meter.log) > begun + 1, "what was read first", 60)
+            assert not any(covers(one, 11) for one in meter.blobs(last)[before:]), "what was read last comes last"
+            meter.hold_after = None
             wait_until(lambda: logged(daemon, "prefetched") == 1 + DRIVERS.index(driver), "the prefetch")
             meter.down()
             assert {name: read(f"{target}/{name}") for name in first} == first
             assert len(first) * SIZE <= local(daemon) < whole
+
+
+def test_a_profile_stays_in_its_namespace_and_ends_with_it(
+    daemon: Daemon, registry: Registry, arena: Path, tmp_path: Path
+) -> None:
+    push(Image((gzip_layer([file("one", noise(SIZE, 1))]),)), registry, tmp_path, "alone")
+    reference, target, before = f"{registry.host}/alone", str(arena / "mnt"), logged(daemon, "prefetched")
+    with daemon.mounted(reference, target, "--namespace", "red", "--profile", "record"):
+        read(f"{target}/one")
+    assert [path.parent.parent.name for path in profiles(daemon)].count("ns%2Fred") == 1
+    with daemon.mounted(reference, target, "--namespace", "blue"):
+        read(f"{target}/one")
+    assert logged(daemon, "prefetched") == before
+    daemon.nsfs("ns", "rm", "red")
+    assert "ns%2Fred" not in {path.parent.parent.name for path in profiles(daemon)}
+
+
+def covers(one: Served, number: int) -> bool:
+    """Whether what was asked for has that file of a layer."""
+    return one.first // SIZE <= number < -(-(one.first + one.size) // SIZE)
+
+
+def profiles(daemon: Daemon) -> list[Path]:
+    """The files of all that are kept."""
+    return list(pathlib.Path(daemon.root).glob("domains/*/profiles/*"))
 
 
 def logged(daemon: Daemon, words: str) -> int:

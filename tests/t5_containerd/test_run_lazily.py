@@ -33,10 +33,12 @@ from nodes import Node, run_node, wait_until
 from nsfs.model.digest import Digest
 from nsfs_daemon import NSFS
 from registry import Registry, push_layout, run_registry
+from users import noise, read
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+LARGE = 3 << 19
 UNUSED = os.urandom(6 << 20)
 """Most of the image: no command of these tests reads it."""
 TOC = "containerd.io/snapshot/stargz/toc.digest"
@@ -72,6 +74,7 @@ def images() -> dict[str, Image]:
         "plain": Image((base, top)),
         "timed": Image((base, upper(finer=1))),
         "estargz": Image((estargz(base), estargz(top))),
+        "profiled": Image((base, gzip_layer([file(f"data/{number}", noise(LARGE, number)) for number in range(8)]))),
         "mixed": Image((base, estargz(top, f"sha256:{'0' * 64}"), hanging, standing)),
     }
 
@@ -225,7 +228,7 @@ def test_twenty_containers_share_the_views(node: Node, meter: Meter, namespace: 
     pull(node, reference, namespace)
     for number in range(20):
         node.start(reference, f"c{number}", f"echo {number} > /etc/number; cat /etc/motd > /etc/copy", namespace)
-    assert len(node.views()) == 2
+    assert len(node.views()) == 4, "two of the first start, which is recorded, and two of all others"
     for number in (0, 19):
         said = node.ask(f"c{number}", "cat /etc/number /etc/copy", namespace)
         assert said == f"{number}\nlazy\n"
@@ -287,3 +290,34 @@ def test_a_pull_indexes_before_containerd_is_asked(
         assert process.returncode == 0
     assert f"index {top.digest.hex[:12]}" in said
     assert "2 layers, 2 lazy" in said
+
+
+def test_the_first_start_of_an_image_is_recorded_and_the_next_finds_its_bytes_there(
+    node: Node, meter: Meter, images: dict[str, Image], namespace: str
+) -> None:
+    """By few ranges, before any of them is asked for."""
+    reference, top = f"{meter.host}/profiled:latest", images["profiled"].layers[1].digest
+    pull(node, reference, namespace)
+    used = "cat /data/6 /data/1 /data/4 | sha256sum > /sum && mv /sum /sums"
+    node.start(reference, "a", used, namespace)
+    summed = node.ask("a", "cat /sums", namespace)
+    known = logged(node, "kept a profile")
+    node.containerd.ctr("tasks", "rm", "--force", "a", namespace=namespace)
+    node.containerd.ctr("containers", "rm", "a", namespace=namespace)
+    node.collect_garbage(namespace)
+    assert wait_until(lambda: logged(node, "kept a profile") == known + 1, 60)
+    node.daemon.nsfs("evict", reference, "--namespace", namespace)
+    begun, ended = len(meter.blobs(top)), logged(node, "prefetched what a start")
+    node.start(reference, "b", f"until [ -e /go ]; do sleep 0.1; done; {used}", namespace)
+    assert wait_until(lambda: logged(node, "prefetched what a start") > ended, 60)
+    ranges = meter.blobs(top)[begun:]
+    assert 3 * LARGE <= sum(one.sent for one in ranges) < 6 * LARGE
+    assert len(ranges) <= 10
+    node.ask("b", "touch /go", namespace)
+    assert node.ask("b", "cat /sums", namespace) == summed
+    assert meter.blobs(top)[begun:] == ranges
+
+
+def logged(node: Node, words: str) -> int:
+    """How often the daemon's log says that."""
+    return read(node.daemon.log).count(words.encode())

@@ -92,10 +92,10 @@ def spans_of(daemon: Daemon, layer: Layer) -> LayerTable | None:
 
 
 def live(daemon: Daemon, site: Site, target: str) -> None:
-    """All that a namespace does: mounts, reads, has checkpoints made, begins another image."""
+    """All that a namespace does: mounts, reads and has that recorded, has checkpoints made, begins another image."""
     whole, half = site.publish()
     scope = ("--namespace", "doomed")
-    with daemon.mounted(whole, target, *scope):
+    with daemon.mounted(whole, target, *scope, "--profile", "record"):
         names = sorted(os.listdir(target))
         assert [name for name in names if "canary" in name] == [f"{NAME.decode()}-{n}" for n in (1, 2)]
         for name in names[:2]:
@@ -125,6 +125,7 @@ def canaries(window: bytes, site: Site) -> dict[str, bytes]:
         "configuration": VARIABLE,
         "window": window,
         "digest": site.half.digest.hex.encode(),
+        "profile": b"nsfsprof",
         "table of contents": site.promised.digest.hex.encode(),
     }
 

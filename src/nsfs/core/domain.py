@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from nsfs.core.images import Image, Images, Layer
     from nsfs.core.layers import Layers
     from nsfs.core.looking import Looking
-    from nsfs.core.prefetch import Prefetches
-    from nsfs.core.recording import Recordings
+    from nsfs.core.starts import Starts
     from nsfs.core.views import Views
     from nsfs.model.pool import LayerRecord, MapRecord
 
@@ -62,22 +61,6 @@ class Health(NamedTuple):
     """Errors so far."""
     unkept: str
     """Why what is fetched is not kept; empty where it is."""
-
-
-class Starts(NamedTuple):
-    """What is done with the profiles of images that are mounted."""
-
-    recordings: Recordings
-    prefetches: Prefetches
-
-    def begin(self, use: ProfileUse, image: Image, records: Sequence[LayerRecord]) -> str:
-        """Do what the mount wants; gives what is to be in the names of its views where they are recorded."""
-        layers = [record.key for record in records]
-        if use is ProfileUse.RECORD:
-            return self.recordings.begin(image.digest, image.access.owner, layers)
-        if use is ProfileUse.USE:
-            self.prefetches.begin(image.digest, image.access.owner, layers)
-        return ""
 
 
 class Domain:
@@ -139,6 +122,7 @@ class Domain:
         async with self._opened(params, report) as image:
             maps = await self._looking.all_maps(image, report)
         records = [self._record(layer) for layer in image.layers]
+        tag = await self._starts.begin(ProfileUse(params.profile), image, [record.key for record in records])
         return worker_api.Prepared(
             reference=image.reference,
             digest=str(image.digest),
@@ -147,7 +131,7 @@ class Domain:
             size=sum(record.content_bytes for record in records),
             maps=[self._info(each, image) for each in visible(maps)],
             config=image.config.config,
-            recording=self._starts.begin(ProfileUse(params.profile), image, records),
+            recording=tag,
         )
 
     def _info(self, record: MapRecord, image: Image) -> worker_api.MapInfo:
@@ -256,7 +240,7 @@ class Domain:
 
     async def _hide_views(self, params: worker_api.Views, _report: Report) -> worker_api.Empty:
         self._shown.hide_views(params.names)
-        await self._starts.recordings.wait_kept()
+        await self._starts.wait_kept()
         return worker_api.Empty()
 
     async def _show_tree(self, params: worker_api.Tree, _report: Report) -> worker_api.Empty:
@@ -265,7 +249,7 @@ class Domain:
 
     async def _hide_tree(self, params: worker_api.TreeGone, _report: Report) -> worker_api.Empty:
         self._shown.hide_tree(params.id)
-        await self._starts.recordings.wait_kept()
+        await self._starts.wait_kept()
         return worker_api.Empty()
 
     def front_methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nsfs.core.keeping import KeptPool
     from nsfs.core.layers import Layers
     from nsfs.core.looking import Looking
+    from nsfs.core.prefetch import Prefetches
     from nsfs.core.views import Views
     from nsfs.model.pool import ImageRecord, LayerRecord, MapRecord
 
@@ -112,19 +113,28 @@ class NotedUse:
 
 
 class Uses:
-    """What is in use now, and since when it is not; `completing` follows it."""
+    """What is in use now, and since when it is not; `completing` follows it, and `prefetches` end with it."""
 
-    def __init__(self, catalog: Catalog, shown: Shown, completing: Completing, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, catalog: Catalog, shown: Shown, completing: Completing, prefetches: Prefetches, nursery: trio.Nursery
+    ) -> None:
         self._catalog = catalog
         self._shown = shown
         self._completing = completing
+        self._prefetches = prefetches
         self._nursery = nursery
 
     def note(self, maps: set[str]) -> None:
         """Somebody begins or ends to use these maps."""
         if maps:
             self._nursery.start_soon(self._touch, self._keys_of(maps), time.time())
+            self._prefetches.end(self._keys_of(maps) - self.mounted())
             self.follow()
+
+    def give_up(self, keys: Collection[LayerKey]) -> None:
+        """Fetch nothing more of these ahead of their readers: their contents are to go."""
+        self._completing.give_up(keys)
+        self._prefetches.end(keys)
 
     def follow(self) -> None:
         """Have what is in use completed."""
@@ -238,7 +248,7 @@ class DomainCache:
         image = await self._images.resolve(params.reference, params.platform, params.owner)
         self._refuse_pinned(image)
         keys = dict.fromkeys(record.key for layer in image.layers if (record := self._layers.record(layer)))
-        self._completing.give_up(keys)
+        self._uses.give_up(keys)
         freed = 0
         for key in keys:
             await report(Progress(stage="evict", what=short(key.blob)))

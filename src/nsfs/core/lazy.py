@@ -24,7 +24,8 @@ from nsfs.core.pods import PodImages
 from nsfs.errors import CorruptError, UnreachableError, UnsupportedError
 from nsfs.model.lazy import State
 from nsfs.model.mounts import Host, Lower, choose_driver
-from nsfs.model.policy import domain_named, view_name
+from nsfs.model.policy import domain_named, parse_view_name, view_name
+from nsfs.model.profile import ProfileUse, least_use
 from nsfs.model.snapshot import Stacked
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class LazyConfig:
     """Seconds that a Prepare waits for a layer's index."""
     strict: bool
     """Accept only layers whose diff ID was verified, and none that is not indexed yet."""
+    profile: ProfileUse
+    """What is done at most with what a container's start reads."""
 
 
 class LazyLayers:
@@ -153,31 +156,50 @@ class LazyLayers:
         return msgspec.structs.replace(layer, state=State.UNREAD if domain.transient else State.READY)
 
     async def stack(
-        self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None], shift: Shift | None
+        self,
+        snapshot: int,
+        request: ScopeRequest,
+        layers: Sequence[LazyLayer | None],
+        shift: Shift | None,
+        profile: ProfileUse,
     ) -> tuple[list[Stacked | None], tuple[int, int] | None]:
         """The mounted views of `layers`, top first, None for each that is none; and who owns the top's root.
 
-        With a `shift`, the views' clones; the owner is the one in the image.
+        With a `shift`, the views' clones; the owner is the one in the image. `profile` is what may be done at most
+        with what is read first. The first call for a snapshot is its start: later ones give the same views.
 
         They stay mounted until `snapshot` releases them.
         """
         domain = self._domains[snapshot] = self._domains.get(snapshot) or self._domain(request)
-        names = [None if layer is None else _name(layer, domain) for layer in reversed(layers)]
         await self._prove(domain, layers)
-        answer = await self._workers.call(domain, "Stack", worker_api.Stack(layers=names), worker_api.Stacked)
+        held = {parse_view_name(lower.view).recording for lower in self._lowers.held(_user(snapshot))}
+        use = ProfileUse.OFF if held else self._use(profile, domain)
+        names = [None if layer is None else _name(layer, domain) for layer in reversed(layers)]
+        params = worker_api.Stack(layers=names, starter=_user(snapshot), profile=use)
+        answer = await self._workers.call(domain, "Stack", params, worker_api.Stacked)
+        recording = next(iter(held), answer.recording)
         infos = iter(reversed(answer.maps))
         maps = [None if layer is None else next(infos) for layer in layers]
-        views = list(dict.fromkeys(self._lower(domain, info) for info in maps if info is not None))
+        views = [None if info is None else self._lower(domain, info, recording) for info in maps]
+        paths = await self._mount(domain, [view for view in dict.fromkeys(views) if view], snapshot, shift)
+        stacked = [
+            None if info is None or view is None else Stacked(paths[view], info.marks, info.opaque)
+            for info, view in zip(maps, views, strict=True)
+        ]
+        return stacked, maps[0].owner if maps and maps[0] is not None else None
+
+    def _use(self, profile: ProfileUse, domain: Domain) -> ProfileUse:
+        """A domain that ends with its pod keeps no profile."""
+        return least_use(profile, self._config.profile, ProfileUse.USE if domain.transient else ProfileUse.FIRST)
+
+    async def _mount(
+        self, domain: Domain, views: Sequence[Lower], snapshot: int, shift: Shift | None
+    ) -> dict[Lower, str]:
+        """Where each view, or its clone, is mounted for the snapshot."""
         async with self._lowers.locks[domain.name]:
             self._domains[snapshot] = domain
             paths = dict(zip(views, await self._lowers.acquire(views, _user(snapshot)), strict=True))
-            if shift is not None:
-                paths = await self._clones.acquire(paths, shift, snapshot)
-        stacked = [
-            None if info is None else Stacked(paths[self._lower(domain, info)], info.marks, info.opaque)
-            for info in maps
-        ]
-        return stacked, maps[0].owner if maps and maps[0] is not None else None
+            return paths if shift is None else await self._clones.acquire(paths, shift, snapshot)
 
     async def _prove(self, domain: Domain, layers: Sequence[LazyLayer | None]) -> None:
         """Have proved what no pull proved: layers that were meant for a guest."""
@@ -213,9 +235,9 @@ class LazyLayers:
             raise UnsupportedError("the caller has no namespace")
         return self._scopes.domain(request)
 
-    def _lower(self, domain: Domain, info: worker_api.MapInfo) -> Lower:
+    def _lower(self, domain: Domain, info: worker_api.MapInfo, recording: str) -> Lower:
         """Containers wait for their content without end: their views' names have no suffix."""
-        return Lower(domain.name, view_name(info.id, "", info.reader), self._driver)
+        return Lower(domain.name, view_name(info.id, "", info.reader, recording), self._driver)
 
 
 def _name(layer: LazyLayer, domain: Domain) -> worker_api.LayerName:

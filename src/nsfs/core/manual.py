@@ -194,6 +194,10 @@ class Lowers:
         """The domain in which each user stacks something."""
         return {user: lower.domain for lower, users in self._users.items() for user in users}
 
+    def held(self, user: str) -> list[Lower]:
+        """What a user stacks."""
+        return [lower for lower, users in self._users.items() if user in users]
+
     async def acquire(self, lowers: Sequence[Lower], user: str) -> list[str]:
         """Mount what is not mounted yet; gives the paths in the order of `lowers`, distinct ones of one domain."""
         fresh = [lower for lower in lowers if lower not in self._names]
@@ -207,7 +211,7 @@ class Lowers:
             with trio.move_on_after(_UNDO_DEADLINE, shield=True):
                 await self._hide(fresh)
             raise
-        known = [lower for lower, users in self._users.items() if user in users]
+        known = self.held(user)
         for lower in lowers:
             self._users[lower].add(user)
         if not set(lowers) <= set(known):
@@ -329,9 +333,10 @@ class ManualMounts:
     def _check_profile(self, wish: Wish, domain: Domain) -> ProfileUse:
         """What is to be done with the image's profile; raises where nothing could be recorded, or kept."""
         profile = parse_profile_use(wish.profile)
-        if profile is ProfileUse.RECORD and not self._host.root:
+        records = profile in {ProfileUse.RECORD, ProfileUse.FIRST}
+        if records and not self._host.root:
             raise DeniedError("recording a profile needs root", hint="leave --profile record away")
-        if profile is ProfileUse.RECORD and domain.transient:
+        if records and domain.transient:
             raise UsageError("a pod's domain ends with its mount, and a profile with it", hint="choose another scope")
         return profile
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nsfs.model.filters import Filters
     from nsfs.model.lazy import LazyLayer
     from nsfs.model.policy import Domain, ScopeRequest
+    from nsfs.model.profile import ProfileUse
     from nsfs.model.shift import Shift
     from nsfs.model.snapshot import Record, Stacked
 
@@ -57,11 +58,17 @@ class Lazy(Protocol):
         """What became of a pending layer: ready or fenced; of an unread one: the same or fenced."""
 
     async def stack(
-        self, snapshot: int, request: ScopeRequest, layers: Sequence[LazyLayer | None], shift: Shift | None
+        self,
+        snapshot: int,
+        request: ScopeRequest,
+        layers: Sequence[LazyLayer | None],
+        shift: Shift | None,
+        profile: ProfileUse,
     ) -> tuple[list[Stacked | None], tuple[int, int] | None]:
         """The mounted views of `layers`, top first, None for each that is none; and who owns the top's root.
 
-        With a `shift`, clones of the views; the owner is the one in the image.
+        With a `shift`, clones of the views; the owner is the one in the image. `profile` is what may be done at most
+        with what is read first.
         """
 
     async def release(self, snapshot: int) -> None:

@@ -17,15 +17,17 @@ from nsfs.core import worker_api
 from nsfs.core.layers import short
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.digest import chain_ids
+from nsfs.model.profile import ProfileUse
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
     from msgspec import Struct
 
     from nsfs.core.images import Image, Images, Layer
     from nsfs.core.layers import Layers
     from nsfs.core.maps import Maps
+    from nsfs.core.starts import Starts
     from nsfs.model.digest import ChainId
     from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
 
@@ -49,12 +51,15 @@ class Readers(Protocol):
 class Pinned:
     """The service."""
 
-    def __init__(self, images: Images, layers: Layers, maps: Maps, catalog: Catalog, readers: Readers) -> None:
+    def __init__(
+        self, images: Images, layers: Layers, maps: Maps, catalog: Catalog, readers: Readers, starts: Starts
+    ) -> None:
         self._images = images
         self._layers = layers
         self._maps = maps
         self._catalog = catalog
         self._readers = readers
+        self._starts = starts
 
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
         """What the daemon may call, by name."""
@@ -108,7 +113,20 @@ class Pinned:
         owner = next((name.owner for name in params.layers if name is not None), "")
         readers = [self._readers.reader_of(record, owner) for record in maps]
         infos = await trio.to_thread.run_sync(lambda: list(map(self._info, maps, readers)))
-        return worker_api.Stacked(maps=infos)
+        return worker_api.Stacked(maps=infos, recording=await self._begin_start(params, images, layers))
+
+    async def _begin_start(
+        self, params: worker_api.Stack, images: Mapping[str, Image], layers: Sequence[Layer | None]
+    ) -> str:
+        """What `Starts.begin` gives for the image that the whole stack is, if it is one."""
+        top = params.layers[-1] if params.layers else None
+        image = None if top is None else images[top.reference]
+        if top is None or image is None or _top_of(image) != top.chain:
+            return ""
+        keys = [self._layers.key_of(layer) for layer in layers if layer is not None]
+        same = [layer and layer.digest for layer in layers] == [layer.digest for layer in image.layers]
+        flaw = "" if same else "not every layer was read as the image has it"
+        return await self._starts.begin(ProfileUse(params.profile), image, keys, flaw, params.starter)
 
     def _info(self, record: MapRecord, reader: str) -> worker_api.MapInfo:
         with self._maps.opened(record.path) as image:
@@ -147,6 +165,10 @@ def _find(image: Image, name: worker_api.LayerName) -> Layer:
         if layer.digest == name.blob and chain == name.chain:
             return layer
     raise NotFoundError(f"the image has no layer {name.blob} that makes {name.chain}: {image.reference}")
+
+
+def _top_of(image: Image) -> ChainId:
+    return chain_ids([layer.diff_id for layer in image.layers])[-1]
 
 
 def _with_chains(image: Image) -> Iterable[tuple[Layer, ChainId]]:

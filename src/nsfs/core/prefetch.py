@@ -1,8 +1,9 @@
 """Prefetches: what a start of an image is known to read is fetched in that order, behind whoever reads already.
 
-Owns which images are being prefetched: each once at a time for an owner. Refuses nothing: where there is no profile, or
-a layer is read by another stream than the one that was recorded, there is nothing to fetch; and the first failure ends
-a prefetch, as reads try again by themselves.
+Owns which images are being prefetched: each once at a time for an owner. Refuses nothing: where a layer is read by
+another stream than the one that was recorded, there is nothing to fetch of it; and the first failure ends a prefetch,
+as reads try again by themselves. Without a profile it fetches what eStargz layers say of themselves: the part of the
+blob that lies before the landmark which their builder set (containerd/stargz-snapshotter, docs/estargz.md).
 
 Concurrency: tasks in the worker's nursery; of a profile two windows are under way, so that the route stays full.
 """
@@ -10,6 +11,7 @@ Concurrency: tasks in the worker's nursery; of a profile two windows are under w
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -17,14 +19,13 @@ import trio
 
 from nsfs.core.tasks import run_all
 from nsfs.errors import NsfsError
-from nsfs.model.profile import plan_windows, stream_of
+from nsfs.model.profile import Profile, ProfiledLayer, Run, plan_windows, stream_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from nsfs.model.digest import Digest
     from nsfs.model.pool import LayerKey, LayerRecord
-    from nsfs.model.profile import Profile
 
 log = logging.getLogger(__name__)
 
@@ -39,40 +40,62 @@ class Catalog(Protocol):
         """A layer whose index is complete."""
 
 
-class Store(Protocol):
-    """Where profiles are kept. Calls block."""
-
-    def get(self, image: Digest, owner: str) -> Profile | None:
-        """The one of an image, if there is one."""
-
-
 class Streams(Protocol):
     """Who fetches."""
+
+    def leading(self, key: LayerKey, size: int) -> range:
+        """The part of a layer's stream that so many bytes at the beginning of its blob are."""
 
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         """Have parts of a layer's stream in the pool; raises NsfsError."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Prefetch:
+    """One that runs."""
+
+    layers: frozenset[LayerKey]
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
 class Prefetches:
     """The service."""
 
-    def __init__(self, catalog: Catalog, store: Store, streams: Streams, nursery: trio.Nursery) -> None:
+    def __init__(self, catalog: Catalog, streams: Streams, nursery: trio.Nursery) -> None:
         self._catalog = catalog
-        self._store = store
         self._streams = streams
         self._nursery = nursery
-        self._running: set[tuple[Digest, str]] = set()
+        self._running: dict[tuple[Digest, str], _Prefetch] = {}
 
-    def begin(self, image: Digest, owner: str, layers: Sequence[LayerKey]) -> None:
-        """Begin to fetch what the image's profile has of these layers, if there is one."""
-        if (image, owner) not in self._running:
-            self._running.add((image, owner))
-            self._nursery.start_soon(self._run, image, owner, layers)
+    def begin(self, image: Digest, owner: str, layers: Sequence[LayerKey], profile: Profile | None) -> None:
+        """Begin to fetch what the image's profile, or else a landmark, has of these layers."""
+        profile = profile or self._landmarks(layers)
+        if profile.runs and (image, owner) not in self._running:
+            prefetch = self._running[image, owner] = _Prefetch(frozenset(layers))
+            self._nursery.start_soon(self._run, image, owner, layers, profile, prefetch)
 
-    async def _run(self, image: Digest, owner: str, layers: Sequence[LayerKey]) -> None:
+    def end(self, layers: Collection[LayerKey]) -> None:
+        """Fetch nothing more for images that have one of these layers."""
+        for prefetch in self._running.values():
+            if not prefetch.layers.isdisjoint(layers):
+                prefetch.scope.cancel()
+
+    def _landmarks(self, layers: Sequence[LayerKey]) -> Profile:
+        """What builders wanted to be fetched first."""
+        parts = map(self._landmark, layers)
+        runs = [Run(number, part.start, len(part)) for number, part in enumerate(parts) if part]
+        return Profile(layers=[ProfiledLayer(str(key.blob), stream_of(key.index)) for key in layers], runs=runs)
+
+    def _landmark(self, key: LayerKey) -> range:
+        record = self._catalog.layer(key)
+        size = record.prefetch_size if record else 0
+        return self._streams.leading(key, size) if size else range(0)
+
+    async def _run(
+        self, image: Digest, owner: str, layers: Sequence[LayerKey], profile: Profile, prefetch: _Prefetch
+    ) -> None:
         try:
-            profile = await trio.to_thread.run_sync(self._store.get, image, owner)
-            if profile is not None:
+            with prefetch.scope:
                 await self._fetch(profile, owner, layers)
                 log.info("prefetched what a start of %s reads: %d bytes", image, profile.size)
         except NsfsError as error:
@@ -80,7 +103,7 @@ class Prefetches:
         except Exception:
             log.exception("a bug: no prefetch of image %s", image)
         finally:
-            self._running.discard((image, owner))
+            del self._running[image, owner]
 
     async def _fetch(self, profile: Profile, owner: str, layers: Sequence[LayerKey]) -> None:
         keys = self._served(profile, layers)

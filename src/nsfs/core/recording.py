@@ -56,14 +56,16 @@ class Store(Protocol):
 class Recording:
     """One that runs, or did."""
 
-    def __init__(self, image: Digest, owner: str, layers: Sequence[LayerKey], quiet: float) -> None:
+    def __init__(self, image: Digest, owner: str, layers: Sequence[LayerKey], flaw: str, quiet: float) -> None:
         self.image = image
         self.owner = owner
         self.layers = tuple(dict.fromkeys(layers))
         """Lowest first."""
         self.uses: dict[tuple[str, int, int], None] = {}
         """Map, address and size of each read, in the order in which they first came."""
-        self.flaw = ""
+        self.flaw = flaw
+        self.starter = ""
+        """Whose start it is, where he may ask for it again."""
         self.kept = trio.Event()
         """Set when all is done, whether or not there was anything to keep."""
         self._quiet = quiet
@@ -145,16 +147,28 @@ class Recordings:
         self._longest = longest
         self._running: dict[str, Recording] = {}
 
-    def begin(self, image: Digest, owner: str, layers: Sequence[LayerKey]) -> str:
-        """Begin to record what is read of an image's layers (lowest first); gives the tag for the views' names."""
+    def begin(self, image: Digest, owner: str, layers: Sequence[LayerKey], flaw: str = "", starter: str = "") -> str:
+        """Begin to record what is read of an image's layers (lowest first); gives the tag for the views' names.
+
+        Views of that tag are mounted by nobody yet, so that no page of them is in memory. `flaw` says that something
+        else is read, too.
+        """
         tag = secrets.token_hex(4)
-        recording = self._running[tag] = Recording(image, owner, layers, self._quiet)
+        recording = self._running[tag] = Recording(image, owner, layers, flaw, self._quiet)
+        recording.starter = starter
         self._nursery.start_soon(self._run, tag, recording)
         return tag
 
     def of(self, tag: str) -> Recording | None:
         """The recording with this tag, while it runs."""
         return self._running.get(tag)
+
+    def begin_first(self, image: Digest, owner: str, layers: Sequence[LayerKey], flaw: str, starter: str) -> str:
+        """As `begin`; but "" while somebody else's start of it is recorded, and the same tag for who asks again."""
+        for tag, running in self._running.items():
+            if (running.image, running.owner) == (image, owner):
+                return tag if running.starter == starter and not running.is_over else ""
+        return self.begin(image, owner, layers, flaw, starter)
 
     def end(self, views: Iterable[str]) -> None:
         """End the recordings of views that go."""

@@ -47,6 +47,7 @@ from nsfs.model.snapshot import (
     request_of,
     select,
     shift_of,
+    use_of,
 )
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ class Snapshots:
             return plan_guest_mounts(record.kind, parents, upper=upper, empty=self._empty)
         if any(layers):
             try:
-                views, owner = await self._lazy.stack(record.id, request, layers, record.shift)
+                views, owner = await self._lazy.stack(record.id, request, layers, record.shift, use_of(record))
             except CorruptError:
                 self._offers.doubt(parents)
                 raise

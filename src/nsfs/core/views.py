@@ -8,6 +8,7 @@ from one that was killed serves every view at once.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
@@ -167,6 +168,12 @@ class Views:
     def quiet_for(self) -> float:
         """Seconds since a reader last waited for absent bytes; 0 while one does."""
         return self._fetcher.quiet_for()
+
+    def leading(self, key: LayerKey, size: int) -> range:
+        """The part of a layer's stream that so many bytes at the beginning of its blob are."""
+        table = self._open_table(key)
+        first_beyond = bisect_left(range(len(table)), size, key=lambda number: table.span(number).offset)
+        return range(table.stream_range(range(first_beyond))[1] if first_beyond else 0)
 
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         """Have these parts of a layer's stream in the pool; raises as its registry does, and NoSpaceError."""

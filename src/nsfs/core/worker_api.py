@@ -191,12 +191,18 @@ class Stack(Struct, kw_only=True):
 
     layers: list[LayerName | None]
     """Lowest first; None for a layer that is not ours. All of one owner."""
+    starter: str = ""
+    """For whom: the same one may ask again, before anything is mounted."""
+    profile: str = "off"
+    """What is done with the image's profile: `model.profile.ProfileUse`."""
 
 
 class Stacked(Struct, kw_only=True):
     """The maps of a Stack's own layers, lowest first."""
 
     maps: list[MapInfo]
+    recording: str = ""
+    """What is to be in the names of views that are recorded."""
 
 
 class PathName(Name, kw_only=True):

@@ -82,6 +82,8 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
     """Why the layer is read by this index, where its manifest promises a table of contents that was not found."""
     fetched: int = 0
     """Bytes of blob that the first pass read; 0 for a layer by its table of contents. Nothing reads it yet."""
+    prefetch_size: int = 0
+    """Bytes of blob that the image's builder wants fetched first (eStargz landmark)."""
     last_used: float = 0.0
     """When a mount that stands on it began or ended last, or its first pass did, in seconds since the epoch."""
 

@@ -56,16 +56,26 @@ class ProfileUse(enum.StrEnum):
     OFF = "off"
     USE = "use"
     """Fetch what is in it, where there is one."""
+    FIRST = "first"
+    """Make one where there is none, else fetch what is in it."""
     RECORD = "record"
     """Make one of what this mount reads first, instead of what there is."""
 
 
+_MORE = (ProfileUse.OFF, ProfileUse.USE, ProfileUse.FIRST, ProfileUse.RECORD)
+
+
+def least_use(*uses: ProfileUse) -> ProfileUse:
+    """The most that all of `uses` allow."""
+    return min(uses, key=_MORE.index)
+
+
 def parse_profile_use(text: str) -> ProfileUse:
-    """`off`, `use` or `record`; raises UsageError."""
+    """What that text says; raises UsageError."""
     try:
         return ProfileUse(text)
     except ValueError:
-        raise UsageError(f"not a use of a profile: {text[:100]!r}", hint="record, use or off") from None
+        raise UsageError(f"not a use of a profile: {text[:100]!r}", hint="record, first, use or off") from None
 
 
 class ProfiledLayer(Struct, frozen=True, gc=False, array_like=True):

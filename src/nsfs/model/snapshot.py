@@ -24,6 +24,7 @@ from nsfs.errors import BusyError, DeniedError, ExistsError, NotFoundError, Usag
 from nsfs.model.lazy import LazyLayer, is_offered, is_unpack
 from nsfs.model.mounts import OVERLAY_OPTIONS, Bind, plan_rootfs
 from nsfs.model.policy import ISOLATION_LABEL, ScopeRequest, check_namespace
+from nsfs.model.profile import ProfileUse
 from nsfs.model.shift import Shift, parse_shift
 
 if TYPE_CHECKING:
@@ -146,6 +147,13 @@ def request_of(record: Record, layers: Sequence[LazyLayer | None]) -> ScopeReque
         label=None if is_layer else record.labels.get(ISOLATION_LABEL),
         mount_id=f"snapshot-{record.id}",
     )
+
+
+def use_of(record: Record) -> ProfileUse:
+    """What may be done at most with what is read first of `record`: a view is looked at, and an unpack no start."""
+    if is_unpack(record.name):
+        return ProfileUse.OFF
+    return ProfileUse.FIRST if record.kind is Kind.ACTIVE else ProfileUse.USE
 
 
 def select(records: Iterable[Record], filters: Filters, claimed: str | None) -> list[Record]:

@@ -133,6 +133,8 @@ class Containerd(Struct, frozen=True, kw_only=True):
     address: str = "/run/containerd/containerd.sock"
     """Its socket: images whose layers turn out not to be what they say are taken back there, namespaces that are
     deleted there end here; `nsfs pull` uses it. Empty for none."""
+    profile: Literal["first", "use", "off"] = "first"
+    """first: note what the first start of an image reads, and fetch that ahead at later ones. use: only the latter."""
 
 
 class Metrics(Struct, frozen=True, kw_only=True):

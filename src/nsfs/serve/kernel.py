@@ -92,8 +92,8 @@ class HostKernel(Kernel):
     def mounted_lowers(self) -> dict[str, Lower]:
         """See Kernel."""
         mounted = mounts.load_mounts()
-        found = {os.path.basename(mount.target): self._lower(mount, mounted) for mount in mounted}
-        return {name: lower for name, lower in found.items() if lower is not None}
+        found = [(os.path.basename(mount.target), self._lower(mount, mounted)) for mount in mounted]
+        return {name: lower for name, lower in found if lower is not None}
 
     def _lower(self, mount: mounts.MountInfo, mounted: Sequence[mounts.MountInfo]) -> Lower | None:
         """What is mounted there, if it is a lower, by the file of its domain's FUSE filesystem that it shows."""
