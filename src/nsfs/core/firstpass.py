@@ -4,7 +4,7 @@ Owns the pipeline of the first pass: the blob is spooled and hashed, inflated an
 and written to its addresses, all at once and only once. Refuses a layer whose blob digest or diff ID is not what was
 claimed, one that is larger than allowed, and all that its formats refuse.
 
-Concurrency: one job process, three threads (`core.ahead`); hashing, inflating and writing run without the interpreter
+Concurrency: one job process, four threads (`core.ahead`); hashing, inflating and writing run without the interpreter
 lock. Invariants: nothing is committed before both digests are right; until then every address that was written is one
 that this job reserved, and a job that fails clears them all.
 """
@@ -184,7 +184,7 @@ def _read_layer(job: FirstPassJob, source_fd: int, placer: Placer, progress: Cal
         received = _spooled(job.spool, job.blob_size, _received(source_fd, ahead))
         compressed = ahead.run(_reported(blob.through(_exactly(received, job.blob_size)), progress))
         inflated = _at_most(_inflated(_INFLATERS[job.compression](), compressed, refused), job.max_stream)
-        pieces = ahead.run(stream.through(_drained(inflated, compressed)))
+        pieces = ahead.run(stream.through(ahead.run(_drained(inflated, compressed))))
         try:
             for piece in pieces:
                 placer.place(parser.feed(piece))
