@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Collection
 
     from nsfs.model.pool import Access, ImageRecord
+    from nsfs.model.referrers import Referrer
 
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 
@@ -77,6 +78,7 @@ class FakeSource:
         self.gives = 0
         self.asked: list[tuple[int, int]] = []
         self.read: list[Digest] = []
+        self.attached: dict[Digest, list[Referrer]] = {}
 
     def add_blob(self, data: bytes, algorithm: str = "sha256", **more: Any) -> dict[str, Any]:
         digest = digest_of(data, algorithm)
@@ -108,6 +110,9 @@ class FakeSource:
         if identifier not in self.documents:
             raise NotFoundError(f"{self.name} has no such manifest")
         return self.documents[identifier]
+
+    async def referrers(self, subject: Digest, artifact_type: str) -> list[Referrer]:
+        return [each for each in self.attached.get(subject, []) if each.artifact_type == artifact_type]
 
     def blob(self, descriptor: Descriptor) -> FakeBlob:
         return self.kind(self, descriptor)

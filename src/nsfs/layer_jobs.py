@@ -14,25 +14,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from nsfs.core import firstpass
+from nsfs.core.claimed import ClaimArgs, LayerMade, MapMade
 from nsfs.core.jobs import run_job
-from nsfs.core.layers import (
-    LayerMade,
-    MapArgs,
-    MapMade,
-    PlainArgs,
-    RenderArgs,
-    Rendered,
-    SpanArgs,
-    TocArgs,
-    map_id_of,
-)
+from nsfs.core.layers import MapArgs, PlainArgs, RenderArgs, Rendered, SpanArgs, TocArgs, map_id_of
 from nsfs.core.maps import Maps
 from nsfs.core.union import LowerTree
 from nsfs.errors import CorruptError, NsfsError
 from nsfs.format import estargz
-from nsfs.format.artifact import render_index, render_spans
+from nsfs.format.artifact import CODECS, parse_index, parse_spans, render_index, render_spans
 from nsfs.format.erofs import render_erofs
+from nsfs.model import oci
 from nsfs.model.digest import Digest
 from nsfs.model.layer import Kind, Spans
 from nsfs.model.oci import Compression
@@ -52,6 +46,7 @@ if TYPE_CHECKING:
 
     from nsfs.core.jobs import Channel
     from nsfs.model.layer import Entry, LayerIndex
+    from nsfs.store.index import DomainIndex
     from nsfs.store.pool import Pool
 
 
@@ -67,6 +62,16 @@ def first_pass(args: bytes, fds: list[int]) -> int:
 def read_toc(args: bytes, fds: list[int]) -> int:
     """Index an eStargz layer by its table of contents; its contents come when they are read."""
     return run_job(TocArgs, _read_toc, args, fds)
+
+
+def read_artifact(args: bytes, fds: list[int]) -> int:
+    """Index a plain layer as an artifact says it is read; its contents come when they are read."""
+    return run_job(ClaimArgs, _read_artifact, args, fds)
+
+
+def read_spans(args: bytes, fds: list[int]) -> int:
+    """Take a layer's spans from the artifact that says how it is read."""
+    return run_job(ClaimArgs, _read_spans, args, fds)
 
 
 def make_checkpoints(args: bytes, fds: list[int]) -> int:
@@ -150,35 +155,72 @@ def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade
     key = LayerKey(Digest(args.blob), f"estargz-{toc.hex}", args.origin)
     with open(fds[2], "rb", closefd=False) as file:
         index, spans = estargz.parse_toc(file.read(), estargz.TocLocation(args.toc_offset, args.toc_size), toc)
+    with working(layout), open_index(layout.index, layout.key) as catalog:
+        record = _plan_claimed(args, key, index)
+        record = msgspec.structs.replace(record, verified="toc", has_spans=True)
+        return _commit_claimed(layout, catalog, record, index, spans)
+
+
+def _read_artifact(args: ClaimArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
+    layout = _layout(args.domain, fds)
+    key = LayerKey(Digest(args.blob), args.index, args.origin)
+    with open(fds[2], "rb", closefd=False) as file:
+        index = parse_index(file.read())
+    with working(layout), open_index(layout.index, layout.key) as catalog:
+        record = _plan_claimed(args, key, index)
+        record = msgspec.structs.replace(record, spans_blob=args.spans_blob, spans_size=args.spans_size)
+        return _commit_claimed(layout, catalog, record, index, None)
+
+
+def _plan_claimed(args: TocArgs | ClaimArgs, key: LayerKey, index: LayerIndex) -> LayerRecord:
+    """The record of a layer whose contents come when they are read; without addresses."""
     regular = [entry for entry in index.entries if entry.kind is Kind.REGULAR]
-    room = sum(-(-entry.size // BLOCK) * BLOCK for entry in regular)
+    return LayerRecord(
+        blob=key.blob,
+        index=key.index,
+        origin=key.origin,
+        blob_size=args.blob_size,
+        media_type=args.media_type,
+        diff_id=None,
+        verified="",
+        stream_size=index.stream_size,
+        files=len(regular),
+        content_bytes=sum(entry.size for entry in regular),
+        slabs=(),
+        prefetch_size=index.prefetch_size,
+    )
+
+
+def _commit_claimed(
+    layout: DomainLayout, catalog: DomainIndex, record: LayerRecord, index: LayerIndex, spans: Spans | None
+) -> LayerMade:
+    """Give out addresses that are this layer's alone, and write its tables and its map."""
+    room = sum(-(-entry.size // BLOCK) * BLOCK for entry in index.entries)
     if room > firstpass.MAX_ADDRESSES:
         raise CorruptError(f"the contents of the layer are larger than allowed: {room} bytes")
-    with working(layout), open_index(layout.index, layout.key) as catalog:
-        slab = catalog.reserve(room)
-        addresses = _give_out(index.entries, slab.address)
-        directory = _Files(layout, key)
-        directory.store_index(index, addresses)
-        directory.store_segments(*firstpass.plan_tables(index.entries, addresses))
+    slab = catalog.reserve(room)
+    addresses = _give_out(index.entries, slab.address)
+    directory = _Files(layout, record.key)
+    directory.store_index(index, addresses)
+    directory.store_segments(*firstpass.plan_tables(index.entries, addresses))
+    if spans is not None:
         directory.store_spans(spans)
-        record = LayerRecord(
-            blob=key.blob,
-            index=key.index,
-            origin=key.origin,
-            blob_size=args.blob_size,
-            media_type=args.media_type,
-            diff_id=None,
-            verified="toc",
-            stream_size=index.stream_size,
-            files=len(regular),
-            content_bytes=sum(entry.size for entry in regular),
-            slabs=(slab,),
-            has_spans=True,
-            prefetch_size=index.prefetch_size,
-        )
-        catalog.commit_layer(record, [])
-    made = _write_map(layout, key, map_id_of(key), index.entries, addresses, None)
-    return LayerMade(map=made)
+    catalog.commit_layer(msgspec.structs.replace(record, slabs=(slab,)), [])
+    return LayerMade(map=_write_map(layout, record.key, map_id_of(record.key), index.entries, addresses, None))
+
+
+def _read_spans(args: ClaimArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
+    layout = _layout(args.domain, fds)
+    key = LayerKey(Digest(args.blob), args.index, args.origin)
+    with working(layout), open_index(layout.index, layout.key) as catalog:
+        record = catalog.layer(key)
+        assert record is not None, "only layers that were committed get spans"
+        codec = CODECS[oci.layer_format(record.media_type).compression]
+        with open(fds[2], "rb", closefd=False) as file:
+            spans = parse_spans(file.read(), codec, record.stream_size, record.blob_size)
+        _Files(layout, key).store_spans(spans)
+        catalog.update_layer(key, lambda record: msgspec.structs.replace(record, has_spans=True))
+    return LayerMade()
 
 
 def _give_out(entries: Sequence[Entry], address: int) -> list[int]:

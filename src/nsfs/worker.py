@@ -20,6 +20,7 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.blobs import Blobs
+from nsfs.core.claimed import ClaimedLayers
 from nsfs.core.completing import Completing
 from nsfs.core.domain import Domain, Health
 from nsfs.core.domain_cache import DomainCache, NotedUse, Uses
@@ -38,6 +39,7 @@ from nsfs.core.pinned import Pinned
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
 from nsfs.core.starts import Starts
+from nsfs.core.startup import Startups
 from nsfs.core.tasks import open_tasks
 from nsfs.core.union import UnionTree
 from nsfs.core.vfs import DomainFs
@@ -177,7 +179,7 @@ async def _compose(
     fetcher = await stack.enter_async_context(open_fetcher(kept, fetch_config(config)))
     blobs = Blobs(reach.sources, index)
     cores = os.cpu_count() or 1
-    jobs = Jobs(forks, limit=max(2, cores), fed_limit=max(4, 2 * cores))
+    jobs = Jobs(forks, limit=max(2, cores), fed_limit=max(4, 2 * cores), shared=shared)
 
     def spool(key: LayerKey) -> Spool:
         return Spool(layout.spool(key), layout.key)
@@ -186,16 +188,17 @@ async def _compose(
         for address, size in ranges:
             pool.mark_dirty(address, size)
 
-    layers = Layers(index, layout, blobs, jobs, nursery, shared=shared, spool=spool, written=written)
-
     def table(key: LayerKey) -> LayerTable:
         return open_table(layout.layer_dir(key), layout.key)
 
+    startups = Startups(table, kept, blobs, nursery, lambda key: index.layer(key) is not None)
+    claimed = ClaimedLayers(layout.path, blobs, jobs, startups)
+    layers = Layers(index, layout, blobs, jobs, nursery, spool=spool, written=written, claimed=claimed)
     maps = Maps(partial(load_content, key=layout.key))
 
     profiles = Profiles(layout)
     recordings = Recordings(index, table, profiles, nursery)
-    views = Views(index, table, blobs, layers, pool, fetcher, recordings)
+    views = Views(index, table, blobs, layers, pool, fetcher, recordings, startups)
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)

@@ -58,6 +58,7 @@ def test_every_key_can_be_changed() -> None:
     log_level = "debug"
     log_format = "json"
     isolation = "pod"
+    trust_index = "same-repository"
     policy = "/f"
     encrypt = "all"
     key_file = "/k"

@@ -24,6 +24,7 @@ from nsfs.model.policy import (
     owner_name,
     owner_of,
     parse_patience,
+    parse_trust,
     parse_view_name,
     repository_of,
     resolve_private_domain,
@@ -309,3 +310,45 @@ def test_a_domain_says_on_whose_behalf(plugin: str, wish: str) -> None:
 def test_what_cannot_own_anything(text: str) -> None:
     with pytest.raises(UsageError):
         check_owner(text)
+
+
+PINNED = "sha256:" + "a" * 64
+TRUSTING = Policy(
+    Isolation.ISOLATED,
+    (
+        Rule(scope=Isolation.SHARED, image="docker.io/library/*", trust_index=PINNED),
+        Rule(scope=Isolation.SHARED, image="docker.io/other/*"),
+        Rule(scope=Isolation.ISOLATED, image="registry.example:5000/team-b/*", trust_index="off"),
+    ),
+    "same-repository",
+)
+
+
+@pytest.mark.parametrize(
+    ("references", "wish", "trust"),
+    [
+        ((APP,), None, "same-repository"),
+        ((APP,), "pod", "same-repository"),
+        ((APP,), "shared", "off"),
+        ((PYTHON,), None, PINNED),
+        ((PYTHON,), "isolated", PINNED),
+        (("docker.io/other/thing:1",), None, "off"),
+        (("registry.example:5000/team-b/app:1",), None, "off"),
+        ((PYTHON, "docker.io/other/thing:1"), None, "off"),
+        ((PYTHON, PYTHON), None, PINNED),
+    ],
+)
+def test_what_lies_beside_an_image_is_believed_among_tenants_where_a_rule_says_so_alone(
+    references: tuple[str, ...], wish: str | None, trust: str
+) -> None:
+    assert decide_scope(TRUSTING, ask("team-a", *references, wish=wish)).on_host().trust_index == trust
+    assert decide_scope(POLICY, ask("team-a", *references, wish=wish)).on_host().trust_index == "off"
+
+
+@pytest.mark.parametrize("text", ["", "on", "same-repo", "sha256:a", "SAME-REPOSITORY"])
+def test_what_is_no_trust(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_trust(text)
+    if text:
+        with pytest.raises(UsageError):
+            check_rule(Rule(scope=Isolation.POD, trust_index=text))

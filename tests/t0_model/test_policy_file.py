@@ -90,7 +90,7 @@ def test_who_else_shares_is_said() -> None:
 def test_every_scope_says_what_follows(scope: Isolation) -> None:
     request = ScopeRequest(namespace="a", references=("docker.io/library/x",), mount_id="m")
     follows = follows_of(decide_scope(Policy(scope), request), Encrypt.ISOLATED)
-    assert follows.keys() == {"disk", "memory", "process", "seen", "ends", "key"}
+    assert follows.keys() == {"disk", "memory", "process", "seen", "ends", "key", "index"}
     assert (
         follows["key"]
         == {
@@ -100,3 +100,18 @@ def test_every_scope_says_what_follows(scope: Isolation) -> None:
             Isolation.GUEST: "nothing to encrypt",
         }[scope]
     )
+
+
+def test_a_rule_and_the_configuration_say_what_is_believed_beside_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text('[[rule]]\nscope = "shared"\ntrust_index = "same-repository"\n')
+    policy = load_policy(parse_config(f'policy = "{path}"\ntrust_index = "sha256:{"a" * 64}"'))
+    assert policy.trust_index == "sha256:" + "a" * 64
+    assert [rule.trust_index for rule in policy.rules] == ["same-repository"]
+    request = ScopeRequest(namespace="a", references=("docker.io/library/x:1",), mount_id="1")
+    assert "may push" in follows_of(decide_scope(policy, request), Encrypt.ISOLATED)["index"]
+    path.write_text('[[rule]]\nscope = "shared"\ntrust_index = "all"\n')
+    with pytest.raises(UsageError, match="rule 1: not a trust"):
+        load_policy(parse_config(f'policy = "{path}"'))
+    with pytest.raises(UsageError, match="not a trust"):
+        load_policy(parse_config('trust_index = "all"'))

@@ -1,15 +1,19 @@
 """From references to images, and from digests to bytes: who is asked, what is believed, and what memory is for."""
 
 import pytest
+import trio
+from msgspec.structs import replace
 
 from core_sources import FakeLocalBlob, FakeMemory, FakeSource, FakeSources, digest_of
 from nsfs.core.blobs import Blobs
 from nsfs.core.images import Image, Images
 from nsfs.core.ports import LocalBlob
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError, UnreachableError
+from nsfs.format.artifact import ARTIFACT_TYPE, CREATED, INDEX_TYPE, SPANS_TYPE, plan_artifact, render_manifest
 from nsfs.model.digest import Digest
-from nsfs.model.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Platform
+from nsfs.model.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Document, Platform
 from nsfs.model.pool import Access
+from nsfs.model.referrers import Referrer
 from trio_tests import run
 
 AMD64 = Platform("amd64", "linux")
@@ -21,8 +25,20 @@ class Site:
         self.memory = FakeMemory()
         self.images = Images(FakeSources(self.registry), self.memory, AMD64)
 
-    async def resolve(self, version: str = ":latest", platform: str | None = None) -> Image:
-        return await self.images.resolve("registry/app" + version, platform)
+    async def resolve(self, version: str = ":latest", platform: str | None = None, trust: str = "off") -> Image:
+        return await self.images.resolve("registry/app" + version, platform, trust=trust)
+
+    def attach(self, image: Digest, layer: Digest, created: str, *, about: Digest | None = None) -> Digest:
+        """An artifact beside the image; `about` which one it says it is, if that is another."""
+        part = Descriptor(media_type=SPANS_TYPE, digest=digest_of(b"spans"), size=5)
+        index = Descriptor(media_type=INDEX_TYPE, digest=digest_of(created.encode()), size=7)
+        artifact = plan_artifact(image, [(index, layer), (part, layer)], created)
+        data = render_manifest(artifact, Descriptor(media_type=OCI_MANIFEST, digest=about or image, size=1))
+        digest = digest_of(data)
+        self.registry.documents[digest] = Document(data, OCI_MANIFEST, digest)
+        listed = Referrer(media_type=OCI_MANIFEST, digest=digest, size=len(data), artifact_type=ARTIFACT_TYPE)
+        self.registry.attached.setdefault(image, []).append(replace(listed, annotations={CREATED: created}))
+        return digest
 
 
 def entry(digest: Digest, machine: str, kind: str = OCI_MANIFEST) -> dict[str, object]:
@@ -278,5 +294,43 @@ def test_open_blobs_are_bounded() -> None:
             site.places[0].blobs[digest] = b"x"
             await site.blobs.blob(digest, 1).fetch(0, 1)
         assert len(site.blobs._found) <= 1024
+
+    run(body)
+
+
+def claims(image: Image) -> list[str]:
+    return [layer.claim.artifact if layer.claim else "" for layer in image.layers]
+
+
+def test_the_newest_artifact_of_the_repository_is_believed_where_that_is_wished() -> None:
+    async def body() -> None:
+        site = Site()
+        digest = site.registry.add_image("latest", [b"base", b"top"])
+        base = digest_of(b"base")
+        newest = site.attach(digest, base, "2026-02-02T00:00:00Z")
+        old = site.attach(digest, base, "2026-01-01T00:00:00Z")
+        site.attach(digest, base, "2026-03-03T00:00:00Z", about=digest_of(b"another image"))
+        assert claims(await site.resolve()) == ["", ""]
+        assert claims(await site.resolve(trust="same-repository")) == [newest, ""]
+        assert claims(await site.resolve(trust=old)) == [old, ""]
+        assert claims(await site.resolve(trust=digest_of(b"none"))) == ["", ""]
+        assert claims(await site.images.pinned(f"registry/app@{digest}", trust="same-repository")) == [newest, ""]
+        assert claims(await site.resolve(f"@{digest}")) == ["", ""]
+
+    run(body)
+
+
+def test_what_was_believed_is_believed_without_its_registry_and_nothing_is_asked_for_in_vain() -> None:
+    async def body() -> None:
+        site = Site()
+        digest = site.registry.add_image("latest", [b"base"])
+        assert claims(await site.resolve(trust="same-repository")) == [""]
+        found = site.attach(digest, digest_of(b"base"), "2026-01-01T00:00:00Z")
+        assert claims(await site.resolve(trust="same-repository")) == [""], "nobody looks again at once"
+        await trio.sleep(61)
+        assert claims(await site.resolve(trust="same-repository")) == [found]
+        site.registry.attached.clear()
+        site.registry.error = UnreachableError("down")
+        assert claims(await site.resolve(trust="same-repository")) == [found]
 
     run(body)

@@ -14,8 +14,9 @@ import trio.testing
 
 from core_sources import LAYER, FakeBlob, FakeMemory, FakeSource, FakeSources, digest_of
 from nsfs.core.blobs import Blobs
+from nsfs.core.claimed import ClaimedLayers, LayerMade, MapMade
 from nsfs.core.images import Image, Layer
-from nsfs.core.layers import LayerMade, Layers, MapArgs, MapMade, PlainArgs, SpanArgs, map_id_of
+from nsfs.core.layers import Layers, MapArgs, PlainArgs, SpanArgs, map_id_of
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, UnreachableError, UnsupportedError
 from nsfs.model.digest import DiffId, Digest
@@ -84,7 +85,7 @@ class FakeJobs:
     async def first_pass(self, args: PlainArgs, fds: Sequence[int], report: Any) -> LayerMade:
         spool = Path(self.site.paths.spool(LayerKey(Digest(args.blob), "plain")))
         await report(1)
-        fed = await _read_all(fds[2])
+        fed = await _read_all(fds[0])
         self.fed.append(fed)
         with spool.open("ab") as file:
             file.write(fed)
@@ -127,6 +128,18 @@ def diff_id_of(blob: Digest) -> DiffId:
     return DiffId(digest_of(b"stream of " + blob.encode()))
 
 
+class FakeStartups:
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.known: list[LayerKey] = []
+
+    def begin(self, image: Image) -> None:
+        self.begun.append(image.reference)
+
+    def ready(self, key: LayerKey) -> None:
+        self.known.append(key)
+
+
 class Site:
     def __init__(self, path: Path, nursery: trio.Nursery, kind: type[FakeBlob] = FakeBlob) -> None:
         self.paths = FakePaths(path)
@@ -134,18 +147,20 @@ class Site:
         self.source = FakeSource("r", kind)
         for data in DATA:
             self.source.add_blob(data)
+        self.blobs = Blobs(FakeSources(self.source), FakeMemory())
+        self.startups = FakeStartups()
         jobs: Any = FakeJobs(self)
         self.jobs = jobs
         self.written: list[tuple[int, int]] = []
         self.layers = Layers(
             self.catalog,
             self.paths,
-            Blobs(FakeSources(self.source), FakeMemory()),
+            self.blobs,
             jobs,
             nursery,
-            shared=[5, 6],
             spool=lambda key: Spool(self.paths.spool(key), None),
             written=self.written.extend,
+            claimed=ClaimedLayers(self.paths.path, self.blobs, jobs, self.startups),
         )
         self.image = Image("r:latest", "r", "latest", digest_of(b""), CONFIG, tuple(map(layer, range(len(DATA)))))
 

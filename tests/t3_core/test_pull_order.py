@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nsfs.core.ports import Blob
     from nsfs.model.oci import Document, Traffic
     from nsfs.model.pull import Content, PullReport
+    from nsfs.model.referrers import Referrer
     from nsfs.model.report import Progress
 
 LAYERS = [gzip_layer([file(f"f{number}", b"%d" % number)]) for number in range(6)]
@@ -45,6 +46,9 @@ class Source:
 
     async def read_blob(self, descriptor: Descriptor, limit: int) -> bytes:
         return await self._layout.read_blob(descriptor, limit)
+
+    async def referrers(self, subject: Digest, artifact_type: str) -> list[Referrer]:
+        return await self._layout.referrers(subject, artifact_type)
 
     def statistics(self) -> Traffic:
         return self._layout.statistics()

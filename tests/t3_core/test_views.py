@@ -31,6 +31,11 @@ def name(number: int) -> str:
     return f"{number:032x}"
 
 
+class FakeStartups:
+    def awaited(self, key: LayerKey, owner: str, start: int, end: int) -> None:
+        return None
+
+
 class FakeCatalog:
     """Maps and layers by number; map n is layer n's, and has addresses of the layers in `lowers`."""
 
@@ -162,7 +167,9 @@ class Site:
         self.pool, self.fetcher = pool, fetcher
         recordings: Any = FakeRecordings()
         self.recordings = recordings
-        self.views = Views(catalog or FakeCatalog(), self.open_table, blobs, layers, pool, fetcher, recordings)
+        self.views = Views(
+            catalog or FakeCatalog(), self.open_table, blobs, layers, pool, fetcher, recordings, FakeStartups()
+        )
 
     def open_table(self, of: LayerKey) -> Any:
         self.opened.append(of)

@@ -9,6 +9,7 @@ import trio
 
 from goregistry import run_go_registry
 from images import Image, Layer, file, gzip_layer, tar_layer
+from meter import Meter
 from nsfs.format.artifact import PACK_TYPE, parse_index, parse_manifest, parse_spans
 from nsfs.format.pack import open_piece, parse_table
 from nsfs.format.spans import decode_verified
@@ -18,7 +19,7 @@ from nsfs.remote.reference import parse_reference
 from nsfs.remote.source import open_source
 from nsfs_daemon import Daemon, run_daemon
 from registry import run_registry
-from users import noise, push, read
+from users import noise, push, read, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from nsfs.format.artifact import Artifact
     from nsfs.model.oci import Descriptor
+    from registry import Registry
 
 FILES = {f"f{number}": noise(700_000, number) for number in range(4)}
 TEXT = b"".join(b"line %d\n" % number for number in range(400_000))
@@ -35,6 +37,13 @@ CODECS = (Codec.DEFLATE, Codec.NONE)
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with run_daemon(str(tmp_path_factory.mktemp("daemon"))) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A host that believes what lies beside an image."""
+    with run_daemon(str(tmp_path_factory.mktemp("node")), {"trust_index": "same-repository"}) as running:
         yield running
 
 
@@ -79,10 +88,7 @@ def test_an_artifact_says_how_layers_are_read_and_what_a_start_reads(
     done = daemon.nsfs("index", "push", reference)
     assert "no start-up pack: no start was recorded" in done.stderr
     with daemon.mounted(reference, target, "--profile", "record"):
-        assert read(f"{target}/f3") == FILES["f3"]
-        with open(f"{target}/text", "rb") as text:
-            text.seek(2_000_000)
-            assert text.read(100) == TEXT[2_000_000:2_000_100]
+        start(target)
     report = daemon.json("index", "push", reference)
     assert daemon.json("index", "push", reference)["digest"] == report["digest"]
     shown = daemon.json("index", "show", reference)["artifacts"]
@@ -100,6 +106,56 @@ def test_an_artifact_says_how_layers_are_read_and_what_a_start_reads(
     assert (refused.returncode, "no such artifact" in refused.stderr) == (3, True)
     assert len(daemon.json("index", "rm", reference)["artifacts"]) == 1
     assert daemon.nsfs("index", "show", reference).stdout == "nothing lies beside it\n"
+
+
+def start(target: str) -> None:
+    """What a start of the image reads."""
+    assert read(f"{target}/f3") == FILES["f3"]
+    with open(f"{target}/text", "rb") as text:
+        text.seek(2_000_000)
+        assert text.read(100) == TEXT[2_000_000:2_000_100]
+
+
+def test_a_node_that_never_saw_the_image_starts_from_its_pack(
+    daemon: Daemon, node: Daemon, registry: Registry, arena: Path, tmp_path: Path
+) -> None:
+    """The rest comes by ranges. A node that believes nothing of it does not even ask."""
+    made = image("packed")
+    push(made, registry, tmp_path, "packed")
+    target = str(arena / "mnt")
+    with daemon.mounted(f"{registry.host}/packed", target, "--profile", "record"):
+        start(target)
+    report = daemon.json("index", "push", f"{registry.host}/packed")
+    with Meter(registry.host) as meter:
+        reference = f"{meter.host}/packed"
+        daemon.nsfs("inspect", reference)
+        assert not any("referrers" in served.path or report["digest"] in served.path for served in meter.log)
+        assert all("artifact beside the image" in layer["why"] for layer in inspected(node, reference))
+        with node.mounted(reference, target, "--on-error", "eio"):
+            wait_until(lambda: "has what it reads" in node.tail(), "the pack is here", 60)
+            meter.down()
+            start(target)
+            with pytest.raises(OSError, match="Input/output error"):
+                read(f"{target}/f1")
+            meter.up()
+            wait_until(lambda: readable(f"{target}/f1"), "the registry is tried again", 60)
+            assert {name: read(f"{target}/{name}") for name in FILES} == FILES
+            assert read(f"{target}/text") == TEXT
+        assert all("artifact beside the image" in layer["why"] for layer in inspected(node, reference))
+        ranges = [served for layer in made.layers for served in meter.blobs(Digest.of(layer.blob))]
+        assert {served.status for served in ranges} == {206}
+
+
+def readable(path: str) -> bool:
+    try:
+        read(path)
+    except OSError:
+        return False
+    return True
+
+
+def inspected(daemon: Daemon, reference: str) -> Any:
+    return daemon.json("inspect", reference)["layers"]
 
 
 def check_layers(reference: str, artifact: Artifact, made: Image) -> None:

@@ -106,7 +106,7 @@ class Domain:
 
     async def _resolve(self, params: worker_api.Prepare | worker_api.Name, report: Report) -> Image:
         """The image that is meant; whoever asks hears where that is no news."""
-        image = await self._images.resolve(params.reference, params.platform, params.owner)
+        image = await self._images.resolve(params.reference, params.platform, params.owner, params.trust)
         if image.stale:
             await report(Note(text=f"{image.reference} is as it was known before: {image.stale}"))
         return image
@@ -276,10 +276,17 @@ def _laziness(layer: Layer, record: LayerRecord | None) -> tuple[bool, str]:
     """Whether the layer's content can come by ranges now, and why."""
     if layer.format.refused:
         return False, layer.format.refused
-    if record is None and layer.format.toc is None:
+    if record is None and layer.format.toc is None and layer.claim is None:
         return False, "nobody has indexed it: its first use reads all of it once"
-    if record is None or record.index != PLAIN:
+    if layer.format.toc is not None and (record is None or record.index != PLAIN):
         return True, "its manifest names the digest of its table of contents"
+    if record is None or record.index != PLAIN:
+        return True, "an artifact beside the image says how it is read"
+    return _own_laziness(record)
+
+
+def _own_laziness(record: LayerRecord) -> tuple[bool, str]:
+    """The same of a layer that was read through here."""
     aside = f", since {record.no_toc}" if record.no_toc else ""
     if record.has_spans:
         return True, f"this domain has an index of its own{aside}"
@@ -291,6 +298,8 @@ def _laziness(layer: Layer, record: LayerRecord | None) -> tuple[bool, str]:
 def _verified(layer: Layer, record: LayerRecord | None) -> str:
     if record is not None and record.diff_id not in {None, layer.diff_id}:
         return f"against nothing: the image claims diff ID {layer.diff_id}, and its content has {record.diff_id}"
+    if record is not None and record.spans_blob and not record.verified:
+        return "nothing: an artifact beside the image says what is in it"
     if record is not None and record.verified == "diff-id":
         return f"blob digest and diff ID, in one pass over all of it: {layer.diff_id}"
     if layer.format.toc:

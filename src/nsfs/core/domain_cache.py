@@ -212,7 +212,7 @@ class DomainCache:
                 used=record.last_used,
                 mounted=record.key in mounted,
                 pinned=record.blob in pinned,
-                returns=record.has_spans or record.whole,
+                returns=record.has_spans or record.whole or bool(record.spans_blob),
             )
             for record in self._catalog.layers()
         ]
@@ -245,7 +245,7 @@ class DomainCache:
 
     async def _evict(self, params: worker_api.Name, report: Report) -> worker_api.Evicted:
         """Give up all contents of an image, whoever uses it; raises BusyError where a layer of it is pinned."""
-        image = await self._images.resolve(params.reference, params.platform, params.owner)
+        image = await self._images.resolve(params.reference, params.platform, params.owner, params.trust)
         self._refuse_pinned(image)
         keys = dict.fromkeys(record.key for layer in image.layers if (record := self._layers.record(layer)))
         self._uses.give_up(keys)
@@ -263,7 +263,7 @@ class DomainCache:
             )
 
     async def _pin(self, params: worker_api.Name, report: Report) -> worker_api.Pinned:
-        image = await self._images.resolve(params.reference, params.platform, params.owner)
+        image = await self._images.resolve(params.reference, params.platform, params.owner, params.trust)
         await self._looking.all_maps(image, report)
         _, record = await self._images.remembered(params.reference, params.platform, params.owner)
         record = msgspec.structs.replace(record, pinned=True, owner=params.owner)

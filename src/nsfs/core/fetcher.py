@@ -59,6 +59,9 @@ _STEP = 4 << 20
 _EDGE = 2 * BLOCK
 """Of a neighbouring span: more than a block that straddles has there."""
 
+_AWAITED = 10.0
+"""Seconds that are waited for what comes otherwise."""
+
 _random = random.SystemRandom()
 
 
@@ -325,6 +328,8 @@ class Fetcher:
         while True:
             runs = self._pool.missing(waiter.address, waiter.size)
             plan = plan_read([source.table for source in view.sources], runs)
+            if await _came(view, plan, waiter, patience):
+                continue
             layers = [view.sources[layer] for layer in sorted({piece.layer for piece in plan.pieces})]
             bare = [_Wanted(source, None) for source in layers if not source.table.has_spans]
             if not bare:
@@ -554,6 +559,18 @@ class Fetcher:
                 self._kept.put(key, landing.decoded[first])
         self._note_refusal(landing.refused)
         flight.landed.set()
+
+
+async def _came(view: View, plan: ReadPlan, waiter: _Waiter, patience: float | None) -> bool:
+    """Wait for what comes otherwise than by ranges, if any of a plan does; False where there is nothing to wait for."""
+    for piece in plan.pieces:
+        event = view.sources[piece.layer].awaited(piece.stream, piece.stream + piece.length)
+        if event is not None:
+            waiter.reason = "the start-up pack"
+            with trio.move_on_at(min(_deadline(waiter, patience), trio.current_time() + _AWAITED)):
+                await event.wait()
+                return True
+    return False
 
 
 def _whole_blocks(address: int, size: int) -> Range:

@@ -67,6 +67,8 @@ class LayerSource:
     make_spans: Callable[[], Awaitable[Table]] | None = None
     route: Callable[[], Route] = Route
     """What is known now of the way to the blob."""
+    awaited: Callable[[int, int], trio.Event | None] = lambda _start, _end: None
+    """What to wait for before these bytes of the stream are fetched, as they come otherwise; None for nothing."""
 
 
 class View:

@@ -8,7 +8,7 @@ and says no. The registry is asked each time: tags move.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -16,18 +16,40 @@ import trio
 
 from nsfs.core.blobs import NOBODY
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnreachableError
+from nsfs.format.artifact import ARTIFACT_TYPE, CREATED, parse_manifest
 from nsfs.model import oci
+from nsfs.model.digest import Digest
+from nsfs.model.policy import TRUST_NONE, TRUST_REPOSITORY
 from nsfs.model.pool import ImageRecord
 
 if TYPE_CHECKING:
     from nsfs.core.ports import Source
-    from nsfs.model.digest import DiffId, Digest
+    from nsfs.format.artifact import Artifact, ClaimedLayer, StartupPack
+    from nsfs.model.digest import DiffId
     from nsfs.model.pool import Access
 
 log = logging.getLogger(__name__)
 
 _MAX_NESTING = 3
 """Indexes within indexes; the image specification allows them and gives no limit."""
+_MOST = 3
+"""Artifacts beside one image that are looked at."""
+_LOOK_AGAIN = 60.0
+"""Seconds for which nothing is looked for beside an image where nothing was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """How a layer is read, as an artifact beside the image says."""
+
+    artifact: Digest
+    """Its manifest."""
+    layer: ClaimedLayer
+
+    @property
+    def index(self) -> str:
+        """What a layer's index is called that is read so: `pool.LayerKey.index`."""
+        return f"artifact-{self.artifact.hex}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +61,8 @@ class Layer:
     format: oci.LayerFormat
     access: Access = NOBODY
     """As whom its bytes are asked for."""
+    claim: Claim | None = None
+    """What an artifact that is believed says of it."""
 
     @property
     def digest(self) -> Digest:
@@ -65,6 +89,8 @@ class Image:
     """As whom it was resolved."""
     stale: str = ""
     """Why this comes from memory, where it does."""
+    pack: StartupPack | None = None
+    """What the artifact that is believed has of a start."""
 
     @property
     def size(self) -> int:
@@ -126,19 +152,49 @@ class Images:
         self._memory = memory
         self._platform = platform
         self._gate = gate
+        self._without: dict[tuple[Digest, str, str], float] = {}
+        """Until when nothing is looked for beside an image: by manifest, owner and trust."""
 
-    async def resolve(self, reference: str, platform: str | None, owner: str = "") -> Image:
+    async def resolve(self, reference: str, platform: str | None, owner: str = "", trust: str = TRUST_NONE) -> Image:
         """The image that `reference` names now; from memory where its registry cannot be reached.
 
         Raises NotFoundError where there is none for `platform`. Without one the host's is chosen from an index, and a
-        single image is taken as it is.
+        single image is taken as it is. `trust` says which artifact beside it is believed (`policy.parse_trust`).
         """
         wanted = oci.Platform.parse(platform) if platform else self._platform
         located = await self._sources.locate(reference, owner)
         image = await self._recall(located, wanted)
         if platform:
             oci.check_platform(image.config.platform, wanted)
-        return await self._admitted(image)
+        return await self._with_claims(await self._admitted(image), located, located.key(wanted), trust)
+
+    async def _with_claims(self, image: Image, located: Located, key: str, trust: str) -> Image:
+        """The image with what the artifact says that is to be believed, if there is one."""
+        record = self._memory.image(key)
+        if trust == TRUST_NONE or record is None:
+            return image
+        if not record.artifact or trust not in {TRUST_REPOSITORY, record.artifact_digest}:
+            found = await self._look_beside(image, located.source, trust)
+            if found is None:
+                return image
+            record = msgspec.structs.replace(record, artifact=found.data, artifact_digest=str(found.digest))
+            await self._remember(key, record)
+        return _claimed(image, Digest(record.artifact_digest), parse_manifest(record.artifact))
+
+    async def _look_beside(self, image: Image, source: Source, trust: str) -> oci.Document | None:
+        """The artifact to be believed; where there is none, nobody looks again for a while."""
+        asked, now = (image.digest, image.access.owner, trust), trio.current_time()
+        if now < self._without.get(asked, 0):
+            return None
+        try:
+            found = await find_artifact(source, image.digest, trust)
+        except NsfsError as error:
+            log.warning("nothing beside %s is believed: %s", image.reference, error)
+            found = None
+        if found is None:
+            self._without = {each: until for each, until in self._without.items() if now < until}
+            self._without[asked] = now + _LOOK_AGAIN
+        return found
 
     async def _admitted(self, image: Image) -> Image:
         if self._gate is not None:
@@ -175,7 +231,7 @@ class Images:
             raise NotFoundError(f"nothing is known here of {located.reference} for {wanted}")
         return await self._admitted(_read(located, record)), record
 
-    async def pinned(self, reference: str, owner: str = "") -> Image:
+    async def pinned(self, reference: str, owner: str = "", trust: str = TRUST_NONE) -> Image:
         """The image that `reference` names by its manifest's digest: what such a name means never changes.
 
         So it needs no network where it is remembered. Raises CorruptError for what has another digest.
@@ -188,7 +244,31 @@ class Images:
             if record.manifest_digest != located.version:
                 raise CorruptError(f"not a manifest's digest: {located.version}")
             await self._remember(key, record)
-        return await self._admitted(_read(located, record))
+        return await self._with_claims(await self._admitted(_read(located, record)), located, key, trust)
+
+
+async def find_artifact(source: Source, image: Digest, trust: str) -> oci.Document | None:
+    """The manifest of the artifact beside an image that `trust` means, the newest of several; raises NsfsError."""
+    if trust != TRUST_REPOSITORY:
+        document = await source.manifest(trust)
+        return document if parse_manifest(document.data).subject == image else None
+    listed = await source.referrers(image, ARTIFACT_TYPE)
+    newest = sorted(listed, key=lambda each: (each.annotations or {}).get(CREATED, ""), reverse=True)
+    for referrer in newest[:_MOST]:
+        try:
+            document = await source.manifest(str(referrer.digest))
+            if parse_manifest(document.data).subject == image:
+                return document
+        except (CorruptError, NotFoundError) as error:
+            log.warning("an artifact beside %s is not believed: %s", image, error)
+    return None
+
+
+def _claimed(image: Image, digest: Digest, artifact: Artifact) -> Image:
+    """The image with what the artifact says of its plain layers."""
+    claims = {layer.blob: Claim(digest, layer) for layer in artifact.layers}
+    layers = (replace(each, claim=None if each.format.toc else claims.get(each.digest)) for each in image.layers)
+    return replace(image, layers=tuple(layers), pack=artifact.pack)
 
 
 async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord | None) -> ImageRecord:

@@ -136,8 +136,10 @@ class Jobs:
     no job that could work.
     """
 
-    def __init__(self, spawner: Spawner, limit: int, fed_limit: int) -> None:
+    def __init__(self, spawner: Spawner, limit: int, fed_limit: int, shared: Sequence[int] = ()) -> None:
         self._spawner = spawner
+        self._shared = shared
+        """The first descriptors of every job: what the domain's processes share."""
         self._limiter = trio.CapacityLimiter(limit)
         self._fed_limiter = trio.CapacityLimiter(fed_limit)
 
@@ -156,7 +158,7 @@ class Jobs:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with trio.socket.from_stdlib_socket(ours) as channel:
                 with theirs:
-                    process = await self._spawner.spawn(entry, args, [theirs.fileno(), *fds])
+                    process = await self._spawner.spawn(entry, args, [theirs.fileno(), *self._shared, *fds])
                 packed, status = await _attend(process, channel, report)
         if packed is None and status < 0:
             raise NoSpaceError(

@@ -24,6 +24,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
+from nsfs.core.claimed import LayerMade, MapMade, memory_file
 from nsfs.core.firstpass import CheckpointJob
 from nsfs.core.flights import Flights
 from nsfs.core.tasks import run_all
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
     from nsfs.core.blobs import Blobs, OriginBlob
-    from nsfs.core.images import Image, Layer
+    from nsfs.core.claimed import ClaimedLayers
+    from nsfs.core.images import Claim, Image, Layer
     from nsfs.core.jobs import Jobs
     from nsfs.core.ports import Spool
     from nsfs.model.digest import DiffId, Digest
@@ -140,27 +142,10 @@ class MapArgs(Struct, kw_only=True):
     lowers: list[str] | None
 
 
-class LayerMade(Struct, kw_only=True):
-    """A layer was committed to the domain's index; these addresses' bits and bytes are to be made durable."""
-
-    ranges: list[tuple[int, int]] = []
-    map: MapMade | None = None
-
-
 class Rendered(Struct, kw_only=True):
     """What an artifact says of a layer was written."""
 
     files: int
-
-
-class MapMade(Struct, kw_only=True):
-    """A map was written, unless it needs the layers below."""
-
-    needs_lower: bool
-    marks: bool = False
-    opaque: bool = False
-    borrowed: list[int] = []
-    """Which of the maps below have addresses that this one uses."""
 
 
 class LayerProgress:
@@ -183,9 +168,9 @@ class Layers:
         jobs: Jobs,
         nursery: trio.Nursery,
         *,
-        shared: Sequence[int],
         spool: Callable[[LayerKey], Spool],
         written: Callable[[Sequence[tuple[int, int]]], None],
+        claimed: ClaimedLayers,
     ) -> None:
         self._catalog = catalog
         self._paths = paths
@@ -193,10 +178,9 @@ class Layers:
         self._jobs = jobs
         self._nursery = nursery
         self._domain = paths.path
-        self._shared = shared
-        """The first descriptors of every job: what the domain's processes share."""
         self._spool = spool
         self._written = written
+        self._claimed = claimed
         self._indexing: Flights[LayerKey] = Flights(nursery)
         self._spanning: Flights[LayerKey] = Flights(nursery)
         self._mapping: Flights[MapRecord] = Flights(nursery)
@@ -216,16 +200,23 @@ class Layers:
     def key_of(self, layer: Layer) -> LayerKey:
         """Under which the domain keeps the layer: the blob, and the index that it is read by.
 
-        That is its table of contents where its manifest promises one, unless that was looked for in vain.
+        That is its table of contents where its manifest promises one, unless that was looked for in vain. An artifact
+        that is believed says how to read what nobody has read through here.
         """
         if layer.format.toc is None:
-            return _plain(layer)
+            return self._plain_or_claimed(layer)
         promised, plain = replace(_plain(layer), index=f"estargz-{layer.format.toc.hex}"), _plain(layer)
         if self._catalog.layer(promised) is None:
             record = self._catalog.layer(plain)
             if record is not None and record.no_toc:
                 return plain
         return promised
+
+    def _plain_or_claimed(self, layer: Layer) -> LayerKey:
+        plain = _plain(layer)
+        if layer.claim is None or self._catalog.layer(plain) is not None:
+            return plain
+        return replace(plain, index=layer.claim.index)
 
     def record(self, layer: Layer) -> LayerRecord | None:
         """What is known of the layer, if its index is complete."""
@@ -242,7 +233,7 @@ class Layers:
         return {layer.digest: await self._left_to_download(layer) for layer in layers}
 
     async def _left_to_download(self, layer: Layer) -> int:
-        if layer.format.toc or self.is_indexed(layer):
+        if layer.format.toc or layer.claim or self.is_indexed(layer):
             return 0
         if await self._blobs.is_local(layer.digest, layer.descriptor.size, layer.access):
             return 0
@@ -272,7 +263,10 @@ class Layers:
             log.exception("a bug: %s is not indexed ahead of its use", image.reference)
 
     async def index(self, image: Image, layer: Layer) -> LayerKey:
-        """Make the layer's index complete: for a plain layer one pass over all of it, for eStargz its TOC."""
+        """Make the layer's index complete: for eStargz its TOC, for a plain layer one pass over all of it.
+
+        Or what an artifact says that is believed; where that cannot be had, the pass all the same.
+        """
         self.check(layer)
         await self._blobs.add([layer.digest], image.repository, layer.access)
         record = self.record(layer)
@@ -282,8 +276,28 @@ class Layers:
         key = self.key_of(layer)
         if key.index == PLAIN:
             return await self._index_plain(layer)
+        if layer.claim is not None:
+            return await self._index_claimed_or_plain(image, layer, layer.claim, key)
         work = partial(self._index_toc, image, layer, key)
         return await self._indexing.join(str(key), work, layer.access.owner)
+
+    async def _index_claimed_or_plain(self, image: Image, layer: Layer, claim: Claim, key: LayerKey) -> LayerKey:
+        work = partial(self._index_claimed, image, layer, claim, key)
+        try:
+            return await self._indexing.join(str(key), work, layer.access.owner)
+        except (CorruptError, NotFoundError, UnsupportedError) as error:
+            log.warning(
+                "layer %s is read through, since what artifact %s says of it is not to be used: %s",
+                short(layer.digest),
+                claim.artifact,
+                error,
+            )
+            return await self._index_plain(layer)
+
+    async def _index_claimed(self, image: Image, layer: Layer, claim: Claim, key: LayerKey) -> LayerKey:
+        await self._note(key, await self._claimed.index(image, layer, claim, key))
+        self._claimed.ready(key)
+        return key
 
     async def _index_plain(self, layer: Layer) -> LayerKey:
         key = _plain(layer)
@@ -384,9 +398,7 @@ class Layers:
 
         async def work(fd: int) -> None:
             result.append(
-                await self._jobs.run(
-                    "nsfs.layer_jobs:first_pass", args, [*self._shared, fd], LayerMade, report, is_fed=True
-                )
+                await self._jobs.run("nsfs.layer_jobs:first_pass", args, [fd], LayerMade, report, is_fed=True)
             )
 
         await _feed(blob, min(have, blob.size), work)
@@ -403,8 +415,8 @@ class Layers:
             toc_offset=found.offset,
             toc_size=found.size,
         )
-        with _memory_file(toc) as fd:
-            return await self._jobs.run("nsfs.layer_jobs:read_toc", args, [*self._shared, fd], LayerMade)
+        with memory_file(toc) as fd:
+            return await self._jobs.run("nsfs.layer_jobs:read_toc", args, [fd], LayerMade)
 
     async def maps(self, layers: Sequence[Layer]) -> list[MapRecord]:
         """The maps of indexed layers, lowest first as given; made where they are missing."""
@@ -443,7 +455,7 @@ class Layers:
             map_id=map_id,
             lowers=None if lowers is None else [record.path for record in lowers],
         )
-        made = await self._jobs.run("nsfs.layer_jobs:build_map", args, self._shared, MapMade)
+        made = await self._jobs.run("nsfs.layer_jobs:build_map", args, [], MapMade)
         return await self._remember_map(key, map_id, made, lowers)
 
     async def _remember_map(
@@ -471,8 +483,7 @@ class Layers:
         record = self._known(key)
         if record.has_spans or record.whole:
             return record
-        blob = self._blob(record, owner)
-        work = partial(_twice, blob, partial(self._make_spans, record, blob))
+        work = partial(self._take_spans if record.spans_blob else self._make_spans, record, owner)
         await self._spanning.join(str(key), work, owner)
         return self._known(key)
 
@@ -480,8 +491,8 @@ class Layers:
     async def rendered(self, key: LayerKey) -> AsyncIterator[tuple[int, int]]:
         """What an artifact says of a layer, a descriptor to read each from: its index, and its spans."""
         args = RenderArgs(domain=self._domain, blob=str(key.blob), origin=key.origin, index=key.index)
-        with _memory_file(b"") as index, _memory_file(b"") as spans:
-            await self._jobs.run("nsfs.layer_jobs:render_layer", args, [*self._shared, index, spans], Rendered)
+        with memory_file(b"") as index, memory_file(b"") as spans:
+            await self._jobs.run("nsfs.layer_jobs:render_layer", args, [index, spans], Rendered)
             for fd in (index, spans):
                 os.lseek(fd, 0, os.SEEK_SET)
             yield index, spans
@@ -520,7 +531,15 @@ class Layers:
         for key in keys:
             self._nursery.start_soon(self._make_spans_quietly, key, "")
 
-    async def _make_spans(self, record: LayerRecord, blob: OriginBlob) -> LayerKey:
+    async def _take_spans(self, record: LayerRecord, owner: str) -> LayerKey:
+        await self._claimed.take_spans(record, owner)
+        return record.key
+
+    async def _make_spans(self, record: LayerRecord, owner: str) -> LayerKey:
+        blob = self._blob(record, owner)
+        return await _twice(blob, partial(self._make_checkpoints, record, blob))
+
+    async def _make_checkpoints(self, record: LayerRecord, blob: OriginBlob) -> LayerKey:
         await _fill(self._spool(record.key), blob)
         args = SpanArgs(
             domain=self._domain,
@@ -529,7 +548,7 @@ class Layers:
             index=record.index,
             compression=oci.layer_format(record.media_type).compression.value,
         )
-        await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, self._shared, LayerMade)
+        await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, [], LayerMade)
         return record.key
 
     async def _make_spans_quietly(self, key: LayerKey, owner: str) -> None:
@@ -569,7 +588,9 @@ def short(digest: Digest) -> str:
 
 
 def _check_claim(record: LayerRecord, layer: Layer) -> None:
-    """Refuse an image whose configuration says something else of a layer than what was found in it."""
+    """Refuse an image whose configuration says something else of a layer than what was found, and a false index."""
+    if record.fenced:
+        raise CorruptError(f"layer {short(layer.digest)} cannot be read: {record.fenced}")
     if record.diff_id is not None and record.diff_id != layer.diff_id:
         raise CorruptError(
             f"layer {short(layer.digest)} is not what the image's configuration says: "
@@ -633,15 +654,3 @@ async def _fill(spool: Spool, blob: OriginBlob) -> None:
         async with blob.stream(have) as pieces:
             async for piece in pieces:
                 await trio.to_thread.run_sync(append, piece)
-
-
-@contextmanager
-def _memory_file(data: bytes) -> Iterator[int]:
-    fd = os.memfd_create("nsfs-layer", os.MFD_CLOEXEC)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(data)
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)

@@ -241,7 +241,9 @@ class LazyLayers:
 
 
 def _name(layer: LazyLayer, domain: Domain) -> worker_api.LayerName:
-    return worker_api.LayerName(reference=layer.reference, blob=layer.blob, chain=layer.chain, owner=domain.owner)
+    return worker_api.LayerName(
+        reference=layer.reference, blob=layer.blob, chain=layer.chain, owner=domain.owner, trust=domain.trust_index
+    )
 
 
 def _user(snapshot: int) -> str:

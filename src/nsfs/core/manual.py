@@ -320,7 +320,11 @@ class ManualMounts:
             if domain.transient:
                 _push_undo(undo, partial(self._lowers.end, domain))
             params = worker_api.Prepare(
-                reference=wish.reference, platform=wish.platform, owner=domain.owner, profile=profile
+                reference=wish.reference,
+                platform=wish.platform,
+                owner=domain.owner,
+                profile=profile,
+                trust=domain.trust_index,
             )
             image = await self._workers.call(domain, "Prepare", params, worker_api.Prepared, report)
             record = _record(mount_id, wish, domain, driver if image.maps else Driver.FUSE, patience, image)

@@ -71,7 +71,7 @@ class Pinned:
         }
 
     async def _check(self, params: worker_api.Name, _report: Report) -> worker_api.Checked:
-        image = await self._images.pinned(params.reference, params.owner)
+        image = await self._images.pinned(params.reference, params.owner, params.trust)
         for layer in image.layers:
             self._layers.check(layer)
         names = [
@@ -81,13 +81,13 @@ class Pinned:
         return worker_api.Checked(layers=names)
 
     async def _offer(self, params: worker_api.LayerName, _report: Report) -> worker_api.Empty:
-        image = await self._images.pinned(params.reference, params.owner)
+        image = await self._images.pinned(params.reference, params.owner, params.trust)
         self._layers.check(_find(image, params))
         self._layers.begin(image)
         return worker_api.Empty()
 
     async def _await(self, params: worker_api.LayerName, _report: Report) -> worker_api.Indexed:
-        image = await self._images.pinned(params.reference, params.owner)
+        image = await self._images.pinned(params.reference, params.owner, params.trust)
         layer = _find(image, params)
         record = await self._index(image, layer)
         alone = await self._layers.map_alone(layer)
@@ -99,8 +99,10 @@ class Pinned:
         return record
 
     async def _stack(self, params: worker_api.Stack, _report: Report) -> worker_api.Stacked:
-        named = {name.reference: name.owner for name in params.layers if name is not None}
-        images = {reference: await self._images.pinned(reference, owner) for reference, owner in named.items()}
+        named = {name.reference: name for name in params.layers if name is not None}
+        images = {
+            each.reference: await self._images.pinned(each.reference, each.owner, each.trust) for each in named.values()
+        }
         found = [None if name is None else (images[name.reference], name) for name in params.layers]
         layers = [None if each is None else _find(*each) for each in found]
         for image in images.values():

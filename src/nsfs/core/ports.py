@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from nsfs.model.digest import Digest
     from nsfs.model.oci import Descriptor, Document, Traffic
+    from nsfs.model.referrers import Referrer
     from nsfs.model.route import Route
 
 BLOCK = 4096
@@ -95,6 +96,9 @@ class Source(Protocol):
 
     async def read_blob(self, descriptor: Descriptor, limit: int) -> bytes:
         """All of a small blob, verified by its digest; CorruptError if it is larger than `limit` bytes."""
+
+    async def referrers(self, subject: Digest, artifact_type: str) -> list[Referrer]:
+        """What of that type is attached to a manifest; nothing where nothing can be."""
 
     def statistics(self) -> Traffic:
         """What this source has cost so far."""

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from nsfs.core.tasks import run_all
 from nsfs.errors import CorruptError, NsfsError, UnsupportedError
-from nsfs.format.artifact import ARTIFACT_TYPE, EMPTY, parse_manifest, plan_artifact, render_manifest
+from nsfs.format.artifact import ARTIFACT_TYPE, CREATED, EMPTY, parse_manifest, plan_artifact, render_manifest
 from nsfs.model import oci
 from nsfs.model.digest import Digest
 from nsfs.model.referrers import Referrer, Upload, upload_of
@@ -139,7 +139,11 @@ async def publish(
     await _send(beside, parts, report)
     data = render_manifest(artifact, image)
     referrer = Referrer(
-        media_type=oci.OCI_MANIFEST, digest=Digest.of(data), size=len(data), artifact_type=ARTIFACT_TYPE
+        media_type=oci.OCI_MANIFEST,
+        digest=Digest.of(data),
+        size=len(data),
+        artifact_type=ARTIFACT_TYPE,
+        annotations={CREATED: created},
     )
     await beside.attach(data, oci.OCI_MANIFEST, image.digest, referrer)
     return _report(referrer.digest, image.digest, artifact)

@@ -23,6 +23,7 @@ from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NsfsError, UnreachableError, UsageError
 from nsfs.model.digest import Digest
 from nsfs.model.oci import Descriptor, Document, Traffic
+from nsfs.model.referrers import parse_referrers, render_referrers
 from nsfs.model.report import Data
 from nsfs.model.route import Route
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from nsfs.core.blobs import Blobs
     from nsfs.core.ports import Blob
+    from nsfs.model.referrers import Referrer
 
     Report = Callable[[Struct], Awaitable[None]]
 
@@ -45,6 +47,20 @@ class ManifestName(Struct, kw_only=True):
 
     repository: str
     identifier: str
+
+
+class ReferrersOf(Struct, kw_only=True):
+    """Ask what of a type is attached to a manifest. Answered by Attached."""
+
+    repository: str
+    subject: str
+    artifact_type: str
+
+
+class Attached(Struct, kw_only=True):
+    """Referrers, as a registry lists them: JSON, parsed by who asked."""
+
+    listed: bytes
 
 
 class Manifest(Struct, kw_only=True):
@@ -113,6 +129,11 @@ class RelaySource:
         data = await self.blob(descriptor).fetch(0, descriptor.size)
         _check_digest(data, descriptor.digest)
         return data
+
+    async def referrers(self, subject: Digest, artifact_type: str) -> list[Referrer]:
+        """See Source."""
+        asked = ReferrersOf(repository=self._repository, subject=str(subject), artifact_type=artifact_type)
+        return parse_referrers((await self.ask("Referrers", asked, Attached)).listed)
 
     def statistics(self) -> Traffic:
         """Nothing: what it costs is counted where the registry is asked."""
@@ -222,6 +243,10 @@ def relay_methods(blobs: Blobs) -> dict[str, tuple[type[Struct], Callable[[Any, 
         found = await source.manifest(asked.identifier)
         return Manifest(data=found.data, media_type=found.media_type, digest=str(found.digest))
 
+    async def referrers(asked: ReferrersOf, _report: Report) -> Attached:
+        source = await blobs.source(asked.repository)
+        return Attached(listed=render_referrers(await source.referrers(Digest(asked.subject), asked.artifact_type)))
+
     async def fetch(asked: Range, report: Report) -> Sent:
         blob = await blobs.open(Digest(asked.digest), asked.size, Holder("", asked.repository))
         data = memoryview(await blob.fetch(asked.offset, asked.length))
@@ -236,7 +261,12 @@ def relay_methods(blobs: Blobs) -> dict[str, tuple[type[Struct], Callable[[Any, 
                 await report(Data(piece))
         return Sent(route=_route_of(blob))
 
-    return {"Manifest": (ManifestName, manifest), "Fetch": (Range, fetch), "Stream": (Range, stream)}
+    return {
+        "Manifest": (ManifestName, manifest),
+        "Referrers": (ReferrersOf, referrers),
+        "Fetch": (Range, fetch),
+        "Stream": (Range, stream),
+    }
 
 
 def _route_of(blob: Blob) -> Route:

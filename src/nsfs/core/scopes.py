@@ -30,7 +30,8 @@ class Scopes:
         """The decision; references may be as users write them. Raises UsageError, DeniedError."""
         references = tuple(map(self.complete, request.references))
         if not self._root:
-            rule, domain = "a user's own daemon has one domain", resolve_private_domain(request.wish)
+            rule = "a user's own daemon has one domain"
+            domain = resolve_private_domain(request.wish, self.policy.trust_index)
             return Decision(domain.isolation, domain, rule, (rule,))
         return decide_scope(self.policy, replace(request, references=references))
 

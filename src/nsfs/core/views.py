@@ -9,6 +9,7 @@ from one that was killed serves every view at once.
 from __future__ import annotations
 
 from bisect import bisect_left
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
@@ -74,6 +75,13 @@ class Pool(landing.Pool, Protocol):
         """Drop blocks, with one sync; how many bytes that freed."""
 
 
+class Startups(Protocol):
+    """What comes for starts, not by ranges."""
+
+    def awaited(self, key: LayerKey, owner: str, start: int, end: int) -> trio.Event | None:
+        """What to wait for before these bytes of a layer's stream are fetched otherwise; None for nothing."""
+
+
 class _Open(NamedTuple):
     """A view that somebody asked for."""
 
@@ -95,6 +103,7 @@ class Views:
         pool: Pool,
         fetcher: Fetcher,
         recordings: Recordings,
+        startups: Startups,
     ) -> None:
         self._catalog = catalog
         self._open_table = open_table
@@ -103,6 +112,7 @@ class Views:
         self._pool = pool
         self._fetcher = fetcher
         self._recordings = recordings
+        self._startups = startups
         self._views: dict[str, _Open] = {}
         self._closed: set[str] = set()
         self._sources: WeakValueDictionary[tuple[LayerKey, str], LayerSource] = WeakValueDictionary()
@@ -282,6 +292,7 @@ class Views:
                 blob=blob,
                 make_spans=make_spans,
                 route=blob.route,
+                awaited=partial(self._startups.awaited, key, owner),
             )
         return source
 

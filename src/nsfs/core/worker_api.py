@@ -27,6 +27,8 @@ class Prepare(Struct, kw_only=True):
     platform: str | None = None
     owner: str = ""
     """On whose behalf: `policy.owner_name`. As it is of all calls that name an image."""
+    trust: str = "off"
+    """Which artifact beside the image is believed: `policy.parse_trust`. As it is of these calls."""
     profile: str = "off"
     """What is done with the image's profile: `model.profile.ProfileUse`."""
 
@@ -156,6 +158,7 @@ class Name(Struct, kw_only=True):
     reference: str
     platform: str | None = None
     owner: str = ""
+    trust: str = "off"
 
 
 class LayerName(Struct, frozen=True, kw_only=True):
@@ -169,6 +172,7 @@ class LayerName(Struct, frozen=True, kw_only=True):
     blob: str
     chain: str
     owner: str = ""
+    trust: str = "off"
 
 
 class Indexed(Struct, kw_only=True):

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nsfs.model.encryption import KeyPlace, plan_key
-from nsfs.model.policy import Isolation
+from nsfs.model.policy import TRUST_NONE, TRUST_REPOSITORY, Isolation
 
 if TYPE_CHECKING:
     from nsfs.model.encryption import Encrypt
-    from nsfs.model.policy import Decision, Policy
+    from nsfs.model.policy import Decision, Domain, Policy
 
 _FOLLOWS: dict[Isolation, dict[str, str]] = {
     Isolation.SHARED: {
@@ -54,9 +54,18 @@ _KEYS: dict[KeyPlace, str] = {
 
 
 def follows_of(decision: Decision, encrypt: Encrypt) -> dict[str, str]:
-    """What the decision means for the disk, its key, memory, processes, what others see, and when it ends."""
+    """What the decision means for the disk, its key, memory, processes, what others see, when it ends, indexes."""
     key = "nothing to encrypt" if decision.domain is None else _KEYS[plan_key(decision.domain.name, encrypt)]
-    return {**_FOLLOWS[decision.scope], "key": key}
+    return {**_FOLLOWS[decision.scope], "key": key, "index": _index_of(decision.domain)}
+
+
+def _index_of(domain: Domain | None) -> str:
+    """Who says how layers are read."""
+    if domain is None or domain.trust_index == TRUST_NONE:
+        return "layers without a table of contents are read through here before they are shown"
+    if domain.trust_index == TRUST_REPOSITORY:
+        return "whoever may push to an image's repository says what is in its layers"
+    return f"artifact {domain.trust_index} says what is in its image's layers"
 
 
 def sharers_of(policy: Policy, decision: Decision) -> list[str]:

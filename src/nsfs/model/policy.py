@@ -18,6 +18,7 @@ from functools import lru_cache, reduce
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nsfs.errors import DeniedError, UsageError
+from nsfs.model.digest import Digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,6 +57,8 @@ class Domain:
     isolation: Isolation
     owner: str = ""
     """On whose behalf: `owner_name`. A shared domain has one for each call."""
+    trust_index: str = "off"
+    """Which artifact beside an image is believed, for this call: `parse_trust`."""
 
     @property
     def transient(self) -> bool:
@@ -91,6 +94,25 @@ def parse_isolation(text: str) -> Isolation:
         raise UsageError(f"not an isolation: {text[:100]!r}", hint=f"one of {names}") from None
 
 
+TRUST_NONE: Final = "off"
+TRUST_REPOSITORY: Final = "same-repository"
+
+
+def parse_trust(text: str) -> str:
+    """Which artifact beside an image is believed before its layers were read through; raises UsageError.
+
+    None ("off"), the newest that lies in the image's own repository ("same-repository"), or the one with a digest.
+    """
+    if text in {TRUST_NONE, TRUST_REPOSITORY}:
+        return text
+    try:
+        return Digest(text)
+    except UsageError:
+        raise UsageError(
+            f"not a trust in indexes: {text[:200]!r}", hint="off, same-repository, or the digest of an artifact"
+        ) from None
+
+
 # What an administrator says
 
 
@@ -105,6 +127,8 @@ class Rule:
     image: str = "**"
     """Registry and repository, without tag or digest."""
     plugin: str = "**"
+    trust_index: str = ""
+    """`parse_trust`; "" for what the policy says for domains of one owner, and "off" for shared ones."""
     name: str = ""
     """What `nsfs policy explain` calls it."""
 
@@ -125,6 +149,8 @@ def check_rule(rule: Rule) -> Rule:
             raise UsageError(
                 f"only a shared scope has a domain of a name: {rule.domain}", hint=f"{rule.scope} has one of its own"
             )
+    if rule.trust_index:
+        parse_trust(rule.trust_index)
     if repository_of(rule.image) != rule.image:
         raise UsageError(
             f"an image pattern with a tag or a digest: {rule.image[:200]}",
@@ -139,6 +165,8 @@ class Policy:
 
     default: Isolation = Isolation.ISOLATED
     rules: tuple[Rule, ...] = ()
+    trust_index: str = TRUST_NONE
+    """Where a rule does not say, and the domain is one owner's: `parse_trust`."""
 
 
 def repository_of(reference: str) -> str:
@@ -212,10 +240,12 @@ class _Stand:
     name: str
     rule: str
     reasons: tuple[str, ...]
+    trust: str = ""
+    """What a rule says of indexes; "" where none does."""
 
     def take(self, scope: Isolation, rule: str) -> _Stand:
         name = self.name if scope is self.scope else ""
-        return _Stand(scope, name, rule, (*self.reasons, f"{rule}: {scope}"))
+        return _Stand(scope, name, rule, (*self.reasons, f"{rule}: {scope}"), self.trust)
 
 
 def decide_scope(policy: Policy, request: ScopeRequest) -> Decision:
@@ -233,7 +263,7 @@ def decide_scope(policy: Policy, request: ScopeRequest) -> Decision:
         stand = stand.take(parse_isolation(request.wish), "--isolation")
     if request.label is not None:
         stand = _tighten(stand, request.label)
-    domain = _domain(stand, request, tenant)
+    domain = _domain(stand, request, tenant, policy.trust_index)
     return Decision(stand.scope, domain, stand.rule, stand.reasons)
 
 
@@ -244,7 +274,7 @@ def _stand(policy: Policy, request: ScopeRequest, reference: str) -> _Stand:
         if rule.matches(request.namespace, request.plugin, reference):
             said = f"rule {number}{f' ({rule.name})' if rule.name else ''}"
             where = f" in domain {rule.domain}" if rule.domain else ""
-            stand = _Stand(rule.scope, rule.domain, said, (f"{said}: {rule.scope}{where}",))
+            stand = _Stand(rule.scope, rule.domain, said, (f"{said}: {rule.scope}{where}",), rule.trust_index)
             return (
                 stand.take(named, f"plugin name {request.plugin}") if named and named.is_tighter(stand.scope) else stand
             )
@@ -263,14 +293,16 @@ def _unruled(policy: Policy, request: ScopeRequest, named: Isolation | None) -> 
 
 def _both(one: _Stand, other: _Stand) -> _Stand:
     """What is right for two images at once: the tighter scope, and no domain that is only one's."""
+    trust = one.trust if one.trust == other.trust else TRUST_NONE
     if one.scope is other.scope:
         reasons = tuple(dict.fromkeys((*one.reasons, *other.reasons)))
-        both = _Stand(one.scope, one.name, one.rule, reasons)
+        both = _Stand(one.scope, one.name, one.rule, reasons, trust)
         if one.name == other.name:
             return both
         return both.take(Isolation.ISOLATED, "layers of images that do not share one domain")
     tight, loose = (one, other) if one.scope.is_tighter(other.scope) else (other, one)
-    return _Stand(tight.scope, tight.name, tight.rule, tuple(dict.fromkeys((*loose.reasons, *tight.reasons))))
+    reasons = tuple(dict.fromkeys((*loose.reasons, *tight.reasons)))
+    return _Stand(tight.scope, tight.name, tight.rule, reasons, trust)
 
 
 def _tighten(stand: _Stand, label: str) -> _Stand:
@@ -283,15 +315,16 @@ def _tighten(stand: _Stand, label: str) -> _Stand:
     return stand.take(scope, f"label {ISOLATION_LABEL}") if scope.is_tighter(stand.scope) else stand
 
 
-def _domain(stand: _Stand, request: ScopeRequest, tenant: str) -> Domain | None:
+def _domain(stand: _Stand, request: ScopeRequest, tenant: str, trust: str) -> Domain | None:
+    """`trust` is in which artifact beside an image, where no rule says, and the domain is one owner's."""
     owner = owner_name(request.namespace, tenant)
     match stand.scope:
         case Isolation.SHARED:
-            return Domain(stand.name or "shared", stand.scope, owner)
+            return Domain(stand.name or "shared", stand.scope, owner, stand.trust or TRUST_NONE)
         case Isolation.ISOLATED:
-            return Domain(own_domain(owner), stand.scope, owner)
+            return Domain(own_domain(owner), stand.scope, owner, stand.trust or trust)
         case Isolation.POD:
-            return Domain(f"pod/{request.mount_id}", stand.scope, owner)
+            return Domain(f"pod/{request.mount_id}", stand.scope, owner, stand.trust or trust)
         case Isolation.GUEST:
             return None
 
@@ -340,14 +373,14 @@ def own_domains(namespace: str, domains: Iterable[str]) -> list[str]:
     return [domain for domain in domains if domain == own or domain.startswith(f"{own}/")]
 
 
-def resolve_private_domain(wish: str | None) -> Domain:
+def resolve_private_domain(wish: str | None, trust: str = TRUST_NONE) -> Domain:
     """The one domain of a daemon that belongs to a user who is not root; raises DeniedError for any other scope."""
     if wish is not None and parse_isolation(wish) is not Isolation.SHARED:
         raise DeniedError(
             f"isolation needs root: {wish}",
             hint="all mounts of one user run under that user's uid and share one pool; leave --isolation away",
         )
-    return Domain("shared", Isolation.SHARED)
+    return Domain("shared", Isolation.SHARED, trust_index=trust)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,9 @@ def origin_of(registry: str, network: str = "") -> str:
 class LayerKey:
     """A layer of a domain: a blob, and the index that its content is read by.
 
-    `index` is "plain", or "estargz-" and the hex digits of the TOC's digest. In a domain of several owners a layer is
-    also one registry's, its `origin`: what another says that it has, it must give itself.
+    `index` is "plain", or "estargz-" and the hex digits of the TOC's digest, or "artifact-" and those of an artifact's
+    manifest: what is read by an index that is only claimed has addresses that no other index has. In a domain of
+    several owners a layer is also one registry's, its `origin`: what another says that it has, it must give itself.
     """
 
     blob: Digest
@@ -67,7 +68,7 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
     diff_id: Digest | None
     """Where it was verified; None where it is only claimed."""
     verified: str
-    """Against what the index was verified: "diff-id", "toc"."""
+    """Against what the index was verified: "diff-id", "toc"; "" where an artifact claims it, and nothing was."""
     stream_size: int
     files: int
     """Regular files."""
@@ -78,6 +79,12 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
     """Whether absent content can be fetched by ranges."""
     whole: bool = False
     """It never can be: a frame or block is too large to be decompressed in memory. Content comes back all at once."""
+    spans_blob: str = ""
+    """Of an index that an artifact claims: the blob of the artifact that has the spans, by digest; they come later."""
+    spans_size: int = 0
+    """Bytes of that blob."""
+    fenced: str = ""
+    """Why nothing more is read by this index: it was found not to be the blob's."""
     no_toc: str = ""
     """Why the layer is read by this index, where its manifest promises a table of contents that was not found."""
     fetched: int = 0
@@ -145,6 +152,9 @@ class ImageRecord(Struct, frozen=True, kw_only=True):
     """Its contents are to be complete, and stay."""
     owner: str = ""
     """Who pinned it, where several share the domain."""
+    artifact: bytes = b""
+    """Manifest of an artifact beside the image, where one was believed; the same is taken again."""
+    artifact_digest: str = ""
 
     @property
     def manifest_digest(self) -> Digest:

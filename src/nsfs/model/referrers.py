@@ -19,7 +19,7 @@ from nsfs.model import oci
 from nsfs.model.digest import Digest  # noqa: TC001  msgspec reads the annotations
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
 MAX_REFERRERS: Final = 10_000
 _MAX_HEX: Final = 64
@@ -67,6 +67,11 @@ def parse_referrers(data: bytes) -> list[Referrer]:
     if len(found) > MAX_REFERRERS:
         raise CorruptError(f"a list of referrers is too long: {len(found)}")
     return found
+
+
+def render_referrers(found: Sequence[Referrer]) -> bytes:
+    """What `parse_referrers` gives the same of."""
+    return msgspec.json.encode({"manifests": [msgspec.to_builtins(each, enc_hook=str) for each in found]})
 
 
 def plan_added(data: bytes | None, referrer: Referrer) -> bytes:

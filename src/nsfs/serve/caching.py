@@ -11,6 +11,7 @@ import msgspec
 
 from nsfs.core import worker_api
 from nsfs.serve import api
+from nsfs.serve.control import name_in
 
 if TYPE_CHECKING:
     from nsfs.core.cache import Cache
@@ -50,7 +51,7 @@ class Caching:
 
     async def _ask(self, request: api.ImageRequest, method: str, result: type[T], report: Report) -> T:
         domain = self._control.domain(request)
-        name = worker_api.Name(reference=request.reference, platform=request.platform, owner=domain.owner)
+        name = name_in(domain, request)
         return await self._control.ask(domain, method, name, result, report)
 
     async def _evict(self, request: api.ImageRequest, report: Report) -> api.EvictReport:

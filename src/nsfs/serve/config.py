@@ -182,6 +182,8 @@ class Config(Struct, frozen=True, kw_only=True):
     """What a mount that does not say gets: shared, isolated, pod or guest."""
     policy: str = ""
     """File of rules that say what shares what, by namespace, image and plugin name; empty for none."""
+    trust_index: str = "off"
+    """Which artifact beside an image is believed, in domains of one owner: off, same-repository, or its digest."""
     encrypt: Encrypt = Encrypt.ISOLATED
     """What is encrypted on disk: isolated (domains of one namespace or pod), all, or off; domains that begin now."""
     key_file: str = ""

@@ -169,13 +169,12 @@ class Control:
 
     async def _export(self, request: api.ImageRequest, report: Report) -> api.ExportReport:
         domain = self.domain(request)
-        name = worker_api.Name(reference=request.reference, platform=request.platform, owner=domain.owner)
-        found = await self.ask(domain, "Export", name, worker_api.Exported, report)
+        found = await self.ask(domain, "Export", name_in(domain, request), worker_api.Exported, report)
         return api.ExportReport(reference=found.reference, digest=found.digest)
 
     async def _report_image(self, method: str, request: api.ImageRequest, report: Report) -> ImageReport:
         domain = self.domain(request)
-        name = worker_api.Name(reference=request.reference, platform=request.platform, owner=domain.owner)
+        name = name_in(domain, request)
         found = await self.ask(domain, method, name, ImageReport, report)
         found.domain = domain.name
         return found
@@ -187,6 +186,7 @@ class Control:
             domain = self.domain(request)
             name = worker_api.PathName(
                 owner=domain.owner,
+                trust=domain.trust_index,
                 reference=request.reference,
                 platform=request.platform,
                 path=request.path,
@@ -273,3 +273,10 @@ class Control:
         except NsfsError as error:
             status = worker_api.WorkerStatus(layers=0, local=0, fetched=0, state=str(error))
         return api.DomainReport(name=name, pid=pid, **msgspec.structs.asdict(status))
+
+
+def name_in(domain: Domain, request: api.ImageRequest) -> worker_api.Name:
+    """What a request calls an image, for the worker of that domain."""
+    return worker_api.Name(
+        reference=request.reference, platform=request.platform, owner=domain.owner, trust=domain.trust_index
+    )

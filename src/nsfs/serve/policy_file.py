@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from nsfs.errors import DeniedError, NotFoundError, UsageError
-from nsfs.model.policy import Isolation, Policy, Rule, check_rule
+from nsfs.model.policy import TRUST_NONE, Isolation, Policy, Rule, check_rule, parse_trust
 from nsfs.serve.config import tidy
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class _Rule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     namespace: str = "**"
     image: str = "**"
     plugin: str = "**"
+    trust_index: str = ""
     name: str = ""
 
 
@@ -34,7 +35,7 @@ class _File(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rule: list[_Rule] = []
 
 
-def parse_policy(text: str, default: Isolation, source: str = "policy") -> Policy:
+def parse_policy(text: str, default: Isolation, source: str = "policy", *, trust_index: str = TRUST_NONE) -> Policy:
     """The rules of the TOML document `text`, over `default`; raises UsageError that names `source` and the rule."""
     try:
         file = msgspec.convert(tomllib.loads(text), _File)
@@ -42,14 +43,15 @@ def parse_policy(text: str, default: Isolation, source: str = "policy") -> Polic
         raise UsageError(f"{source} is no TOML: {error}") from None
     except msgspec.ValidationError as error:
         raise UsageError(f"{source}: {tidy(str(error))}") from None
-    return Policy(default, tuple(_check(number, rule, source) for number, rule in enumerate(file.rule, 1)))
+    rules = tuple(_check(number, rule, source) for number, rule in enumerate(file.rule, 1))
+    return Policy(default, rules, trust_index)
 
 
 def load_policy(config: Config) -> Policy:
     """What `config` says, its policy file's rules included; raises NotFoundError, DeniedError, UsageError."""
-    path = config.policy
+    path, trust = config.policy, parse_trust(config.trust_index)
     if not path:
-        return Policy(config.isolation)
+        return Policy(config.isolation, trust_index=trust)
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -59,7 +61,7 @@ def load_policy(config: Config) -> Policy:
         raise DeniedError(f"policy is not readable: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"policy is not readable: {path}: {error}") from None
-    return parse_policy(text, config.isolation, path)
+    return parse_policy(text, config.isolation, path, trust_index=trust)
 
 
 def _check(number: int, rule: _Rule, source: str) -> Rule:

@@ -1,0 +1,135 @@
+"""Layers as an artifact beside their image says that they are read: claims, until somebody reads all of the blob.
+
+Owns how the two parts of a claim become a layer of the domain: its index at once, its spans when a read first wants
+what the start-up pack did not bring. Such a layer has addresses of its own, which no content found elsewhere is ever
+joined with. Refuses parts whose digests are not those that the artifact names.
+
+Concurrency: what takes a part apart is a job; one of a kind at a time for a layer, as `core.layers` sees to.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
+
+from nsfs.errors import CorruptError
+from nsfs.format.artifact import MAX_BLOB
+from nsfs.model.digest import Digest
+from nsfs.model.pool import Access
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nsfs.core.blobs import Blobs
+    from nsfs.core.images import Claim, Image, Layer
+    from nsfs.core.jobs import Jobs
+    from nsfs.model.pool import LayerKey, LayerRecord
+
+
+class ClaimArgs(Struct, kw_only=True):
+    """For `read_artifact` and `read_spans`. One more descriptor: that blob of the artifact in a memfd."""
+
+    domain: str
+    blob: str
+    origin: str
+    index: str
+    blob_size: int
+    media_type: str
+    spans_blob: str = ""
+    spans_size: int = 0
+
+
+class LayerMade(Struct, kw_only=True):
+    """A layer was committed to the domain's index; these addresses' bits and bytes are to be made durable."""
+
+    ranges: list[tuple[int, int]] = []
+    map: MapMade | None = None
+
+
+class MapMade(Struct, kw_only=True):
+    """A map was written, unless it needs the layers below."""
+
+    needs_lower: bool
+    marks: bool = False
+    opaque: bool = False
+    borrowed: list[int] = []
+    """Which of the maps below have addresses that this one uses."""
+
+
+class Startups(Protocol):
+    """What is known to be read first of images that an artifact says how to read."""
+
+    def begin(self, image: Image) -> None:
+        """Begin to have it here, for layers as soon as they are ready."""
+
+    def ready(self, key: LayerKey) -> None:
+        """The layer can take bytes."""
+
+
+class ClaimedLayers:
+    """The service."""
+
+    def __init__(self, directory: str, blobs: Blobs, jobs: Jobs, startups: Startups) -> None:
+        self._directory = directory
+        """The domain's."""
+        self._blobs = blobs
+        self._jobs = jobs
+        self._startups = startups
+
+    async def index(self, image: Image, layer: Layer, claim: Claim, key: LayerKey) -> LayerMade:
+        """Take the layer's index from the artifact, while what a start reads begins to come; raises NsfsError."""
+        self._startups.begin(image)
+        source = await self._blobs.source(image.repository, layer.access.owner)
+        data = await source.read_blob(claim.layer.index, MAX_BLOB)
+        spans = claim.layer.spans
+        await self._blobs.add([spans.digest], image.repository, layer.access)
+        args = ClaimArgs(
+            domain=self._directory,
+            blob=str(key.blob),
+            origin=key.origin,
+            index=key.index,
+            blob_size=layer.descriptor.size,
+            media_type=layer.descriptor.media_type,
+            spans_blob=str(spans.digest),
+            spans_size=spans.size,
+        )
+        with memory_file(data) as fd:
+            return await self._jobs.run("nsfs.layer_jobs:read_artifact", args, [fd], LayerMade)
+
+    def ready(self, key: LayerKey) -> None:
+        """The layer's index is complete: what its start reads can be kept."""
+        self._startups.ready(key)
+
+    async def take_spans(self, record: LayerRecord, owner: str) -> None:
+        """Take the layer's spans from the artifact; raises NsfsError."""
+        named = Digest(record.spans_blob)
+        blob = self._blobs.blob(named, record.spans_size, Access(owner, record.origin))
+        data = await blob.fetch(0, blob.size)
+        if Digest.of(data) != named:
+            raise CorruptError(f"what an artifact has of a layer is not what it names: {named}")
+        args = ClaimArgs(
+            domain=self._directory,
+            blob=str(record.blob),
+            origin=record.origin,
+            index=record.index,
+            blob_size=record.blob_size,
+            media_type=record.media_type,
+        )
+        with memory_file(data) as fd:
+            await self._jobs.run("nsfs.layer_jobs:read_spans", args, [fd], LayerMade)
+
+
+@contextmanager
+def memory_file(data: bytes) -> Iterator[int]:
+    """A descriptor with these bytes, at their beginning, while the block lasts."""
+    fd = os.memfd_create("nsfs-layer", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)

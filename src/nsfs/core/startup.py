@@ -1,0 +1,223 @@
+"""Start-up packs: what a start of an image reads comes as one stream, in the order of first use, into its layers.
+
+Owns the packs that are under way: each comes once at a time for an owner, is verified piece by piece, and goes to those
+layers only that are read by the index of the artifact which has the pack. A read of what is soon to come waits for it.
+Refuses nothing: whatever goes wrong ends the pack, and reads fetch by ranges what it did not bring.
+
+Concurrency: tasks in the worker's nursery. One receives, at most `_AHEAD` pieces ahead of the one that stores, which
+waits for each layer until it can take bytes; pieces are taken apart in threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from bisect import bisect_right
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from nsfs.core.fetchplan import Window
+from nsfs.core.landing import store_window
+from nsfs.core.tasks import run_all
+from nsfs.errors import CorruptError, NsfsError
+from nsfs.format.artifact import MAX_BLOB
+from nsfs.format.pack import open_piece, parse_table
+from nsfs.model.pool import LayerKey
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+
+    from nsfs.core.blobs import Blobs
+    from nsfs.core.fetchplan import Table
+    from nsfs.core.images import Image
+    from nsfs.core.landing import Pool
+    from nsfs.format.artifact import StartupPack
+    from nsfs.format.pack import PackPiece, PackTable
+
+log = logging.getLogger(__name__)
+
+SOON: Final = 8 << 20
+"""Bytes of the pack: what lies no further ahead of what came last is waited for."""
+_AHEAD: Final = 64
+"""Pieces that are received and not stored yet."""
+_READY: Final = 30.0
+"""Seconds that a piece waits for its layer."""
+
+
+@dataclass(eq=False, slots=True)
+class _Coming:
+    """What of one layer is still to come: runs by where they begin in the stream, without overlap."""
+
+    starts: list[int]
+    ends: list[int]
+    pieces: list[int]
+    """The number of each run's piece."""
+
+
+@dataclass(eq=False, slots=True)
+class Startup:
+    """One pack that is under way."""
+
+    keys: Mapping[int, LayerKey]
+    """The layers that are to have it, by their numbers in the table."""
+    table: PackTable
+    coming: dict[LayerKey, _Coming]
+    offsets: list[int]
+    """Where each piece begins in the pack."""
+    stored: list[trio.Event]
+    """By piece: it is in the pool, or will not be."""
+    received: int = 0
+    """Bytes of the pack so far."""
+
+    @classmethod
+    def plan(cls, image: Image, table: PackTable) -> Startup:
+        """What the layers that this image's artifact reads are to have of its pack."""
+        claims = {str(layer.digest): (layer, layer.claim) for layer in image.layers}
+        keys: dict[int, LayerKey] = {}
+        for number, blob in enumerate(table.layers):
+            layer, claim = claims.get(blob, (None, None))
+            if layer is not None and claim is not None:
+                keys[number] = LayerKey(layer.digest, claim.index, layer.access.origin)
+        coming = {key: _coming(table, number) for number, key in keys.items()}
+        offsets = [0, *itertools.accumulate(piece.length for piece in table.pieces)]
+        return cls(keys, table, coming, offsets, [trio.Event() for _ in table.pieces])
+
+    def awaited(self, key: LayerKey, start: int, end: int) -> trio.Event | None:
+        """What to wait for before these bytes of a layer's stream are fetched otherwise; None for nothing."""
+        found = self.coming.get(key)
+        if found is None:
+            return None
+        number = bisect_right(found.ends, start)
+        while number < len(found.starts) and found.starts[number] < end:
+            piece = found.pieces[number]
+            if not self.stored[piece].is_set() and self.offsets[piece] - self.received <= SOON:
+                return self.stored[piece]
+            number += 1
+        return None
+
+
+class Startups:
+    """The service."""
+
+    def __init__(
+        self,
+        open_table: Callable[[LayerKey], Table],
+        pool: Pool,
+        blobs: Blobs,
+        nursery: trio.Nursery,
+        is_known: Callable[[LayerKey], bool],
+    ) -> None:
+        self._open_table = open_table
+        self._pool = pool
+        self._blobs = blobs
+        self._nursery = nursery
+        self._is_known = is_known
+        """Whether a layer can take bytes."""
+        self._running: dict[tuple[str, str], Startup | None] = {}
+        """By digest of the pack, and owner; None until its table is here."""
+        self._became_ready = trio.Event()
+
+    def begin(self, image: Image) -> None:
+        """Begin to have what a start of the image reads, if its artifact has that and nobody did."""
+        if image.pack is not None:
+            name = str(image.pack.pack.digest), image.access.owner
+            if name not in self._running:
+                self._running[name] = None
+                self._nursery.start_soon(self._run, image, image.pack, name)
+
+    def ready(self, key: LayerKey) -> None:
+        """The layer can take bytes."""
+        del key
+        self._became_ready.set()
+        self._became_ready = trio.Event()
+
+    def awaited(self, key: LayerKey, owner: str, start: int, end: int) -> trio.Event | None:
+        """What to wait for before these bytes of a layer's stream are fetched otherwise; None for nothing."""
+        for (_, whose), startup in self._running.items():
+            if startup is not None and whose == owner and (event := startup.awaited(key, start, end)) is not None:
+                return event
+        return None
+
+    async def _run(self, image: Image, pack: StartupPack, name: tuple[str, str]) -> None:
+        try:
+            source = await self._blobs.source(image.repository, image.access.owner)
+            data = await source.read_blob(pack.table, MAX_BLOB)
+            startup = await trio.to_thread.run_sync(Startup.plan, image, parse_table(data, pack.pack.size))
+            self._running[name] = startup
+            blob = source.blob(pack.pack)
+            async with blob.stream() as stream:
+                await self._take(startup, stream)
+            log.info("a start of %s has what it reads: %d bytes", image.reference, startup.table.size)
+        except NsfsError as error:
+            log.info("a start-up pack of %s ends: %s", image.reference, error)
+        except Exception:
+            log.exception("a bug: no start-up pack of %s", image.reference)
+        finally:
+            ended = self._running.pop(name)
+            for event in ended.stored if ended else ():
+                event.set()
+
+    async def _take(self, startup: Startup, stream: AsyncIterator[bytes]) -> None:
+        send, receive = trio.open_memory_channel[bytes](_AHEAD)
+
+        async def pump() -> None:
+            async with send, aclosing(_pieces(startup, stream)) as pieces:
+                async for packed in pieces:
+                    await send.send(packed)
+
+        async def store() -> None:
+            number = 0
+            async for packed in receive:
+                await self._store(startup, number, packed)
+                startup.stored[number].set()
+                number += 1
+
+        await run_all((pump, store))
+
+    async def _store(self, startup: Startup, number: int, packed: bytes) -> None:
+        """Store what a piece has of layers that are read by this artifact."""
+        piece = startup.table.pieces[number]
+        keys = {run.layer: startup.keys[run.layer] for run in piece.runs if run.layer in startup.keys}
+        first = next(iter(keys.values()), None)
+        if first is not None:
+            self._blobs.fetched[first.blob] += len(packed)
+        with trio.move_on_after(_READY):
+            for key in keys.values():
+                while not self._is_known(key):
+                    await self._became_ready.wait()
+        known = {layer: self._open_table(key) for layer, key in keys.items() if self._is_known(key)}
+        await trio.to_thread.run_sync(self._write, piece, packed, known)
+
+    def _write(self, piece: PackPiece, packed: bytes, tables: Mapping[int, Table]) -> None:
+        runs = open_piece(piece, packed)
+        for layer, table in tables.items():
+            window = Window((run.start, data) for run, data in runs if run.layer == layer)
+            if (refused := store_window(self._pool, table, window)) is not None:
+                raise refused
+
+
+async def _pieces(startup: Startup, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The pack's pieces, as they are complete."""
+    buffer = bytearray()
+    for piece in startup.table.pieces:
+        while len(buffer) < piece.length:
+            data = await anext(stream, b"")
+            if not data:
+                raise CorruptError("a start-up pack ends early")
+            buffer += data
+            startup.received += len(data)
+        yield bytes(buffer[: piece.length])
+        del buffer[: piece.length]
+
+
+def _coming(table: PackTable, layer: int) -> _Coming:
+    runs = sorted(
+        (run.start, run.start + run.length, number)
+        for number, piece in enumerate(table.pieces)
+        for run in piece.runs
+        if run.layer == layer
+    )
+    return _Coming([run[0] for run in runs], [run[1] for run in runs], [run[2] for run in runs])
