@@ -46,8 +46,9 @@ from nsfs.serve.caching import Caching
 from nsfs.serve.containerd import Runtime, open_containerd
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
-from nsfs.serve.credentials import Keychain, forbid_core_dumps
+from nsfs.serve.credentials import Keychain
 from nsfs.serve.door import listening
+from nsfs.serve.dumps import forbid_core_dumps
 from nsfs.serve.fdstore import HolderStore, Notifier, SystemdStore
 from nsfs.serve.forkserver import launch_server, open_fork_server
 from nsfs.serve.fronts import open_fronts

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from images import Image, file, gzip_layer
 from nsfs_daemon import NSFS, Daemon, run_daemon
 from private_user import UID, private_user
 from registry import PASSWORD, USER, Registry, run_registry
-from users import cat, noise, push, read
+from users import cat, noise, push, read, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,6 +118,42 @@ def test_files_helpers_and_providers_of_namespaces(locked: Registry, arena: Path
                 assert not dumps_core(pid)
     finally:
         os.environ["PATH"] = os.environ["PATH"].removesuffix(f":{arena}")
+
+
+def test_who_has_a_secret_dumps_no_core(locked: Registry, arena: Path) -> None:
+    """The daemon, `nsfs login`, and the programs that are asked for credentials, by their limits; none is dumpable."""
+    seen = arena / "seen"
+    helper = arena / "docker-credential-dumps"
+    helper.write_text(f"#!/bin/sh\ncat /proc/self/limits >>{seen}\necho 'credentials not found'\nexit 1\n")
+    helper.chmod(0o755)
+    (arena / "a.json").write_text(json.dumps({"credsStore": "dumps"}))
+    command = [*NSFS, "--socket", "SOCKET", "login", "-n", "other", locked.host, "--username", USER, "--password-stdin"]
+    pipe = subprocess.PIPE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(arena), prepend=":")
+        resource.prlimit(0, resource.RLIMIT_CORE, (1 << 20, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        with run_daemon(str(arena / "d"), {"namespace.team": {"docker_config": str(arena / "a.json")}}) as daemon:
+            assert looks(daemon, locked, "team") != 0
+            command[command.index("SOCKET")] = daemon.socket
+            with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as login:
+                wait_until(lambda: core_limit(read(f"/proc/{login.pid}/limits")) == [b"1", b"1"], "login's limit")
+                assert not dumps_core(login.pid)
+                login.communicate(b"wrong\n")
+            for found in (read(str(seen)), *(read(f"/proc/{pid}/limits") for pid in below(daemon.pid))):
+                assert core_limit(found) in ([b"1", b"1"], [b"0", b"0"])
+
+
+def below(pid: int) -> list[int]:
+    """A process, and those that it started."""
+    children = read(f"/proc/{pid}/task/{pid}/children").split()
+    return [pid, *(each for child in children for each in below(int(child)))]
+
+
+def core_limit(limits: bytes) -> list[bytes]:
+    """Soft and hard limit (proc(5))."""
+    found = re.search(rb"^Max core file size +(\S+) +(\S+)", limits, re.MULTILINE)
+    assert found is not None
+    return list(found.groups())
 
 
 def dumps_core(pid: int) -> bool:

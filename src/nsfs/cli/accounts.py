@@ -12,6 +12,7 @@ from nsfs.cli.render import render_json
 from nsfs.cli.session import Session, pass_session
 from nsfs.errors import UsageError
 from nsfs.serve import api
+from nsfs.serve.dumps import forbid_core_dumps
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -32,6 +33,7 @@ def login(
     session: Session, registry: str, *, namespace: str, username: str | None, password_stdin: bool, as_json: bool
 ) -> None:
     """Have a namespace ask REGISTRY with a name and password of its own, once REGISTRY has accepted them."""
+    forbid_core_dumps()
     name = username or _prompt("username")
     password = _read_password(sys.stdin) if password_stdin else _prompt("password", hide=True)
     request = api.LoginRequest(registry=registry, namespace=namespace, username=name, password=password)

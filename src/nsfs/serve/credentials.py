@@ -13,7 +13,6 @@ core dump. Concurrency: any number of tasks.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 from functools import lru_cache
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
 HOST: Final = "default"
 """The namespace that is the host's own: of whoever names none."""
-_PR_SET_DUMPABLE: Final = 4
 
 
 class Keychain:
@@ -132,12 +130,6 @@ class AskedCredentials:
         if not found.known:
             return None
         return Credential(found.username, found.password, found.identity_token, found.life)
-
-
-def forbid_core_dumps() -> None:
-    """Keep this process, and what it forks, out of core dumps, and from being traced by others of its user."""
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise NsfsError(f"core dumps cannot be forbidden: {os.strerror(ctypes.get_errno())}")
 
 
 def _answer(found: Credential) -> worker_api.CredentialAnswer:
