@@ -2,11 +2,14 @@
 
 Owns the collecting: workers count what they ask and receive, as their one owner; every few seconds the daemon takes
 that over into its records. A shared domain asks by its owners' own workers, so it is charged to whom it is due. What a
-worker counted since it was last asked is lost where it is killed.
+worker counted since it was last asked is lost where it is killed; what cannot be written is kept in memory, and written
+when it can be.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
@@ -16,9 +19,11 @@ from nsfs.errors import NsfsError
 from nsfs.model.report import Cost
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from nsfs.serve.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
 
 _EVERY: Final = 5.0
 """Seconds."""
@@ -40,6 +45,9 @@ class Accounts:
     def __init__(self, book: Book, supervisor: Supervisor) -> None:
         self._book = book
         self._supervisor = supervisor
+        self._unwritten: defaultdict[str, list[Cost]] = defaultdict(list)
+        """By owner."""
+        self._told = ""
 
     async def follow(self) -> None:
         """Take over what workers counted, again and again."""
@@ -54,8 +62,21 @@ class Accounts:
                 found = await self._supervisor.ask_now(domain, "TakeCosts", Empty(), Costs)
             except NsfsError:
                 continue
-            if found.costs:
-                await trio.to_thread.run_sync(self._book.add_costs, owner, found.costs)
+            self._unwritten[owner] += found.costs
+        for owner in [owner for owner, costs in self._unwritten.items() if costs]:
+            await self._write(owner)
+
+    async def _write(self, owner: str) -> None:
+        """One at a time has the costs: what is written is no more among them."""
+        costs = self._unwritten.pop(owner, [])
+        try:
+            await trio.to_thread.run_sync(self._book.add_costs, owner, costs)
+            self._told = ""
+        except NsfsError as error:
+            self._unwritten[owner] = _sum([*costs, *self._unwritten[owner]])
+            if error.message != self._told:
+                log.warning("what requests cost is not written yet: %s", error)
+            self._told = error.message
 
     async def of(self, owners: Sequence[str]) -> list[Cost]:
         """What these owners' requests cost until now, by server."""
@@ -64,10 +85,18 @@ class Accounts:
 
     async def known(self, owners: Sequence[str]) -> list[Cost]:
         """As `of`, but for what workers counted in the last seconds: nobody is asked."""
-        total: dict[str, Cost] = {}
+        found: list[Cost] = []
         for owner in owners:
-            for cost in await trio.to_thread.run_sync(self._book.costs, owner):
-                sum_ = total.setdefault(cost.server, Cost(server=cost.server, requests=0, received=0))
-                sum_.requests += cost.requests
-                sum_.received += cost.received
-        return [total[server] for server in sorted(total)]
+            found += await trio.to_thread.run_sync(self._book.costs, owner)
+            found += self._unwritten.get(owner, [])
+        return _sum(found)
+
+
+def _sum(costs: Iterable[Cost]) -> list[Cost]:
+    """One for each server."""
+    total: dict[str, Cost] = {}
+    for cost in costs:
+        sum_ = total.setdefault(cost.server, Cost(server=cost.server, requests=0, received=0))
+        sum_.requests += cost.requests
+        sum_.received += cost.received
+    return [total[server] for server in sorted(total)]
