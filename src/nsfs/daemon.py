@@ -330,8 +330,8 @@ class _Owners:
     async def forget(self, owner: str) -> None:
         """Nobody of that name is left: who comes later has neither the credentials nor the grants, and pays nothing."""
         await trio.to_thread.run_sync(self._meta.forget_costs, owner)
-        await self._keychain.forget(owner)
         await self._broker.forget(owner, await trio.to_thread.run_sync(self._store.names))
+        await self._keychain.forget(owner)  # last: who has nothing else is known by it
 
 
 def _limits(site: _Site, store: Domains) -> Limits:

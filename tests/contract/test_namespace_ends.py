@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import pytest
 import published
 from fakes import FakeRegistry
 from images import Image, directory, file, gzip_layer, sample_content
-from nsfs_daemon import NSFS, run_daemon
+from mounting import swept
+from nsfs_daemon import NSFS, mortal_daemons, run_daemon
 from registry import PASSWORD, USER, run_registry
 from snapshots_api import Backend, mounted
 
@@ -194,6 +196,60 @@ def test_what_a_person_reads(daemon: Daemon, registry: FakeRegistry) -> None:
     said = daemon.nsfs("ns", "rm", "seen").stderr
     assert "namespace seen has ended: 1 domain" in said
     assert "containerd still lists" in said
+
+
+DIES = """
+import importlib, inspect, os, signal
+
+def dies(method):
+    def end(*args, **options):
+        method(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    async def end_later(*args, **options):
+        await method(*args, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return end_later if inspect.iscoroutinefunction(method) else end
+
+if place := os.environ.get("NSFS_TEST_DIES"):
+    module, _, path = place.partition(":")
+    kind, _, name = path.partition(".")
+    owner = getattr(importlib.import_module(module), kind)
+    setattr(owner, name, dies(getattr(owner, name)))
+"""
+"""Imported by every interpreter of a daemon: it is killed as soon as it has done what the environment names."""
+STEPS = (
+    "nsfs.serve.relay:Broker.forget",
+    "nsfs.serve.credentials:Keychain.forget",
+    "nsfs.core.manual:Lowers.end",
+    "nsfs.store.meta:Meta.forget_namespace",
+)
+
+
+def test_an_end_that_is_interrupted_anywhere_can_be_asked_for_again(
+    registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(DIES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"), prepend=":")
+    made = image(7)
+    reference = published.publish(registry, made, "interrupted")
+    granted = ("inspect", "--isolation", "shared", "--namespace", "red", reference)
+    with swept(tmp_path), mortal_daemons(str(tmp_path / "d")) as start:
+        for step in STEPS:
+            monkeypatch.setenv("NSFS_TEST_DIES", step)
+            daemon = start()
+            before = len(registry.requests(path=made.layers[0].digest))
+            daemon.nsfs(*granted)
+            assert len(registry.requests(path=made.layers[0].digest)) > before, "a grant was left"
+            os.makedirs(f"{daemon.root}/credentials/red", exist_ok=True)
+            assert daemon.nsfs("ns", "rm", "red", check=False).returncode != 0
+            monkeypatch.delenv("NSFS_TEST_DIES")
+            daemon = start()
+            assert daemon.nsfs("ns", "rm", "red", check=False).returncode in {0, 3}, "3: it had come to its end"
+            assert "red" not in namespaces(daemon), step
+            assert not [name for name in domains(daemon) | keys(daemon) if name.startswith("ns%2Fred")], step
+            assert not os.path.exists(f"{daemon.root}/credentials/red"), step
+            os.kill(daemon.pid, signal.SIGKILL)
 
 
 def test_what_was_granted_is_forgotten_also_where_nobody_serves_it(registry: FakeRegistry, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Namespaces: what each has here, and how all of it ends at once.
 
-Owns the order of an end: mounts by hand, containerd's snapshots, domains with their pools, credentials; last the memory
-that the namespace came by containerd. An end that is interrupted can be asked for again. Refuses to end what somebody
-uses, unless it is forced; domains that others share stay.
+Owns the order of an end: mounts by hand, containerd's snapshots, what there is of its owners, domains with their pools;
+last the memory that the namespace came by containerd. By its domains a namespace is known, and its tenants, so that an
+end that is interrupted anywhere can be asked for again. Refuses to end what somebody uses, unless it is forced; domains
+that others share stay.
 
 Concurrency: one end at a time. What is asked for on behalf of the namespace meanwhile may begin it anew.
 """
@@ -194,12 +195,12 @@ class Namespaces:
         namespace = found.namespace
         snapshots = await self._snapshots.drop(namespace)
         domains = own_domains(namespace, await self.domains())
+        for owner in sorted({*found.owners, *(name.removeprefix("ns/") for name in domains)}):
+            await self._owners.forget(owner)
         freed = 0
         for name in domains:
             freed += (await self.measure(name)).size
             await self._lowers.end(Domain(name, Isolation.ISOLATED))
-        for owner in sorted({*found.owners, *(name.removeprefix("ns/") for name in domains)}):
-            await self._owners.forget(owner)
         await trio.to_thread.run_sync(partial(self._memory.forget_namespace, namespace))
         return Ended(len(found.mounts), snapshots, domains, freed)
 
