@@ -35,7 +35,7 @@ def test_a_pod_runs_from_images_that_nobody_downloaded(tmp_path: Path, release: 
                 assert wait_until(lambda: pod.log("c") == "the second layer\n")
                 pod.ask(container, "/bin/sh", "-c", "echo x > /etc/x")
                 assert pod.ask(container, "/bin/sh", "-c", "cat /etc/x /data/words") == f"x\n{busybox.WORDS.decode()}"
-                assert len(node.views()) == 2
+                assert len(node.views()) == 3, "each first start, of the sandbox and of the container, has its own"
                 assert _blobs(node) == _documents(busybox.image()) | _documents(PAUSE)
             for reference in (app, pause):
                 cri.remove_image(reference)
