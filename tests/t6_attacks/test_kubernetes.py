@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DOCUMENT = Path(__file__).parents[2] / "docs/containerd.md"
 SECRET, OWN = b"private to a", b"b's own"
+GENUINE, POISON = b"as its publisher made it", b"as b would have it"
 PAUSE = Image((busybox.base(),), {"Entrypoint": ["/bin/sleep", "1000000"]})
 
 
@@ -99,3 +100,17 @@ def test_classes_tell_tenants_apart(node: Node, registry: Registry, pause: str, 
         assert pods.read("a", reference, "/secret") == SECRET
         assert pods.read("b", forged, "/secret") == (OWN if classes else SECRET)
     assert {"ns/k8s.io/a", "ns/k8s.io/b"} <= set(node.daemon.workers()) or not classes
+
+
+@pytest.mark.parametrize("classes", [False, True], ids=["one-class", "classes"])
+def test_classes_keep_poison_apart(node: Node, registry: Registry, pause: str, classes: bool, tmp_path: Path) -> None:
+    """b is first with a public image's diff IDs over a blob of b's: with a class for each, a sees the real one."""
+    with Cri(node.containerd.socket) as cri:
+        pods = Pods(cri, str(tmp_path), classes=classes)
+        pods.pull("a", pause)
+        public = Image((busybox.base(), gzip_layer([file("tool", GENUINE), file("seed", b"%d" % classes)])))
+        lie = pretending(public, estargz_layer([file("tool", POISON)]))
+        pods.pull("b", publish(registry, lie, f"poison{classes:d}", tmp_path))
+        genuine = publish(registry, public, f"public{classes:d}", tmp_path)
+        pods.pull("a", genuine)
+        assert pods.read("a", genuine, "/tool") == (GENUINE if classes else POISON)

@@ -21,9 +21,11 @@ import pytest
 
 from fakes import PASSWORD, USER, FakeRegistry, basic
 from images import OCI_MANIFEST, Image, file, gzip_layer
+from mounting import swept
 from nsfs.model.digest import Digest
 from nsfs_daemon import Daemon, run_daemon
-from published import publish, publish_manifest
+from published import estargz_layer, publish, publish_manifest
+from users import noise, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -205,6 +207,30 @@ def test_two_secrets_for_one_reference_do_not_meet(tmp_path: Path) -> None:
 
             users = ("ann", "bob", "eve") * 4
             assert list(pool.map(read, users)) == ["for ann", "for bob", "4"] * 4
+
+
+def test_who_lost_access_gets_nothing_that_is_not_there(tmp_path: Path) -> None:
+    """In a domain of one's own: the mount stays with what it has, and whoever names the image anew is refused."""
+    layer = estargz_layer([file("seen", noise(30_000, 1)), file("later", noise(150_000, 5))], chunk_size=1 << 20)
+    with swept(tmp_path), FakeRegistry(auth="basic") as registry:
+        registry.rights = {"ann:ann": {"team/app"}}
+        reference = publish(registry, Image((layer,)), "team/app")
+        settings = {"fetch": {"read_ahead": 0}, "namespace.team": _log_in(tmp_path, registry, "ann")}
+        scope = ("--namespace", "team")
+        with (
+            run_daemon(str(tmp_path / "d"), settings) as daemon,
+            daemon.mounted(reference, str(tmp_path / "mnt"), *scope),
+        ):
+            assert read(tmp_path / "mnt/seen") == noise(30_000, 1)
+            registry.rights["ann:ann"].clear()
+            with pytest.raises(OSError, match="error"):
+                read(tmp_path / "mnt/later")
+            for command in ("stat", "cat"):
+                refused = daemon.nsfs(command, f"{reference}:/seen", *scope, check=False)
+                assert refused.returncode == 4, refused.stderr
+            (tmp_path / "again").mkdir()
+            assert daemon.nsfs("mount", reference, str(tmp_path / "again"), *scope, check=False).returncode == 4
+            assert read(tmp_path / "mnt/seen") == noise(30_000, 1)
 
 
 def _log_in(directory: Path, registry: FakeRegistry, user: str) -> dict[str, str]:
