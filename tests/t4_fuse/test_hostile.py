@@ -55,6 +55,8 @@ MEMORY = 300 << 20
 """Bytes that a job may have had at its peak, whatever it was given; one that does nothing has some 45 MiB."""
 BOUND = 60.0
 """Seconds for one image; the slowest takes 3 on an idle machine."""
+BOUND_OF_A_MILLION = 240.0
+"""Seconds for one of a million entries."""
 END = bytes(1024)
 EIB = 1 << 60
 
@@ -136,13 +138,18 @@ def arena(tmp_path: Path) -> Iterator[Path]:
 
 
 def try_mount(
-    daemon: Daemon, reference: str, target: Path, statuses: tuple[int, ...], look: Callable[[str], object] = os.listdir
+    daemon: Daemon,
+    reference: str,
+    target: Path,
+    statuses: tuple[int, ...],
+    look: Callable[[str], object] = os.listdir,
+    bound: float = BOUND,
 ) -> str:
     """Mount and look, or be told why not; returns what was said."""
     target.mkdir()
     begun = time.monotonic()
     done = daemon.nsfs("mount", reference, str(target), check=False)
-    assert time.monotonic() - begun < BOUND
+    assert time.monotonic() - begun < bound
     assert done.returncode in statuses, (done.returncode, done.stderr)
     if done.returncode == OK:
         look(str(target))
@@ -541,7 +548,7 @@ def million_entries() -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_million_entries(daemon: Daemon, registry: FakeRegistry, worker: int, arena: Path) -> None:
     tar = million_entries()
     layer = Layer(tar, gzip.compress(tar, 1, mtime=0), TAR_GZIP)
@@ -550,7 +557,14 @@ def test_a_million_entries(daemon: Daemon, registry: FakeRegistry, worker: int, 
     for number, each in enumerate((layer, table)):
         reference = publish(registry, Image((each,)), f"million/{number}")
         with watching_jobs(worker) as watch:
-            try_mount(daemon, reference, arena / str(number), (OK,), lambda path: os.stat(f"{path}/d/00777777"))
+            try_mount(
+                daemon,
+                reference,
+                arena / str(number),
+                (OK,),
+                lambda path: os.stat(f"{path}/d/00777777"),
+                BOUND_OF_A_MILLION,
+            )
         print(f"peak memory of a job with a million entries: {max(watch.peaks.values()) >> 20} MiB")
         assert max(watch.peaks.values()) < 1500 << 20
     check_alive(daemon, registry, worker, arena)
