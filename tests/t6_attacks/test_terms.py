@@ -97,6 +97,23 @@ def test_a_uid_is_not_given_again_while_files_of_its_owner_are_there(tmp_path: P
         small.uid("ns/e")
 
 
+@pytest.mark.parametrize("database", ["pwd.getpwuid", "grp.getgrgid"])
+def test_a_number_that_a_name_service_knows_is_not_given(
+    tmp_path: Path, meta: Meta, monkeypatch: pytest.MonkeyPatch, database: str
+) -> None:
+    """As those of containers that run, or of a directory server: they are in no file, and come and go."""
+
+    def look(number: int) -> object:
+        if number == FIRST:
+            return object()
+        raise KeyError(number)
+
+    monkeypatch.setattr(f"nsfs.serve.terms.{database}", look)
+    assert Site(tmp_path, meta).uid("ns/a") == FIRST + 1
+    with pytest.raises(NsfsError, match="every uid of the range"):
+        Site(tmp_path, meta, uid_range=f"{FIRST}-{FIRST}").uid("ns/b")
+
+
 def test_a_directory_whose_record_was_lost_keeps_its_uid_to_itself(site: Site) -> None:
     site.path("ns/old").mkdir(parents=True)
     os.chown(site.path("ns/old"), FIRST, FIRST)

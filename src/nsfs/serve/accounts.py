@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
+from nsfs.core.tasks import run_all
 from nsfs.core.worker_api import Costs, Empty
 from nsfs.errors import NsfsError
 from nsfs.model.report import Cost
@@ -56,13 +59,14 @@ class Accounts:
             await self.collect()
 
     async def collect(self) -> None:
-        """Take over what workers counted until now; one that does not answer is asked the next time."""
-        for domain, owner in self._supervisor.owned().items():
-            try:
+        """Take over what workers counted until now, all at once; one that does not answer is asked the next time."""
+
+        async def take(domain: str, owner: str) -> None:
+            with suppress(NsfsError):
                 found = await self._supervisor.ask_now(domain, "TakeCosts", Empty(), Costs)
-            except NsfsError:
-                continue
-            self._unwritten[owner] += found.costs
+                self._unwritten[owner] += found.costs
+
+        await run_all([partial(take, domain, owner) for domain, owner in self._supervisor.owned().items()])
         for owner in [owner for owner, costs in self._unwritten.items() if costs]:
             await self._write(owner)
 

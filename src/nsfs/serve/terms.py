@@ -11,8 +11,10 @@ to it, and is forgotten only after everything that did is gone.
 from __future__ import annotations
 
 import fcntl
+import grp
 import logging
 import os
+import pwd
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -243,9 +245,17 @@ class RootTerms:
         found = owners(self._layout.domains)
         has = found.pop(escape_component(domain), 0)
         taken = {*uids.values(), *found.values()}
-        uid = has if has in self._range and has not in taken else plan_uid(self._range, taken, self._owned.latest_uid())
+        uid = has if has in self._range and has not in taken else self._next_uid(taken)
         self._owned.put_uid(domain, uid)
         return uid
+
+    def _next_uid(self, taken: set[int]) -> int:
+        """One that no domain has, and nobody whom the host's name services know today."""
+        while True:
+            uid = plan_uid(self._range, taken, self._owned.latest_uid())
+            if not _is_known(uid):
+                return uid
+            taken.add(uid)
 
     def _etc(self, domain: str, settings: Namespace) -> tuple[str, str]:
         """The directory that its worker sees as /etc, and the resolv.conf there; "" for the host's."""
@@ -263,6 +273,15 @@ class RootTerms:
         self._files.forget(self._layout.domain_run(domain).etc)
         if not os.path.lexists(self._layout.domain(domain).path):
             self._owned.forget_domain(domain)
+
+
+def _is_known(uid: int) -> bool:
+    """Whether somebody has it, or a group has its number, in any database of nsswitch.conf(5)."""
+    for look in (pwd.getpwuid, grp.getgrgid):
+        with suppress(KeyError):
+            look(uid)
+            return True
+    return False
 
 
 def _leaf(domain: str) -> str:
