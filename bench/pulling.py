@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bench import images
 from bench.containerd import Containerd, run_containerd
-from bench.harness import Bench, Figure, say, seconds
+from bench.harness import Bench, Figure, say, seconds, write_out
 from nsfs.bench.line import Shape, run_line
 from nsfs_daemon import run_daemon
 from registry import push_layout
@@ -45,7 +45,7 @@ def _measure_first_pull(bench: Bench, server: Containerd, scratch: str, image: i
     reference = f"{bench.registry.host}/{image.recipe.name}:latest"
     ours, theirs = [], []
     for _ in range(bench.samples):
-        theirs.append(_their_pull(server, reference))
+        theirs.append(_their_pull(server, scratch, reference))
         ours.append(_our_pull(scratch, reference))
     bench.add(
         Figure(
@@ -60,8 +60,8 @@ def _measure_first_pull(bench: Bench, server: Containerd, scratch: str, image: i
     )
 
 
-def _their_pull(server: Containerd, reference: str) -> float:
-    os.sync()
+def _their_pull(server: Containerd, scratch: str, reference: str) -> float:
+    write_out(scratch)
     took = server.pull(reference)
     server.remove(reference)
     return took
@@ -69,7 +69,7 @@ def _their_pull(server: Containerd, reference: str) -> float:
 
 def _our_pull(scratch: str, reference: str) -> float:
     """Until a file in the mount can be read."""
-    os.sync()
+    write_out(scratch)
     os.makedirs(f"{scratch}/mnt", exist_ok=True)
     with run_daemon(f"{scratch}/nsfs") as daemon:
         took = seconds(_mount_and_read(lambda: daemon.nsfs("mount", reference, f"{scratch}/mnt"), f"{scratch}/mnt"))
@@ -93,7 +93,7 @@ def _measure_over_a_line(bench: Bench, server: Containerd, scratch: str, image: 
     with contextlib.ExitStack() as stack:
         line = stack.enter_context(run_line(bench.registry.host, Shape(_MBIT * 1e6 / 8, _ROUND_TRIP_MS / 1000)))
         reference = f"{line.host}/{image.recipe.name}:latest"
-        theirs = [_their_pull(server, reference) / limit]
+        theirs = [_their_pull(server, scratch, reference) / limit]
         ours = [_our_pull(scratch, reference) / limit for _ in range(min(2, bench.samples))]
     name = f"{_MBIT:.0f} Mbit/s, {_ROUND_TRIP_MS:.0f} ms, {image.recipe.name}: time over the line's"
     bench.add(Figure(name=name, unit="x", samples=ours, higher_is_better=False, goal=_OVER_THE_LIMIT))
