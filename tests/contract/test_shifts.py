@@ -28,7 +28,8 @@ BLUE = {UIDS: "0:300000:1,1:400000:65535", GIDS: "0:300000:65536"}
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with run_daemon(str(tmp_path_factory.mktemp("daemon"))) as running:
+    """Of which no start is recorded: that would have views of its own."""
+    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {"containerd": {"profile": "use"}}) as running:
         yield running
 
 
