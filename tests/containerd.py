@@ -36,7 +36,7 @@ NEWER = "forky"
 RELEASES = (INSTALLED, NEWER)
 """Debian 12's 1.6 and forky's 2.1, as `release` of `run_containerd`."""
 
-_DEADLINE = 30.0
+_DEADLINE = 60.0
 """Seconds for containerd to answer."""
 
 _CONFIG = """\

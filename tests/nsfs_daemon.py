@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from nsfs.store.layout import DomainLayout
 
-_DEADLINE = 20.0
+_DEADLINE = 60.0
 """Seconds for the daemon to answer, and to end."""
 
 NSFS = (os.path.join(os.path.dirname(sys.executable), "nsfs"),)

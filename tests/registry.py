@@ -123,10 +123,10 @@ def _free_port() -> int:
 
 
 def _wait_until_answering(process: subprocess.Popen[bytes], port: int) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while process.poll() is None:
         try:
-            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
                 connection.request("GET", "/v2/")
                 return connection.getresponse().status in {200, 401}
         except OSError:

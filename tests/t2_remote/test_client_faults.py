@@ -83,7 +83,7 @@ async def read_stream(blob: RegistryBlob, offset: int = 0) -> bytes:
 
 def run(fake: fakes.FakeRegistry, body: Callable[[RegistrySource], Awaitable[Any]], **options: Any) -> Any:
     async def main() -> Any:
-        with trio.fail_after(30):
+        with trio.fail_after(90):
             async with opened(fake, **options) as source:
                 return await body(source)
 
@@ -579,8 +579,8 @@ class TestCancellation:
                 for _ in range(20):
                     nursery.start_soon(read_stream, blob)
                 await trio.sleep(0.3)
-                with trio.fail_after(1):
+                with trio.fail_after(10):
                     assert await blob.fetch(7, 7) == LAYER[7:14]
                 nursery.cancel_scope.cancel()
 
-        run(fake, body, timeouts=Timeouts(2.0, 10.0))
+        run(fake, body, timeouts=Timeouts(20.0, 60.0))

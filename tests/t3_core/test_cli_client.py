@@ -45,12 +45,12 @@ def serving(path: str, **handlers: Any) -> Iterator[None]:
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(60)
         yield
     finally:
         token, scope = scopes[0]
         token.run_sync_soon(scope.cancel)
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -113,7 +113,7 @@ def test_whoever_stops_listening_cancels_the_call(path: str) -> None:
     with serving(path, Read=read), open_control(path) as control:
         with pytest.raises(KeyboardInterrupt):
             control.call("Read", api.PathRequest(reference="a", path=b"/"), api.Empty, interrupt)
-        assert cancelled.wait(5)
+        assert cancelled.wait(60)
 
 
 def test_a_daemon_of_another_version(path: str) -> None:
@@ -171,5 +171,5 @@ def test_a_daemon_that_goes_away_in_the_middle(path: str) -> None:
         thread = threading.Thread(target=asker)
         thread.start()
         thread.join(0.3)
-    thread.join(10)
+    thread.join(60)
     assert len(failures) == 1

@@ -67,7 +67,7 @@ def test_one_daemon_is_started_however_many_ask(config: Config, tmp_path: Path) 
         for asker in askers:
             asker.start()
         for asker in askers:
-            asker.join(20)
+            asker.join(60)
         assert [asker.exitcode for asker in askers] == [0] * 4
         assert len(list(started.iterdir())) == 1
         _ensure(config, log, (sys.executable, "-c", "raise SystemExit(1)"))
@@ -181,7 +181,7 @@ def test_probing_hangs_up(tmp_path: Path) -> None:
         thread = threading.Thread(target=accept)
         thread.start()
         assert locate.answers(path)
-        thread.join(5)
+        thread.join(60)
     assert seen == [b""]
     assert not locate.answers(path)
     assert not locate.answers("/" + "x" * 200)

@@ -65,7 +65,7 @@ def with_door(path: Path, body: Callable[[trio.SocketListener], Awaitable[None]]
         inside = trio.socket.socket(socket.AF_UNIX)
         await inside.bind(str(path / "inside"))
         inside.listen()
-        with trio.fail_after(20), listening(str(path / "door"), {}) as outside:
+        with trio.fail_after(60), listening(str(path / "door"), {}) as outside:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(Door(outside, str(path / "inside"), admitted).serve)
                 async with trio.SocketListener(inside) as listener:

@@ -86,7 +86,7 @@ class Daemon:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._serve,))
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
 
     async def _serve(self) -> None:
         directories = SnapshotDirs(f"{self._path}/snapshots", f"{self._path}/l")
@@ -109,7 +109,7 @@ class Daemon:
 
     def end(self) -> None:
         self._token.run_sync_soon(self._end.set)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 

@@ -66,7 +66,7 @@ async def pair(methods: wire.Methods, back: wire.Methods | None = None) -> Async
 
 def run(body: Callable[[], Any]) -> None:
     async def limited() -> None:
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             try:
                 await body()
             except ExceptionGroup as group:

@@ -83,7 +83,7 @@ def with_server(
     relaunch: Callable[[], ServerProcess] | None = None,
 ) -> None:
     async def limited() -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with open_fork_server(process or forkserver.launch_server([ME]), relaunch) as server:
                 await body(server)
 

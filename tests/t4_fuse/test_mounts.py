@@ -29,7 +29,7 @@ CONTENT = b"content of a file on the disk\n" * 500
 
 def with_server(body: Callable[[ForkServer], Awaitable[None]]) -> None:
     async def limited() -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with open_fork_server(launch_server(["nsfs.serve.mounts"])) as server:
                 await body(server)
 

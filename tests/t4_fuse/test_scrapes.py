@@ -39,13 +39,13 @@ def parse(text: bytes) -> Figures:
 
 
 def scrape_tcp(port: int) -> Figures:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain")
         return parse(answer.read())
 
 
 def scrape_unix(path: str) -> Figures:
-    connection = http.client.HTTPConnection("nsfs", timeout=20)
+    connection = http.client.HTTPConnection("nsfs", timeout=60)
     with socket.socket(socket.AF_UNIX) as connection.sock:
         connection.sock.connect(path)
         connection.request("GET", "/metrics")
@@ -92,7 +92,7 @@ def check_waits(daemon: Daemon, registry: FakeRegistry, scrape: Callable[[], Fig
         registry.script = ""
         daemon.nsfs("umount", "--force", target)
         for reader in readers:
-            reader.join(20)
+            reader.join(60)
     assert not any(reader.is_alive() for reader in readers)
 
 

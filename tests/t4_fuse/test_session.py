@@ -81,7 +81,7 @@ async def stage(launched: Callable[[], ServerProcess], top: Path) -> AsyncIterat
             opened.close()
 
 
-def run(body: Callable[[], Awaitable[None]], seconds: float = 30) -> None:
+def run(body: Callable[[], Awaitable[None]], seconds: float = 60) -> None:
     async def limited() -> None:
         with trio.fail_after(seconds):
             await body()

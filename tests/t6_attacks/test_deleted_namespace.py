@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from nsfs.store.layers import LayerTable
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 CONTENT = b"canary: what is in the file, and nobody else's "
 NAME, LINK, ATTRIBUTE = b"canary-name-of-a-file", b"/canary-target-of-a-link", b"canary-attribute"
 VARIABLE = b"CANARY_VARIABLE=of-the-configuration"
