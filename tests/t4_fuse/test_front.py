@@ -139,7 +139,6 @@ def test_what_is_absent_is_asked_for_once_and_then_there(arena: Path) -> None:
             assert {asked.view for asked in on.worker.asked} == {VIEW}
             assert sum(asked.size for asked in on.worker.asked) <= len(PADDED)
             asked = len(on.worker.asked)
-            os.sync()
             await trio.to_thread.run_sync(drop_caches, on.target / "file")
             assert await on.read() == CONTENT
             assert len(on.worker.asked) == asked
