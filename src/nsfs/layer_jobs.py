@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from nsfs.core import firstpass
-from nsfs.core.claimed import ClaimArgs, LayerMade, MapMade
+from nsfs.core.claimed import ClaimArgs, LayerMade, MapMade, ProofArgs
 from nsfs.core.jobs import run_job
-from nsfs.core.layers import MapArgs, PlainArgs, RenderArgs, Rendered, SpanArgs, TocArgs, map_id_of
+from nsfs.core.layers import PLAIN, MapArgs, PlainArgs, RenderArgs, Rendered, SpanArgs, TocArgs, map_id_of
 from nsfs.core.maps import Maps
+from nsfs.core.proving import check_contents, check_index
 from nsfs.core.union import LowerTree
 from nsfs.errors import CorruptError, NsfsError
 from nsfs.format import estargz
@@ -72,6 +73,16 @@ def read_artifact(args: bytes, fds: list[int]) -> int:
 def read_spans(args: bytes, fds: list[int]) -> int:
     """Take a layer's spans from the artifact that says how it is read."""
     return run_job(ClaimArgs, _read_spans, args, fds)
+
+
+def adopt_spans(args: bytes, fds: list[int]) -> int:
+    """Compare a layer's claimed index with the one that was found, and read it by the spans that were."""
+    return run_job(ProofArgs, _adopt_spans, args, fds)
+
+
+def compare_contents(args: bytes, fds: list[int]) -> int:
+    """Compare what is kept of a layer by a claimed index with what was found, and count it as proved."""
+    return run_job(ProofArgs, _compare_contents, args, fds)
 
 
 def make_checkpoints(args: bytes, fds: list[int]) -> int:
@@ -169,6 +180,7 @@ def _read_artifact(args: ClaimArgs, fds: Sequence[int], _channel: Channel) -> La
     with working(layout), open_index(layout.index, layout.key) as catalog:
         record = _plan_claimed(args, key, index)
         record = msgspec.structs.replace(record, spans_blob=args.spans_blob, spans_size=args.spans_size)
+        record = msgspec.structs.replace(record, promised=Digest(args.promised))
         return _commit_claimed(layout, catalog, record, index, None)
 
 
@@ -223,6 +235,49 @@ def _read_spans(args: ClaimArgs, fds: Sequence[int], _channel: Channel) -> Layer
     return LayerMade()
 
 
+def _adopt_spans(args: ProofArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
+    layout, claimed, found = _proof(args, fds)
+    theirs, _ = files.load_index(layout.layer_dir(claimed), layout.key)
+    ours, _ = files.load_index(layout.layer_dir(found), layout.key)
+    check_index(theirs, ours)
+    with working(layout), open_index(layout.index, layout.key) as catalog:
+        _Files(layout, claimed).store_spans(_load_spans(layout, found))
+        catalog.update_layer(claimed, lambda record: msgspec.structs.replace(record, has_spans=True))
+    return LayerMade()
+
+
+def _compare_contents(args: ProofArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
+    os.nice(_NICE)
+    layout, claimed, found = _proof(args, fds)
+    index, addresses = files.load_index(layout.layer_dir(claimed), layout.key)
+    _, ours = files.load_index(layout.layer_dir(found), layout.key)
+    with (
+        working(layout),
+        open_index(layout.index, layout.key) as catalog,
+        _opened_pool(layout, fds[0], catalog.salt) as pool,
+    ):
+        check_contents(pool, zip(index.entries, addresses, ours, strict=True))
+        catalog.update_layer(
+            claimed, lambda record: msgspec.structs.replace(record, verified="diff-id", diff_id=record.promised)
+        )
+    return LayerMade()
+
+
+def _proof(args: ProofArgs, fds: Sequence[int]) -> tuple[DomainLayout, LayerKey, LayerKey]:
+    """Where it is, and the layer as it is claimed and as it was found."""
+    blob = Digest(args.blob)
+    return (
+        _layout(args.domain, fds),
+        LayerKey(blob, args.index, args.origin),
+        LayerKey(blob, PLAIN, args.origin),
+    )
+
+
+def _load_spans(layout: DomainLayout, key: LayerKey) -> Spans:
+    table = files.open_table(layout.layer_dir(key), layout.key)
+    return Spans(table.codec, table.covers, [table.span(number) for number in range(len(table))])
+
+
 def _give_out(entries: Sequence[Entry], address: int) -> list[int]:
     """An address for the content of each entry, from `address` on; 0 for what has none."""
     addresses = []
@@ -253,10 +308,9 @@ def _make_checkpoints(args: SpanArgs, fds: Sequence[int], _channel: Channel) -> 
 def _render_layer(args: RenderArgs, fds: Sequence[int], _channel: Channel) -> Rendered:
     os.nice(_NICE)
     layout = _layout(args.domain, fds)
-    directory = layout.layer_dir(LayerKey(Digest(args.blob), args.index, args.origin))
-    index, _ = files.load_index(directory, layout.key)
-    table = files.open_table(directory, layout.key)
-    spans = Spans(table.codec, table.covers, [table.span(number) for number in range(len(table))])
+    key = LayerKey(Digest(args.blob), args.index, args.origin)
+    index, _ = files.load_index(layout.layer_dir(key), layout.key)
+    spans = _load_spans(layout, key)
     for fd, data in zip(fds[2:4], (render_index(index), render_spans(spans)), strict=True):
         with open(fd, "wb", closefd=False) as file:
             file.write(data)

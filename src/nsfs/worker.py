@@ -37,6 +37,7 @@ from nsfs.core.looking import Looking
 from nsfs.core.maps import Maps
 from nsfs.core.pinned import Pinned
 from nsfs.core.prefetch import Prefetches
+from nsfs.core.proving import Proofs
 from nsfs.core.recording import Recordings
 from nsfs.core.starts import Starts
 from nsfs.core.startup import Startups
@@ -202,7 +203,8 @@ async def _compose(
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)
-    completing = Completing(index, views, nursery, follows_use=config.fetch.complete)
+    proofs = Proofs(index, layers, claimed, views, startups)
+    completing = Completing(index, proofs, nursery, follows_use=config.fetch.complete)
     prefetches = Prefetches(index, views, nursery)
     uses = Uses(index, shown, completing, prefetches, nursery)
     cache = DomainCache(index, images, layers, views, looking, uses, kept, completing)

@@ -513,3 +513,48 @@ def test_the_background_keeps_to_its_rate_and_no_reader_waits_for_that() -> None
             assert seconds <= trio.current_time() - begun <= seconds + by_reader / rate
 
     run(test)
+
+
+def test_a_read_waits_for_what_comes_otherwise_and_not_for_ever() -> None:
+    async def test() -> None:
+        async with world() as w:
+            came, begun = trio.Event(), trio.current_time()
+            w.source.awaited = lambda _start, _end: None if came.is_set() else came
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(w.read, 0, 10)
+                await trio.sleep(2)
+                assert w.fetcher.statistics().requests == 0
+                assert [each.reason for each in w.fetcher.statistics().waiting] == ["the start-up pack"]
+                came.set()
+            assert trio.current_time() - begun == 2
+            came = trio.Event()
+            assert await w.read(100_000, 10) == bytes(w.layout.disk[100_000:100_010])
+            assert trio.current_time() - begun == 12
+
+    run(test)
+
+
+def test_what_is_retired_ends_with_who_reads_by_it_now() -> None:
+    async def test() -> None:
+        async with world(script="E") as w:
+            ended: list[str] = []
+
+            async def retire() -> None:
+                await w.fetcher.retire([w.source])
+                ended.append("retired")
+
+            async def read() -> None:
+                assert await w.read(0, 10) == bytes(w.layout.disk[:10])
+                ended.append("read")
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await trio.sleep(0.01)
+                nursery.start_soon(retire)
+            assert ended == ["read", "retired"]
+            assert await w.read(0, 10) == bytes(w.layout.disk[:10]), "what is here is not fetched"
+            with pytest.raises(UnreachableError, match="was replaced"):
+                await w.read(100_000, 10)
+            await w.fetcher.retire([w.source])
+
+    run(test)

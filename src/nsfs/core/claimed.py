@@ -40,6 +40,17 @@ class ClaimArgs(Struct, kw_only=True):
     media_type: str
     spans_blob: str = ""
     spans_size: int = 0
+    promised: str = ""
+    """The layer's diff ID, as the image says."""
+
+
+class ProofArgs(Struct, kw_only=True):
+    """For `adopt_spans` and `compare_contents`."""
+
+    domain: str
+    blob: str
+    origin: str
+    index: str
 
 
 class LayerMade(Struct, kw_only=True):
@@ -95,6 +106,7 @@ class ClaimedLayers:
             media_type=layer.descriptor.media_type,
             spans_blob=str(spans.digest),
             spans_size=spans.size,
+            promised=str(layer.diff_id),
         )
         with memory_file(data) as fd:
             return await self._jobs.run("nsfs.layer_jobs:read_artifact", args, [fd], LayerMade)
@@ -102,6 +114,20 @@ class ClaimedLayers:
     def ready(self, key: LayerKey) -> None:
         """The layer's index is complete: what its start reads can be kept."""
         self._startups.ready(key)
+
+    async def adopt_spans(self, record: LayerRecord) -> None:
+        """Have a layer that was read through by now read by the spans that were found, whatever is claimed.
+
+        Raises CorruptError where another index is claimed than was found.
+        """
+        await self._jobs.run("nsfs.layer_jobs:adopt_spans", self._proof(record), [], LayerMade)
+
+    async def compare_contents(self, record: LayerRecord) -> None:
+        """Count the layer as proved if all that is kept of it is what was found; raises CorruptError."""
+        await self._jobs.run("nsfs.layer_jobs:compare_contents", self._proof(record), [], LayerMade)
+
+    def _proof(self, record: LayerRecord) -> ProofArgs:
+        return ProofArgs(domain=self._directory, blob=str(record.blob), origin=record.origin, index=record.index)
 
     async def take_spans(self, record: LayerRecord, owner: str) -> None:
         """Take the layer's spans from the artifact; raises NsfsError."""

@@ -298,8 +298,8 @@ def _own_laziness(record: LayerRecord) -> tuple[bool, str]:
 def _verified(layer: Layer, record: LayerRecord | None) -> str:
     if record is not None and record.diff_id not in {None, layer.diff_id}:
         return f"against nothing: the image claims diff ID {layer.diff_id}, and its content has {record.diff_id}"
-    if record is not None and record.spans_blob and not record.verified:
-        return "nothing: an artifact beside the image says what is in it"
+    if record is not None and record.is_claimed:
+        return "nothing: an artifact beside the image says what is in it; it is proved when the layer is complete"
     if record is not None and record.verified == "diff-id":
         return f"blob digest and diff ID, in one pass over all of it: {layer.diff_id}"
     if layer.format.toc:

@@ -93,13 +93,14 @@ class FetcherStatistics:
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    view: str
+    view: View
     address: int
     size: int
     since: float = field(default_factory=trio.current_time)
     priority: Priority = Priority.READ
     reason: str = "its turn"
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    gone: trio.Event = field(default_factory=trio.Event)
 
 
 class _Wanted(NamedTuple):
@@ -190,7 +191,7 @@ class Fetcher:
             self._misses,
             self._refused,
             dict(self._fetched),
-            tuple(Waiting(w.view, w.address, w.size, now - w.since, w.reason) for w in self._reading()),
+            tuple(Waiting(w.view.name, w.address, w.size, now - w.since, w.reason) for w in self._reading()),
         )
 
     def quiet_for(self) -> float:
@@ -206,8 +207,21 @@ class Fetcher:
     def abandon(self, views: Collection[str]) -> None:
         """Fail every reader that waits for one of these views now; what is under way for them lands all the same."""
         for waiter in self._waiters:
-            if waiter.view in views:
+            if waiter.view.name in views:
                 waiter.scope.cancel()
+
+    async def retire(self, sources: Collection[LayerSource]) -> None:
+        """Return when nobody reads by these any more, and nothing that they bring is under way."""
+        for source in sources:
+            source.is_retired = True
+            self.forget(source.key)
+        while True:
+            flights = [flight for flight in self._flights.values() if flight.source in sources]
+            readers = [waiter for waiter in self._waiters if not set(sources).isdisjoint(waiter.view.sources)]
+            if not flights and not readers:
+                return
+            for event in (*(flight.landed for flight in flights), *(waiter.gone for waiter in readers)):
+                await event.wait()
 
     def forget(self, layer: str) -> None:
         """Keep nothing decoded of the layer with this key of a LayerSource: it was evicted."""
@@ -249,7 +263,7 @@ class Fetcher:
     ) -> None:
         while self._pool.missing(address, size):
             self._misses += 1
-            supply = await self._supply(view, _Waiter(view.name, address, size, priority=priority), patience)
+            supply = await self._supply(view, _Waiter(view, address, size, priority=priority), patience)
             if supply.refused is not None:
                 raise supply.refused.with_traceback(None)
             if not intersect(self._pool.missing(address, size), supply.plan.covered):
@@ -258,7 +272,7 @@ class Fetcher:
     async def _read_absent(self, view: View, address: int, size: int, patience: float | None) -> bytes:
         start, end = _whole_blocks(address, size)
         while True:
-            supply = await self._supply(view, _Waiter(view.name, start, end - start), patience)
+            supply = await self._supply(view, _Waiter(view, start, end - start), patience)
             data = self._put_together(supply, start, end - start)
             if data is not None:
                 return bytes(memoryview(data)[address - start : address - start + size])
@@ -291,12 +305,15 @@ class Fetcher:
 
     async def _supply(self, view: View, waiter: _Waiter, patience: float | None) -> Supply:
         """Have all that the absent blocks which somebody waits for are made of, and store it."""
+        if any(source.is_retired for source in view.sources):
+            raise UnreachableError(f"what the view reads by was replaced: {view.name}")
         self._waiters.add(waiter)
         try:
             with waiter.scope:
                 return await self._supply_in_turn(view, waiter, patience)
         finally:
             self._waiters.discard(waiter)
+            waiter.gone.set()
             if waiter.priority is Priority.READ:
                 self._last_wait = trio.current_time()
         raise UnreachableError(f"given up, because nobody shows the view any more: {view.name}")
@@ -421,7 +438,8 @@ class Fetcher:
             return
         head.end = max([head.end, *(source.table.stream_range(group.spans)[1] for group in groups)])
         wanted = [_Wanted(source, group) for group in groups]
-        self._join([want for want in wanted if self._is_worth_fetching(want.key)], Priority.AHEAD)
+        if not source.is_retired:
+            self._join([want for want in wanted if self._is_worth_fetching(want.key)], Priority.AHEAD)
 
     def _is_worth_fetching(self, key: GroupKey) -> bool:
         return key not in self._failures and self._kept.get(key) is None
@@ -439,7 +457,7 @@ class Fetcher:
             return blocks, plan_absent(table, blocks, self._pool.missing)
 
         blocks, groups = await self._run_in_thread(plan)
-        wanted = [_Wanted(source, group) for group in groups]
+        wanted = [_Wanted(source, group) for group in groups if not source.is_retired]
         for flight in self._join([want for want in wanted if self._is_worth_fetching(want.key)], Priority.PROFILE):
             await flight.landed.wait()
         for run in blocks:

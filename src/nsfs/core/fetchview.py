@@ -67,6 +67,8 @@ class LayerSource:
     make_spans: Callable[[], Awaitable[Table]] | None = None
     route: Callable[[], Route] = Route
     """What is known now of the way to the blob."""
+    is_retired: bool = False
+    """Another has taken its place; nothing begins to be fetched by it any more."""
     awaited: Callable[[int, int], trio.Event | None] = lambda _start, _end: None
     """What to wait for before these bytes of the stream are fetched, as they come otherwise; None for nothing."""
 

@@ -27,11 +27,13 @@ from msgspec import Struct
 from nsfs.core.claimed import LayerMade, MapMade, memory_file
 from nsfs.core.firstpass import CheckpointJob
 from nsfs.core.flights import Flights
+from nsfs.core.images import Layer
 from nsfs.core.tasks import run_all
 from nsfs.core.toc_image import fetch_toc
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.format import estargz
 from nsfs.model import oci
+from nsfs.model.digest import DiffId
 from nsfs.model.pool import Access, LayerKey, LayerRecord, MapRecord
 
 if TYPE_CHECKING:
@@ -39,10 +41,10 @@ if TYPE_CHECKING:
 
     from nsfs.core.blobs import Blobs, OriginBlob
     from nsfs.core.claimed import ClaimedLayers
-    from nsfs.core.images import Claim, Image, Layer
+    from nsfs.core.images import Claim, Image
     from nsfs.core.jobs import Jobs
     from nsfs.core.ports import Spool
-    from nsfs.model.digest import DiffId, Digest
+    from nsfs.model.digest import Digest
 
 log = logging.getLogger(__name__)
 
@@ -530,6 +532,24 @@ class Layers:
         """Make the spans of layers whose making was interrupted, in the background."""
         for key in keys:
             self._nursery.start_soon(self._make_spans_quietly, key, "")
+
+    async def read_through(self, record: LayerRecord, owner: str) -> None:
+        """Read a layer that is only claimed as the plain layer that it is; raises as `index` does.
+
+        What is wrong is read once more: it may have been the registry that sent something else.
+        """
+        assert record.promised is not None, "claimed layers are of an image"
+        layer = Layer(
+            oci.Descriptor(media_type=record.media_type, digest=record.blob, size=record.blob_size),
+            DiffId(record.promised),
+            oci.layer_format(record.media_type),
+            Access(owner, record.origin),
+        )
+        try:
+            key = await self._index_plain(layer)
+        except CorruptError:
+            key = await self._index_plain(layer)
+        await self.ensure_spans(key, owner)
 
     async def _take_spans(self, record: LayerRecord, owner: str) -> LayerKey:
         await self._claimed.take_spans(record, owner)

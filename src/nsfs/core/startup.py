@@ -141,6 +141,12 @@ class Startups:
                 return event
         return None
 
+    async def wait_over(self, key: LayerKey) -> None:
+        """Return when no pack that is under way has anything of this layer."""
+        for startup in [each for each in self._running.values() if each is not None and key in each.coming]:
+            for event in startup.stored:
+                await event.wait()
+
     async def _run(self, image: Image, pack: StartupPack, name: tuple[str, str]) -> None:
         try:
             source = await self._blobs.source(image.repository, image.access.owner)

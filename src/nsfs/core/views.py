@@ -22,7 +22,7 @@ from nsfs.core.fetchview import LayerSource, View
 from nsfs.core.refill import refill
 from nsfs.core.runway import Priority
 from nsfs.core.worker_api import UsageReport, Waits
-from nsfs.errors import NotFoundError, UnreachableError
+from nsfs.errors import CorruptError, NotFoundError, UnreachableError
 from nsfs.model.policy import Patience, ViewName, parse_view_name, view_name
 from nsfs.model.pool import Access
 
@@ -118,6 +118,8 @@ class Views:
         self._sources: WeakValueDictionary[tuple[LayerKey, str], LayerSource] = WeakValueDictionary()
         """Of the views there are, by the owner as whom they ask."""
         self._ranges: dict[LayerKey, list[tuple[int, int]]] = {}
+        self._renewed: set[LayerKey] = set()
+        """Layers whose tables were exchanged since the worker started: earlier flights are known by another name."""
         self._completing: set[LayerKey] = set()
         """Of which all is being fetched."""
 
@@ -174,6 +176,31 @@ class Views:
                 await self._fetcher.make_present(view, *run, patience=_COMPLETING, priority=Priority.BACKGROUND)
         finally:
             self._completing.remove(key)
+
+    async def renew(self, key: LayerKey) -> None:
+        """Read a layer by its tables as they are now; return when nothing by earlier ones is under way."""
+        self._renewed.add(key)
+        await self._fetcher.retire(self._drop(key))
+
+    async def fence(self, key: LayerKey) -> None:
+        """Fail whoever reads a layer, whose record says why, and drop its contents."""
+        names = {name for name, opened in self._views.items() if self._reads(opened, key)}
+        self._drop(key)
+        self._fetcher.abandon(names)
+        await self.evict(key)
+
+    def _drop(self, key: LayerKey) -> list[LayerSource]:
+        """Have views of a layer opened anew by who reads next; gives what they had."""
+        gone = [source for (known, _), source in self._sources.items() if known == key]
+        for name in [name for name, opened in self._views.items() if self._reads(opened, key)]:
+            del self._views[name]
+        for known in [each for each in self._sources if each[0] == key]:
+            del self._sources[known]
+        return gone
+
+    def _reads(self, opened: _Open, key: LayerKey) -> bool:
+        own = {source for (known, _), source in self._sources.items() if known == key}
+        return not own.isdisjoint(opened.view.sources)
 
     def quiet_for(self) -> float:
         """Seconds since a reader last waited for absent bytes; 0 while one does."""
@@ -277,6 +304,8 @@ class Views:
             record = self._catalog.layer(key)
             if record is None:
                 raise NotFoundError(f"no such layer in this domain: {key.blob}")
+            if record.fenced:
+                raise CorruptError(f"layer {key.blob} is fenced off: {record.fenced}")
 
             async def make_spans() -> Table:
                 found = await self._layers.ensure_spans(key, owner)
@@ -287,7 +316,7 @@ class Views:
 
             blob = self._blobs.blob(record.blob, record.blob_size, Access(owner, key.origin))
             source = self._sources[key, owner] = LayerSource(
-                key=_name_of(key, owner),
+                key=f"{_name_of(key, owner)}{' anew' if key in self._renewed else ''}",
                 table=self._open_table(key),
                 blob=blob,
                 make_spans=make_spans,

@@ -64,8 +64,8 @@ def _index_of(domain: Domain | None) -> str:
     if domain is None or domain.trust_index == TRUST_NONE:
         return "layers without a table of contents are read through here before they are shown"
     if domain.trust_index == TRUST_REPOSITORY:
-        return "whoever may push to an image's repository says what is in its layers"
-    return f"artifact {domain.trust_index} says what is in its image's layers"
+        return "whoever may push to an image's repository says what is in its layers, until they are complete here"
+    return f"artifact {domain.trust_index} says what is in its image's layers, until they are complete here"
 
 
 def sharers_of(policy: Policy, decision: Decision) -> list[str]:

@@ -83,6 +83,8 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
     """Of an index that an artifact claims: the blob of the artifact that has the spans, by digest; they come later."""
     spans_size: int = 0
     """Bytes of that blob."""
+    promised: Digest | None = None
+    """The diff ID that the image's configuration says, of such a layer."""
     fenced: str = ""
     """Why nothing more is read by this index: it was found not to be the blob's."""
     no_toc: str = ""
@@ -93,6 +95,11 @@ class LayerRecord(Struct, frozen=True, kw_only=True):
     """Bytes of blob that the image's builder wants fetched first (eStargz landmark)."""
     last_used: float = 0.0
     """When a mount that stands on it began or ended last, or its first pass did, in seconds since the epoch."""
+
+    @property
+    def is_claimed(self) -> bool:
+        """An artifact says how it is read, and nobody has proved that."""
+        return bool(self.spans_blob) and not self.verified
 
     @property
     def key(self) -> LayerKey:
