@@ -225,7 +225,7 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             log.info("nsfs %s serves at %s", __version__, config.socket)
             site.notifier.tell("READY=1")
             beside = [] if private else list(_besides(config, lifecycle, namespaces))
-            followed = [workers.files.follow, cache.watch, accounts.follow, *beside]
+            followed = [workers.files.follow, cache.watch, mounted.kernel.follow_starts, accounts.follow, *beside]
             await _wait_end(ending, mounted.manual, control, followed)
             site.notifier.tell("RELOADING=1" if ending.how is End.REPLACE else "STOPPING=1")
         ends = [mounted.manual.end_all, *([snapshots.end] if snapshots else [])]

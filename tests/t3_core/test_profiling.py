@@ -10,7 +10,7 @@ import trio
 
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
-from nsfs.core.starts import Starts
+from nsfs.core.starts import Begun, Starts
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import NoSpaceError, UnreachableError
 from nsfs.model.digest import Digest
@@ -20,7 +20,7 @@ from nsfs.model.profile import WINDOW_LEAST, Profile, ProfiledLayer, ProfileUse,
 from trio_tests import run
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Collection, Sequence
 
     import pytest
 
@@ -178,9 +178,13 @@ class FakeStreams:
     """Each window takes a second; those of `dead` layers fail."""
 
     dead: Sequence[LayerKey] = ()
+    is_whole: bool = False
     asked: list[tuple[LayerKey, list[range]]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
+
+    def are_local(self, keys: Collection[LayerKey]) -> bool:
+        return self.is_whole
 
     def leading(self, key: LayerKey, size: int) -> range:
         return range(3 * size)
@@ -287,7 +291,7 @@ async def starts(
         yield Starts(store, recordings, Prefetches(catalog, streams, nursery)), recordings
 
 
-async def start(service: Starts, use: ProfileUse, starter: str = "") -> str:
+async def start(service: Starts, use: ProfileUse, starter: str = "") -> Begun:
     image: Any = FakeImage()
     return await service.begin(use, image, [LOW, HIGH], "", starter)
 
@@ -298,18 +302,22 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
     async def body() -> None:
         store, streams = FakeStore(), FakeStreams()
         async with starts(store, streams, FakeCatalog()) as (service, recordings):
-            assert await start(service, ProfileUse.OFF) == await start(service, ProfileUse.USE) == ""
-            tag = await start(service, ProfileUse.FIRST, "a")
-            assert await start(service, ProfileUse.FIRST, "a") == tag != ""
-            assert await start(service, ProfileUse.FIRST, "b") == ""
+            assert await start(service, ProfileUse.OFF) == await start(service, ProfileUse.USE) == Begun()
+            tag, careful = await start(service, ProfileUse.FIRST, "a")
+            assert tag
+            assert careful
+            assert await start(service, ProfileUse.FIRST, "a") == (tag, True)
+            assert await start(service, ProfileUse.FIRST, "b") == Begun()
             await read(recordings, tag, 32)
             recordings.end([view_name(MAP, "", "", tag)])
             await service.wait_kept()
             assert not streams.asked
-            assert await start(service, ProfileUse.FIRST, "c") == ""
+            assert await start(service, ProfileUse.FIRST, "c") == ("", True)
             await trio.sleep(1)
             assert streams.asked == [(HIGH, [range(512, 512 + BLOCK)])]
-            assert await start(service, ProfileUse.RECORD) != ""
+            streams.is_whole = True
+            assert await start(service, ProfileUse.USE) == Begun()
+            assert (await start(service, ProfileUse.RECORD)).recording
 
     run(body)
 
@@ -320,7 +328,7 @@ def test_without_a_profile_the_landmark_of_a_layer_is_one() -> None:
     async def body() -> None:
         store, streams = FakeStore(), FakeStreams()
         async with starts(store, streams, FakeCatalog(marked=HIGH)) as (service, _):
-            assert await start(service, ProfileUse.FIRST) != ""
+            assert (await start(service, ProfileUse.FIRST)).recording
             await trio.sleep(1)
             assert streams.asked == [(HIGH, [range(3000)])]
 
@@ -331,7 +339,7 @@ def test_a_start_that_reads_what_is_not_the_images_says_so() -> None:
     async def body() -> None:
         store, image = FakeStore(), FakeImage()
         async with starts(store, FakeStreams(), FakeCatalog()) as (service, recordings):
-            tag = await service.begin(ProfileUse.FIRST, cast("Any", image), [LOW, HIGH], "another's layer")
+            tag, _ = await service.begin(ProfileUse.FIRST, cast("Any", image), [LOW, HIGH], "another's layer")
             await read(recordings, tag, 32)
             recordings.end([view_name(MAP, "", "", tag)])
             await service.wait_kept()

@@ -5,7 +5,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +50,27 @@ def view_files(top: Path) -> tuple[Path, Path]:
     return image, disk
 
 
+def read_aheads(names: Sequence[str]) -> list[str]:
+    """In KiB, as the kernel shows them: of a mount, and of what others mounted at the same time."""
+    files = [Path("/sys/class/bdi") / name / "read_ahead_kb" for name in names]
+    return [file.read_text() for file in files if file.exists()]
+
+
 @pytest.mark.parametrize("loop", [False, True], ids=["file", "loop"])
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 def test_a_view_mounts_and_goes_without_a_trace(arena: Path, loop: bool, direct: bool) -> None:
     image, disk = view_files(arena)
     target = make_directory(arena / "view")
     step = mounts.Erofs(
-        target=str(target), image=str(image), device=str(disk), loop=loop, direct=direct, read_ahead_kb=1024
+        target=str(target), image=str(image), device=str(disk), loop=loop, direct=direct, read_ahead_kb=1028
     )
-    bdis = set(Path("/sys/class/bdi").iterdir())
-    mounts.do_step(step)
+    names = mounts.do_step(step)
     assert (target / "file").read_bytes() == CONTENT
     assert len(loops(arena)) == 2 * loop
+    assert "1028\n" in read_aheads(names)
     if not loop:
-        (new,) = set(Path("/sys/class/bdi").iterdir()) - bdis
-        assert (new / "read_ahead_kb").read_text() == "1024\n"
+        mounts.raise_read_ahead(1028, 2056)
+        assert "2056\n" in read_aheads(names)
     assert "ro" in mounts.find_mount(str(target)).options.split(",")
     mounts.unmount(str(target))
     deadline = time.monotonic() + 30

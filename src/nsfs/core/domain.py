@@ -122,7 +122,7 @@ class Domain:
         async with self._opened(params, report) as image:
             maps = await self._looking.all_maps(image, report)
         records = [self._record(layer) for layer in image.layers]
-        tag = await self._starts.begin(ProfileUse(params.profile), image, [record.key for record in records])
+        begun = await self._starts.begin(ProfileUse(params.profile), image, [record.key for record in records])
         return worker_api.Prepared(
             reference=image.reference,
             digest=str(image.digest),
@@ -131,7 +131,8 @@ class Domain:
             size=sum(record.content_bytes for record in records),
             maps=[self._info(each, image) for each in visible(maps)],
             config=image.config.config,
-            recording=tag,
+            recording=begun.recording,
+            careful=begun.careful,
         )
 
     def _info(self, record: MapRecord, image: Image) -> worker_api.MapInfo:

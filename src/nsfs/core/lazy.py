@@ -181,7 +181,9 @@ class LazyLayers:
         infos = iter(reversed(answer.maps))
         maps = [None if layer is None else next(infos) for layer in layers]
         views = [None if info is None else self._lower(domain, info, recording) for info in maps]
-        paths = await self._mount(domain, [view for view in dict.fromkeys(views) if view], snapshot, shift)
+        paths = await self._mount(
+            domain, [view for view in dict.fromkeys(views) if view], snapshot, shift, careful=answer.careful
+        )
         stacked = [
             None if info is None or view is None else Stacked(paths[view], info.marks, info.opaque)
             for info, view in zip(maps, views, strict=True)
@@ -193,12 +195,13 @@ class LazyLayers:
         return least_use(profile, self._config.profile, ProfileUse.USE if domain.transient else ProfileUse.FIRST)
 
     async def _mount(
-        self, domain: Domain, views: Sequence[Lower], snapshot: int, shift: Shift | None
+        self, domain: Domain, views: Sequence[Lower], snapshot: int, shift: Shift | None, *, careful: bool
     ) -> dict[Lower, str]:
         """Where each view, or its clone, is mounted for the snapshot."""
         async with self._lowers.locks[domain.name]:
             self._domains[snapshot] = domain
-            paths = dict(zip(views, await self._lowers.acquire(views, _user(snapshot)), strict=True))
+            mounted = await self._lowers.acquire(views, _user(snapshot), careful=careful)
+            paths = dict(zip(views, mounted, strict=True))
             return paths if shift is None else await self._clones.acquire(paths, shift, snapshot)
 
     async def _prove(self, domain: Domain, layers: Sequence[LazyLayer | None]) -> None:

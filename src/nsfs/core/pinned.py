@@ -15,6 +15,7 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.layers import short
+from nsfs.core.starts import Begun
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.digest import chain_ids
 from nsfs.model.profile import ProfileUse
@@ -115,16 +116,17 @@ class Pinned:
         owner = next((name.owner for name in params.layers if name is not None), "")
         readers = [self._readers.reader_of(record, owner) for record in maps]
         infos = await trio.to_thread.run_sync(lambda: list(map(self._info, maps, readers)))
-        return worker_api.Stacked(maps=infos, recording=await self._begin_start(params, images, layers))
+        begun = await self._begin_start(params, images, layers)
+        return worker_api.Stacked(maps=infos, recording=begun.recording, careful=begun.careful)
 
     async def _begin_start(
         self, params: worker_api.Stack, images: Mapping[str, Image], layers: Sequence[Layer | None]
-    ) -> str:
+    ) -> Begun:
         """What `Starts.begin` gives for the image that the whole stack is, if it is one."""
         top = params.layers[-1] if params.layers else None
         image = None if top is None else images[top.reference]
         if top is None or image is None or _top_of(image) != top.chain:
-            return ""
+            return Begun()
         keys = [self._layers.key_of(layer) for layer in layers if layer is not None]
         same = [layer and layer.digest for layer in layers] == [layer.digest for layer in image.layers]
         flaw = "" if same else "not every layer was read as the image has it"

@@ -43,6 +43,9 @@ class Catalog(Protocol):
 class Streams(Protocol):
     """Who fetches."""
 
+    def are_local(self, keys: Collection[LayerKey]) -> bool:
+        """Whether all of these layers' contents are in the pool."""
+
     def leading(self, key: LayerKey, size: int) -> range:
         """The part of a layer's stream that so many bytes at the beginning of its blob are."""
 
@@ -67,12 +70,15 @@ class Prefetches:
         self._nursery = nursery
         self._running: dict[tuple[Digest, str], _Prefetch] = {}
 
-    def begin(self, image: Digest, owner: str, layers: Sequence[LayerKey], profile: Profile | None) -> None:
-        """Begin to fetch what the image's profile, or else a landmark, has of these layers."""
+    def begin(self, image: Digest, owner: str, layers: Sequence[LayerKey], profile: Profile | None) -> bool:
+        """Begin to fetch what the image's profile, or else a landmark, has of these layers; whether there is any."""
         profile = profile or self._landmarks(layers)
-        if profile.runs and (image, owner) not in self._running:
+        if not profile.runs or self._streams.are_local(layers):
+            return False
+        if (image, owner) not in self._running:
             prefetch = self._running[image, owner] = _Prefetch(frozenset(layers))
             self._nursery.start_soon(self._run, image, owner, layers, profile, prefetch)
+        return True
 
     def end(self, layers: Collection[LayerKey]) -> None:
         """Fetch nothing more for images that have one of these layers."""

@@ -8,7 +8,7 @@ Concurrency: one event loop; a profile is read in a thread.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import trio
 
@@ -32,6 +32,15 @@ class Store(Protocol):
         """The one of an image, if there is one."""
 
 
+class Begun(NamedTuple):
+    """How views of a start are to be mounted."""
+
+    recording: str = ""
+    """The tag of their names; empty where nothing is recorded."""
+    careful: bool = False
+    """Read in small pieces at first: what the kernel reads beyond would be recorded, or fetched."""
+
+
 class Starts:
     """The service."""
 
@@ -42,22 +51,23 @@ class Starts:
 
     async def begin(
         self, use: ProfileUse, image: Image, layers: Sequence[LayerKey], flaw: str = "", starter: str = ""
-    ) -> str:
-        """Do that for a start from these layers, lowest first; gives the tag of its views where it is recorded.
+    ) -> Begun:
+        """Do that for a start from these layers, lowest first.
 
         `flaw` says what of the start is not the image's, so that its profile is only of use here. A `starter` who asks
         again is given the same tag.
         """
         if use is ProfileUse.OFF:
-            return ""
+            return Begun()
         owner = image.access.owner
         if use is ProfileUse.RECORD:
-            return self._recordings.begin(image.digest, owner, layers, flaw)
+            return Begun(self._recordings.begin(image.digest, owner, layers, flaw), careful=True)
         profile = await trio.to_thread.run_sync(self._store.get, image.digest, owner)
-        self._prefetches.begin(image.digest, owner, layers, profile)
+        is_fetched = self._prefetches.begin(image.digest, owner, layers, profile)
         if use is ProfileUse.USE or profile is not None:
-            return ""
-        return self._recordings.begin_first(image.digest, owner, layers, flaw, starter)
+            return Begun(careful=is_fetched)
+        tag = self._recordings.begin_first(image.digest, owner, layers, flaw, starter)
+        return Begun(tag, careful=is_fetched or tag != "")
 
     async def wait_kept(self) -> None:
         """Return when the profiles of starts that are over are kept."""

@@ -206,6 +206,11 @@ class Views:
         """Seconds since a reader last waited for absent bytes; 0 while one does."""
         return self._fetcher.quiet_for()
 
+    def are_local(self, keys: Collection[LayerKey]) -> bool:
+        """Whether all of these layers' contents are in the pool."""
+        ranges = join_blocks(each for key in set(keys) for each in self._ranges_of(key))
+        return self._pool.local_bytes(ranges) == sum(size for _, size in ranges)
+
     def leading(self, key: LayerKey, size: int) -> range:
         """The part of a layer's stream that so many bytes at the beginning of its blob are."""
         table = self._open_table(key)
@@ -295,8 +300,7 @@ class Views:
         """As whom a view of this map is to ask: as nobody in particular where all of it is here."""
         if not owner:
             return ""
-        ranges = join_blocks(each for key in {record.key, *record.lowers} for each in self._ranges_of(key))
-        return owner if self._pool.local_bytes(ranges) < sum(size for _, size in ranges) else ""
+        return "" if self.are_local({record.key, *record.lowers}) else owner
 
     def _source(self, key: LayerKey, owner: str) -> LayerSource:
         source = self._sources.get((key, owner))

@@ -63,6 +63,8 @@ class Prepared(Struct, kw_only=True):
     config: dict[str, Any] = field(default_factory=dict)
     recording: str = ""
     """What is to be in the names of views that are recorded."""
+    careful: bool = False
+    """Its views are to be read in small pieces at first: what the kernel reads beyond would be recorded, or fetched."""
 
 
 class Views(Struct, kw_only=True):
@@ -207,6 +209,8 @@ class Stacked(Struct, kw_only=True):
     maps: list[MapInfo]
     recording: str = ""
     """What is to be in the names of views that are recorded."""
+    careful: bool = False
+    """As of `Prepared`."""
 
 
 class PathName(Name, kw_only=True):

@@ -146,20 +146,22 @@ class StepResult(Struct, frozen=True, kw_only=True):
     """How a step went; `code` is empty if well, else a key of `nsfs.errors.ERRORS`."""
 
     seconds: float
+    read_ahead_of: tuple[str, ...] = ()
+    """Whose read-ahead it set: names in /sys/class/bdi, of an EROFS mount."""
     code: str = ""
     message: str = ""
     hint: str | None = None
 
 
-def do_step(step: Step) -> None:
-    """Do one step here and now; may block for as long as a read of a view may."""
+def do_step(step: Step) -> tuple[str, ...]:
+    """Do one step here and now; may block for as long as a read of a view may. Gives StepResult.read_ahead_of."""
     match step:
         case Fuse():
             mount_fuse(step.target, step.fd, allow_other=step.allow_other)
             if step.read_ahead_kb is not None:
                 set_read_ahead(find_mount(step.target).device, step.read_ahead_kb)
         case Erofs():
-            mount_erofs(step)
+            return mount_erofs(step)
         case Overlay():
             mount_overlay(step)
         case Bind():
@@ -168,6 +170,7 @@ def do_step(step: Step) -> None:
             mount_clones(step)
         case Umount():
             unmount(step.target, detach=step.detach)
+    return ()
 
 
 def run_mounts(args: bytes, fds: list[int]) -> int:
@@ -178,12 +181,12 @@ def run_mounts(args: bytes, fds: list[int]) -> int:
             step = msgspec.structs.replace(step, fd=fds[1 + step.fd])  # noqa: PLW2901 - the same step as seen here
         begin = time.monotonic()
         try:
-            do_step(step)
+            names = do_step(step)
         except NsfsError as error:
             seconds = time.monotonic() - begin
             results.append(StepResult(seconds=seconds, code=error.code, message=error.message, hint=error.hint))
             break
-        results.append(StepResult(seconds=time.monotonic() - begin))
+        results.append(StepResult(seconds=time.monotonic() - begin, read_ahead_of=names))
     os.write(fds[0], msgspec.msgpack.encode(results))
     return 0
 
@@ -252,8 +255,11 @@ def unmount_as_user(target: str, *, detach: bool = False) -> None:
     _run_fusermount(["-u", *(["-z"] if detach else []), "--", target], dict(os.environ), [])
 
 
-def mount_erofs(step: Erofs) -> None:
-    """Mount a view with mount(2); over loop devices, if asked, which vanish with it."""
+def mount_erofs(step: Erofs) -> tuple[str, ...]:
+    """Mount a view with mount(2); over loop devices, if asked, which vanish with it. Gives its names as a bdi.
+
+    Nothing tells which of two that appear at a time is the mount's: then the names of both.
+    """
     before = _bdi_names()
     with ExitStack() as stack:
         image, device, extra = step.image, step.device, ",directio" if step.direct and not step.loop else ""
@@ -263,10 +269,11 @@ def mount_erofs(step: Erofs) -> None:
             image, device = loops
         _refuse_comma(device)
         _mount(image, step.target, "erofs", _RDONLY, f"device={device}{extra}")
+        names = [f"7:{loop.removeprefix('/dev/loop')}" for loop in loops] or sorted(_bdi_names() - before)
         if step.read_ahead_kb is not None:
-            names = [f"7:{loop.removeprefix('/dev/loop')}" for loop in loops] or sorted(_bdi_names() - before)
             for name in names:
                 set_read_ahead(name, step.read_ahead_kb)
+        return tuple(names)
 
 
 def mount_overlay(step: Overlay) -> None:
@@ -561,6 +568,14 @@ def _bdi_names() -> set[str]:
     with suppress(FileNotFoundError):
         return {name for name in os.listdir("/sys/class/bdi") if name.startswith("erofs-")}
     return set()
+
+
+def raise_read_ahead(low: int, high: int) -> None:
+    """Let every EROFS mount run `high` KiB ahead that runs `low`."""
+    for name in _bdi_names():
+        with suppress(OSError), open(f"/sys/class/bdi/{name}/read_ahead_kb", encoding="ascii") as file:
+            if int(file.read()) == low:
+                set_read_ahead(name, high)
 
 
 def set_read_ahead(bdi: str, kib: int) -> None:
