@@ -409,7 +409,7 @@ class Fetcher:
     # Read-ahead
 
     def _notice(self, view: View, plan: ReadPlan) -> None:
-        """Let a miss that continues a sequence begin the read-ahead, which departs after what the miss itself needs."""
+        """Let a miss begin the read-ahead behind it, which departs after what the miss itself needs."""
         if not plan.groups:
             return
         layer = plan.groups[0].layer
@@ -422,8 +422,9 @@ class Fetcher:
     def _begin_read_ahead(self, view: View, head: Head) -> None:
         if self._is_refused or not self._config.read_ahead_most:
             return
-        stream = head.advance(self._config)
-        self._nursery.start_soon(self._read_ahead, view.sources[head.layer], head, stream)
+        source = view.sources[head.layer]
+        stream = head.advance(self._config, source.route().under_way)
+        self._nursery.start_soon(self._read_ahead, source, head, stream)
 
     async def _read_ahead(self, source: LayerSource, head: Head, stream: range) -> None:
         def plan() -> tuple[list[Group], int]:

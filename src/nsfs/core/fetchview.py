@@ -90,20 +90,24 @@ class View:
         """The sequence whose read-ahead a hit has caught up with; mostly None."""
         for head in self.heads:
             if address <= head.mark < address + size:
+                head.goes_on = True
                 return head
         return None
 
     def missed(self, layer: int, start: int, end: int) -> Head | None:
         """The sequence that is to be fetched further ahead now that a miss lacks the stream from `start`.
 
-        The miss brings the stream up to `end`. None for the first of a sequence, and while enough is under way.
+        The miss brings the stream up to `end`. None while enough is under way, and for the first miss of a sequence
+        where those before it ended at their first: there reads jump about.
         """
         for head in self.heads:
             if head.layer == layer and head.start - _SLACK <= start <= head.end + _SLACK:
+                head.goes_on = True
                 head.end = max(end, head.end)
                 return head if head.end - end <= head.window // 2 else None
+        jumps = len(self.heads) == self.heads.maxlen and not any(head.goes_on for head in self.heads)
         self.heads.append(Head(layer, start, end))
-        return None
+        return None if jumps else self.heads[-1]
 
 
 @dataclass(eq=False, slots=True)
@@ -118,10 +122,12 @@ class Head:
     window: int = 0
     mark: int = -1
     """Who reads this address has come so far that more is to be fetched."""
+    goes_on: bool = False
+    """More of it was read than its first miss."""
 
-    def advance(self, config: FetchConfig) -> range:
-        """The stream's next part, twice as long as the last."""
-        self.window = min(max(self.window * 2, config.read_ahead_least), config.read_ahead_most)
+    def advance(self, config: FetchConfig, under_way: int) -> range:
+        """The stream's next part, twice as long as the last; the first one is what a full route has `under_way`."""
+        self.window = min(max(self.window * 2, config.read_ahead_least, under_way), config.read_ahead_most)
         self.mark = -1
         self.start, self.end = self.end, self.end + self.window
         return range(self.start, self.end)

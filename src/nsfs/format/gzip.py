@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 20
 """Bytes of the largest piece of stream that is handed out."""
-SPACING = 1 << 20
+SPACING = 512 << 10
 """Bytes of stream between two checkpoints, unless a deflate block is longer."""
 HEADER_MAX = 1 << 20
 """Bytes of the longest member header that is read; RFC 1952 sets no limit to names and comments."""

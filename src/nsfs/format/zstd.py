@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WINDOW_MAX = 128 << 20
 """Bytes of the largest window (`zstd --long=27`); a frame's decompressor may need this much memory."""
-SPACING = 1 << 20
+SPACING = 512 << 10
 """Bytes of stream after which a span ends with the next frame."""
 
 _BLOCKS = 7
