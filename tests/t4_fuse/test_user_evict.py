@@ -32,7 +32,7 @@ LAYERS = {
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with run_daemon(str(tmp_path_factory.mktemp("daemon"))) as running:
+    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {"fetch": {"read_ahead": 0}}) as running:
         yield running
 
 

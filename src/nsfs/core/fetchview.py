@@ -36,6 +36,8 @@ class FetchConfig:
     range_slack: int = 16 << 10
     """What is fetched for nothing rather than to make two ranges, at least."""
     read_ahead_least: int = 512 << 10
+    read_ahead_first: int = 1 << 20
+    """The most of a sequence's first step: what a full route has under way, if that is more than the least."""
     read_ahead_most: int = 4 << 20
     background_rate: int = 0
     """Bytes a second of what nobody is known to want; 0 for as many as come."""
@@ -94,11 +96,12 @@ class View:
                 return head
         return None
 
-    def missed(self, layer: int, start: int, end: int) -> Head | None:
+    def missed(self, layer: int, start: int, end: int, *, is_small: bool) -> Head | None:
         """The sequence that is to be fetched further ahead now that a miss lacks the stream from `start`.
 
         The miss brings the stream up to `end`. None while enough is under way, and for the first miss of a sequence
-        where those before it ended at their first: there reads jump about.
+        where it `is_small`, so that the kernel reads nothing around it, or where those before it ended at their first:
+        there reads jump about.
         """
         for head in self.heads:
             if head.layer == layer and head.start - _SLACK <= start <= head.end + _SLACK:
@@ -107,7 +110,7 @@ class View:
                 return head if head.end - end <= head.window // 2 else None
         jumps = len(self.heads) == self.heads.maxlen and not any(head.goes_on for head in self.heads)
         self.heads.append(Head(layer, start, end))
-        return None if jumps else self.heads[-1]
+        return None if jumps or is_small else self.heads[-1]
 
 
 @dataclass(eq=False, slots=True)
@@ -126,8 +129,9 @@ class Head:
     """More of it was read than its first miss."""
 
     def advance(self, config: FetchConfig, under_way: int) -> range:
-        """The stream's next part, twice as long as the last; the first one is what a full route has `under_way`."""
-        self.window = min(max(self.window * 2, config.read_ahead_least, under_way), config.read_ahead_most)
+        """The stream's next part, twice as long as the last; the first one suits what the route has `under_way`."""
+        first = max(config.read_ahead_least, min(under_way, config.read_ahead_first))
+        self.window = min(max(self.window * 2, first), config.read_ahead_most)
         self.mark = -1
         self.start, self.end = self.end, self.end + self.window
         return range(self.start, self.end)

@@ -111,7 +111,7 @@ class Runway:
             self._queues[priority].popleft().departs.set()
 
     def _next(self) -> Priority | None:
-        waiting = next((priority for priority in Priority if self._queues[priority]), None)
+        waiting = next((priority for priority, queue in self._queues.items() if queue), None)
         if waiting is None or sum(self._busy.values()) >= self._places(waiting):
             return None
         return waiting
