@@ -226,16 +226,20 @@ def meet_fault(site: Site, path: str, number: int) -> None:
 
 
 def processes(site: Site) -> dict[str, int]:
-    """The daemon's and worker's, and those that they forked, by name."""
+    """The daemon's and those that it started, the worker's and its fork server's, by name."""
     found = {"daemon": site.node.daemon.pid, "worker": wait_for_another(site, 0)}
-    for parent, pid in list(found.items()):
-        for child in children(pid):
-            command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-            found[f"{parent}'s {next(word for word in command if word.startswith('nsfs.'))}"] = child
+    for child in children(found["daemon"]):
+        command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        found[f"daemon's {next((word for word in command if word.startswith('nsfs.')), 'other')}"] = child
     for child in children(found["daemon's nsfs.serve.forkserver"]):
-        if child != found["worker"]:
+        if child != found["worker"] and uid_of(child) == uid_of(found["worker"]):
             found["worker's fork server"] = child
     return found
+
+
+def uid_of(pid: int) -> int:
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Uid:"))
+    return int(line.split()[1])
 
 
 def children(pid: int) -> list[int]:
