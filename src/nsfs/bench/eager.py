@@ -171,7 +171,7 @@ def copy_layers(containerd: Containerd, reference: str, directory: str) -> Stack
 def copy_tree(source: str, target: str) -> str:
     """Copy all that a tree says, whiteouts included, and see it written out; returns `target`."""
     _run("cp", "-a", source, target)
-    os.sync()
+    _run("sync", "--file-system", target)
     return target
 
 

@@ -32,7 +32,7 @@ from nsfs.bench.model import (
     plan_turns,
     summarize,
 )
-from nsfs.bench.pages import count_cached, drop_caches, measure_touched
+from nsfs.bench.pages import count_cached, measure_touched
 from nsfs.bench.roots import NAMESPACE
 from nsfs.bench.stage import Stage, Wish, open_stage
 from nsfs.errors import NsfsError, UnsupportedError, UsageError
@@ -134,7 +134,7 @@ def _take(stage: Stage, turn: Turn) -> Sample:
 def _cool(stage: Stage, root: Root) -> int:
     """Forget what is in memory, but for the tools; returns the bytes that are there all the same."""
     for _ in range(_ATTEMPTS):
-        drop_caches()
+        stage.forget(root)
         if (cached := count_cached(root.stored())) <= _WARM:
             break
     else:
@@ -170,7 +170,6 @@ def _check_proof(turn: Turn, received: int) -> None:
 def _touch(stage: Stage, say: Callable[[str], None]) -> Touched | None:
     """What a start reads: pages in memory after one without read-ahead, where all is local; None where none can be."""
     stage.line.shape = FREE
-    drop_caches()
     try:
         stage.local.mount(stage.named, stage.target, NAMESPACE, driver="erofs-loop", profile="off")
     except (UnsupportedError, UsageError) as error:

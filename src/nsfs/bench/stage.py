@@ -19,7 +19,7 @@ from nsfs.bench.eager import Containerd, copy_layers, open_containerd
 from nsfs.bench.line import FREE, Line, Shape, run_line
 from nsfs.bench.model import WAYS, Way
 from nsfs.bench.node import Node, run_node
-from nsfs.bench.pages import drop_caches
+from nsfs.bench.pages import drop_caches, forget_pages
 from nsfs.bench.roots import NAMESPACE, CopiedRoot, LazyRoot, PulledRoot, StackedRoot
 from nsfs.remote.hosts import is_loopback
 from nsfs.remote.reference import Reference, parse_reference
@@ -55,6 +55,8 @@ class Wish:
     """Socket; one that nobody answers at is none."""
     timeout: float
     """Seconds that a command may take to be up."""
+    forget_all: bool = True
+    """Whether all caches of the machine are dropped before each start, not just the image's pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Stage:
         """Have the node without contents know what a start reads, none of which is in memory."""
         root = self._lazy_root("record")
         root.prepare()
-        drop_caches()
+        self.forget(root)
         root.mount(self.target)
         try:
             run_command(self.target, self.command, timeout=self.wish.timeout)
@@ -108,6 +110,13 @@ class Stage:
         """By the node without contents."""
         assert self.indexed is not None
         return LazyRoot(self.indexed, self.named, evicted=True, profile=profile)
+
+    def forget(self, root: Root) -> None:
+        """Have what a start reads not be in memory."""
+        if self.wish.forget_all:
+            drop_caches()
+        else:
+            forget_pages(root.stored())
 
     def _stack(self) -> StackedRoot:
         directory = f"{self.directory}/stack"

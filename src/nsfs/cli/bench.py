@@ -50,6 +50,13 @@ _HEAD = (
 @click.option("--directory", default="/var/tmp", show_default=True, help="Scratch space, on the filesystem to compare.")  # noqa: S108
 @click.option("--containerd", metavar="SOCKET", help="Whose pull is eager. [containerd.address of the configuration]")
 @click.option("--timeout", default=120.0, show_default=True, metavar="SECONDS", help="For the command to be up.")
+@click.option(
+    "--forget",
+    default="machine",
+    show_default=True,
+    type=click.Choice(["machine", "image"]),
+    help="Whose caches go before each start: all there are, or the image's pages alone.",
+)
 @json_option
 @pass_session
 def bench(  # noqa: PLR0913  an argument for each option
@@ -67,6 +74,7 @@ def bench(  # noqa: PLR0913  an argument for each option
     directory: str,
     containerd: str | None,
     timeout: float,
+    forget: str,
     as_json: bool,
 ) -> None:
     """Measure the start of the image REF: eager, never seen, with its index alone or a profile, local, and overlayfs's.
@@ -95,6 +103,7 @@ def bench(  # noqa: PLR0913  an argument for each option
         output=os.path.abspath(output),
         containerd=(containerd or config.containerd.address).removeprefix("unix://"),
         timeout=timeout,
+        forget_all=forget == "machine",
     )
     report = measure(wish, config, session.talk.note)
     _keep(session, report, wish.output)
