@@ -508,16 +508,19 @@ class _MountCount:
 
     def __init__(self, manual: ManualMounts) -> None:
         self._manual = manual
+        self._count = 0
         self._trouble = ""
         """What was told of last, which may last for as long as a disk is read-only."""
 
     async def take(self) -> int:
-        """Now; tells of a trouble once."""
+        """Now, or, where that cannot be said, when it last could; tells of a trouble once."""
+        trouble = ""
         try:
-            count, trouble = await self._manual.forget_gone(), ""
+            self._count = len(self._manual.records())
+            self._count = await self._manual.forget_gone()
         except NsfsError as error:
-            count, trouble = len(self._manual.records()), str(error)
+            trouble = str(error)
         if trouble and trouble != self._trouble:
             log.warning("cannot look after the mounts: %s", trouble)
         self._trouble = trouble
-        return count
+        return self._count

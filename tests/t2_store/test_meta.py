@@ -106,3 +106,35 @@ def test_costs_add_up_and_are_one_owner_s(tmp_path: Path) -> None:
         meta.forget_costs("a")
         assert meta.costs("a") == []
         assert meta.costs("a/b") == [cost("r:1", 5, 50)]
+
+
+class PanickingEnvironment:
+    """As LMDB leaves one in which the disk failed in the middle of a commit: it can be closed, and nothing else."""
+
+    def __init__(self, env: lmdb.Environment) -> None:
+        self._env = env
+
+    def begin(self, **_: object) -> None:
+        raise lmdb.PanicError("mdb_txn_begin: MDB_PANIC")
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def test_after_a_commit_in_which_the_disk_failed_it_is_opened_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_meta(str(tmp_path / "meta")) as opened:
+        opened.put_mount(record(1))
+        opened._env = PanickingEnvironment(opened._env)  # type: ignore[assignment]
+        with monkeypatch.context() as failing:
+            failing.setattr(meta, "_open_environment", _refuse)
+            for _ in range(2):
+                with pytest.raises(CorruptError, match="cannot be used"):
+                    opened.mounts()
+        opened.put_mount(record(2))
+        assert opened.mounts() == [record(1), record(2)]
+
+
+def _refuse(_path: str) -> lmdb.Environment:
+    raise lmdb.Error("Input/output error")

@@ -435,3 +435,33 @@ def test_what_reads_leave_in_the_page_cache_is_dropped_later(domain: DomainLayou
         assert pool.read(BASE + offset, 64 << 10) == data[offset : offset + (64 << 10)]
     pool.drop_read()
     assert cached_pages(domain.disk, BASE, len(data)) < 256
+
+
+def test_what_may_not_have_reached_the_disk_stays_in_memory(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what it failed to write the kernel reads something else, once the page is gone."""
+    dropped: list[tuple[int, int]] = []
+
+    def drop(_fd: int, start: int, size: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            dropped.append((start, size))
+
+    def read() -> None:
+        pool.read(BASE, BLOCK)
+        pool.drop_read()
+
+    real_sync = os.fdatasync
+
+    def sync(fd: int) -> None:
+        read()
+        real_sync(fd)
+
+    monkeypatch.setattr(os, "posix_fadvise", drop)
+    pool.write(BASE, bytes(BLOCK))
+    read()
+    with monkeypatch.context() as syncing:
+        syncing.setattr(os, "fdatasync", sync)
+        pool.flush()
+        assert dropped == [(0, 0)], "by the flush, at its end"
+    dropped.clear()
+    read()
+    assert dropped != []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import signal
+import struct
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, BinaryIO
 
 import pytest
 
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 
 SETTINGS = {"fetch": {"read_ahead": 0}, "pool": {"reserve": 0}}
 NO_SPACE = 7
+LOOP_SET_STATUS64, LOOP_GET_STATUS64 = 0x4C04, 0x4C05
+LOOP_STATUS, LOOP_SIZE_LIMIT = 232, 32
+"""Bytes of struct loop_info64, and where lo_sizelimit is in it."""
 FLUSHED = 6.0
 """Seconds after which what was written is durable: a worker flushes every 5."""
 
@@ -211,6 +217,95 @@ def turn_read_only(mountpoint: Path) -> None:
     device = subprocess.check_output(["findmnt", "-no", "SOURCE", mountpoint], text=True).strip()
     with open(f"/sys/fs/ext4/{os.path.basename(device)}/trigger_fs_error", "w", encoding="ascii") as trigger:
         trigger.write("1")
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 filesystem of 128 MiB that goes on after errors; see `failing`."""
+    image, target = tmp_path / "ext4", tmp_path / "small"
+    target.mkdir()
+    with image.open("wb") as opened:
+        opened.truncate(128 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", "-m", "0", "-O", "^has_journal", image], check=True)
+    with swept(tmp_path):
+        subprocess.run(["mount", "-o", "loop,errors=continue", image, target], check=True)
+        yield target
+
+
+@contextlib.contextmanager
+def failing(mountpoint: Path) -> Iterator[None]:
+    """The kernel refuses access to the blocks of files: the loop device ends behind the filesystem's own tables."""
+    limit_loop(mountpoint, 8 << 20)
+    try:
+        yield
+    finally:
+        limit_loop(mountpoint, 0)
+
+
+def limit_loop(mountpoint: Path, size: int) -> None:
+    """Let a loop device end after `size` bytes, or with its file (loop(4), LOOP_SET_STATUS64)."""
+    device = subprocess.check_output(["findmnt", "-no", "SOURCE", mountpoint], text=True).strip()
+    status = bytearray(LOOP_STATUS)
+    with open(device, "rb") as opened:
+        fcntl.ioctl(opened, LOOP_GET_STATUS64, status)
+        struct.pack_into("<Q", status, LOOP_SIZE_LIMIT, size)
+        assert wait_until(lambda: not refused(opened, status))
+
+
+def refused(device: BinaryIO, status: bytearray) -> bool:
+    """EAGAIN while pages of the device are being written."""
+    try:
+        fcntl.ioctl(device, LOOP_SET_STATUS64, status)
+    except BlockingIOError:
+        return True
+    return False
+
+
+@pytest.mark.soak
+def test_a_disk_that_fails_harms_no_reader_and_is_used_again(
+    registry: FakeRegistry, failing_disk: Path, tmp_path: Path
+) -> None:
+    """Reads go on from the network, or, where the worker lost what it has mapped, wait until the disk is back."""
+    files, layer = make("eio", 1 << 20, 12)
+    reference = publish(registry, Image((layer,)), "eio")
+    target = tmp_path / "mnt"
+    target.mkdir()
+    settings = {**SETTINGS, "root": str(failing_disk / "root")}
+    with run_daemon(str(tmp_path / "d"), settings) as daemon, ThreadPoolExecutor(1) as threads:
+        daemon.nsfs("mount", reference, str(target), "--on-error", "wait")
+        daemon.nsfs("evict", reference)
+        assert read(f"{target}/d/0") == files["d/0"]
+        with failing(failing_disk):
+            reader = threads.submit(read_all, target, list(files))
+            assert wait_until(lambda: not daemon.workers() or bool(unkept(daemon)), 40)
+            wait_until(reader.done, 5)
+            assert daemon.json("status")["mounts"]
+        assert reader.result(60) == files
+        assert wait_until(lambda: bool(daemon.workers()), 60)
+        assert read_all(target, list(files)) == files
+        assert wait_until(lambda: read_all(target, list(files)) == files and local(daemon) >= 12 << 20, 60)
+        assert unkept(daemon) == ""
+        daemon.nsfs("umount", str(target), check=False)  # it may hear of what was lost before
+        assert wait_until(lambda: daemon.json("status")["mounts"] == [], 30)
+        assert "Traceback" not in daemon.tail()
+
+
+def read_all(target: Path, names: list[str]) -> dict[str, bytes]:
+    """What the filesystem below says, and not the page cache."""
+    found = {}
+    for name in names:
+        drop_pages(f"{target}/{name}")
+        found[name] = read(f"{target}/{name}")
+    return found
+
+
+def drop_pages(path: str) -> None:
+    """Have the next read of `path` ask the filesystem below."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
 
 
 def test_what_is_claimed_after_kills_is_what_was_fetched(registry: FakeRegistry, tmp_path: Path) -> None:

@@ -125,12 +125,16 @@ class Cache:
         """Bytes that each domain takes on disk, at the last look."""
 
     async def watch(self) -> None:
-        """Look for ever."""
+        """Look for ever; tells of a trouble once."""
+        trouble = ""
         while True:
+            before, trouble = trouble, ""
             try:
                 await self.look()
             except NsfsError as error:
-                log.warning("it is not known how much the pools take: %s", error)
+                trouble = str(error)
+            if trouble and trouble != before:
+                log.warning("it is not known how much the pools take: %s", trouble)
             await trio.sleep(_LOOK_EVERY)
 
     async def look(self) -> None:

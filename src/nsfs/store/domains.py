@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
 
-from nsfs.errors import NsfsError
+from nsfs.errors import CorruptError, NsfsError
 from nsfs.model.encryption import KeyPlace, plan_key
 from nsfs.store.crypt import DomainKey, make_key_file
 from nsfs.store.pool import create_bitmap, is_encrypted
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
     from nsfs.model.encryption import Encrypt
     from nsfs.store.keys import Keys
@@ -83,15 +83,21 @@ class Domains:
                 return key
 
     def names(self) -> list[str]:
-        """The domains that have anything on disk."""
-        try:
+        """The domains that have anything on disk; raises CorruptError where the disk fails."""
+        with _mapped_errors(self._layout.domains), suppress(FileNotFoundError):
             return sorted(map(unquote, os.listdir(self._layout.domains)))
-        except FileNotFoundError:
-            return []
+        return []
 
     def measure(self, domain: str) -> Footprint:
-        """What a domain has on disk, its indexes included; what goes away meanwhile does not count."""
+        """What a domain has on disk, its indexes included; what goes away meanwhile does not count.
+
+        Raises CorruptError where the disk fails.
+        """
         layout = self._layout.domain(domain)
+        with _mapped_errors(layout.path):
+            return self._measure(layout)
+
+    def _measure(self, layout: DomainLayout) -> Footprint:
         size = 0
         for directory, _, files in os.walk(layout.path):
             for file in files:
@@ -102,8 +108,9 @@ class Domains:
         return Footprint(0, os.geteuid(), is_encrypted=False)
 
     def free(self) -> int:
-        """Bytes that the filesystem has left for us."""
-        found = os.statvfs(self._layout.root)
+        """Bytes that the filesystem has left for us; raises CorruptError where the disk fails."""
+        with _mapped_errors(self._layout.root):
+            found = os.statvfs(self._layout.root)
         return found.f_bavail * found.f_frsize
 
     def destroy_key(self, name: str) -> None:
@@ -128,6 +135,14 @@ class Domains:
         except NsfsError as error:
             log.warning("what domain %s has cannot be looked at: %s", name, error)
             return False
+
+
+@contextmanager
+def _mapped_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CorruptError(f"the disk cannot be looked at: {path}: {error.strerror}") from error
 
 
 def _is_encrypted(layout: DomainLayout) -> bool:

@@ -9,13 +9,14 @@ Keys and values, described here and nowhere else:
     db `costs`      sha256 of owner, sha256 of server (host and port), both raw -> msgpack of report.Cost
     db `stacks`     who stacks lowers: a mount ID, or "snapshot " and a number (ASCII) -> msgpack array of Lower
 
-No transaction stays open across an await; writes are durable when a method returns.
+No transaction stays open across an await; writes are durable when a method returns; opened anew where a commit failed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
@@ -57,11 +58,24 @@ class DomainRecord(Struct, frozen=True, kw_only=True):
 
 
 class Meta:
-    """The open environment."""
+    """The environment, open from the first; `close` it.
 
-    def __init__(self, env: lmdb.Environment, path: str) -> None:
-        self._env = env
+    LMDB refuses an environment in which the disk failed in the middle of a commit. It is then opened anew, at the next
+    call that can, and says what was durable before.
+    """
+
+    def __init__(self, path: str) -> None:
         self._path = path
+        self._opening = threading.Lock()
+        self._is_usable = True
+        self._open()
+
+    def close(self) -> None:
+        """Nothing may be under way."""
+        self._env.close()
+
+    def _open(self) -> None:
+        env = self._env = _open_environment(self._path)
         self._about = env.open_db(b"about")
         self._domains = env.open_db(b"domains")
         self._mounts = env.open_db(b"mounts")
@@ -72,8 +86,21 @@ class Meta:
 
     @contextmanager
     def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[bytes]]:
-        with mapped_errors(_NAME, self._path), self._env.begin(write=write) as txn:
+        with mapped_errors(_NAME, self._path), self._begin(write=write) as txn:
             yield txn
+
+    def _begin(self, *, write: bool) -> lmdb.Transaction[bytes]:
+        if self._is_usable:
+            try:
+                return self._env.begin(write=write)
+            except lmdb.PanicError:
+                self._is_usable = False
+        with self._opening:
+            if not self._is_usable:
+                self._env.close()
+                self._open()
+                self._is_usable = True
+        return self._env.begin(write=write)
 
     def uids(self) -> dict[str, int]:
         """The uid of every domain that has one."""
@@ -246,14 +273,21 @@ def open_meta(path: str) -> Iterator[Meta]:
     """
     with mapped_errors(_NAME, path):
         os.makedirs(path, mode=0o700, exist_ok=True)
-        env = lmdb.open(path, map_size=_MAP_SIZE, max_dbs=8, mode=0o600)
+        meta = Meta(path)
     try:
-        with mapped_errors(_NAME, path):
-            _check_format(env, path)
-            meta = Meta(env, path)
         yield meta
     finally:
+        meta.close()
+
+
+def _open_environment(path: str) -> lmdb.Environment:
+    env = lmdb.open(path, map_size=_MAP_SIZE, max_dbs=8, mode=0o600)
+    try:
+        _check_format(env, path)
+    except BaseException:
         env.close()
+        raise
+    return env
 
 
 def _check_format(env: lmdb.Environment, path: str) -> None:

@@ -307,6 +307,8 @@ class Pool:
         self._durable_lock = threading.Lock()
         self._dirty: set[int] = set() if readonly else _pages_with_data(bitmap_fd)
         """Pages of the bitmap with bits that the durable one may lack."""
+        self._syncing: frozenset[int] = frozenset()
+        """Those that a flush is about."""
         self._was_read = False
         os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         if not readonly:
@@ -355,21 +357,22 @@ class Pool:
     def read(self, address: int, size: int) -> bytes | memoryview:
         """The local bytes, whatever is there, in memory that stays theirs; raises CorruptError if the disk fails.
 
-        Bytes that are clean leave the page cache behind the read: a view that reads them keeps them itself. Dirty ones
-        stay until `flush`. Measured on Linux 6.18 (ext4, two cores), 128 KiB and 1 MiB a read from one thread: 2.3 and
-        2.2 GB/s, with at most 30 MiB left in the page cache; by O_DIRECT, which also waits for dirty pages to be
-        written first, 0.65 and 1.9 GB/s.
+        Bytes that are clean leave the page cache behind the read: a view that reads them keeps them itself. Others stay
+        until `flush` was told that they are on the disk: the kernel calls clean, too, what it failed to write, and
+        reads nothing or something else in its place (ext4 has zeros there). Measured on Linux 6.18 (ext4, two cores),
+        128 KiB and 1 MiB a read from one thread: 2.3 and 2.2 GB/s, with at most 30 MiB left in the page cache; by
+        O_DIRECT, which also waits for dirty pages to be written first, 0.65 and 1.9 GB/s.
         """
         data = self._load(address, size)
         self._was_read = True
-        if address // _PAGE_COVERS not in self._dirty:
+        if address // _PAGE_COVERS not in self._dirty | self._syncing:
             low = address - _BEHIND if (address + size) % _FOLIO < size else address
             os.posix_fadvise(self._disk, low, address + size - low, os.POSIX_FADV_DONTNEED)
         return data
 
     def drop_read(self) -> None:
         """Drop the clean pages that reads left behind since the last call: the kernel's read-ahead, parts of folios."""
-        if self._was_read:
+        if self._was_read and not self._dirty and not self._syncing:
             self._was_read = False
             os.posix_fadvise(self._disk, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -456,10 +459,14 @@ class Pool:
         """
         with self._exclusive():
             with self._bits_lock:
-                pages, self._dirty = sorted(self._dirty), set()
-            if pages:
-                self._make_durable(pages)
-            os.posix_fadvise(self._disk, 0, 0, os.POSIX_FADV_DONTNEED)
+                pages, self._syncing, self._dirty = sorted(self._dirty), frozenset(self._dirty), set()
+            try:
+                if pages:
+                    self._make_durable(pages)
+            finally:
+                self._syncing = frozenset()
+            if not self._dirty:
+                os.posix_fadvise(self._disk, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _make_durable(self, pages: list[int]) -> None:
         bits = [self._bitmap[page * _PAGE : (page + 1) * _PAGE] for page in pages]
