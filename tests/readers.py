@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SLOW = 0.002
 """Seconds; shorter waits are only counted, so that hours of reading fit."""
 _PIECE = 1 << 16
-_END = 30.0
+_END = 60.0
 """Seconds for a reader to end its last read."""
 
 

@@ -88,7 +88,7 @@ def test_readers_do_not_notice_that_workers_die(
                 reader.join()
     assert [failure for reader in readers for failure in reader.failures] == []
     assert all(reader.reads >= len(FILES) for reader in readers)
-    assert max(reader.longest for reader in readers) < 10
+    assert max(reader.longest for reader in readers) < 30
 
 
 @pytest.mark.parametrize("kind", [gzip_layer, zstd_layer])
@@ -107,7 +107,7 @@ def test_a_first_pass_that_was_killed_goes_on_by_range(
         time.sleep(0.3)
         kill_worker(daemon, f"ns/{name}")
         meter.hold_after = None
-        said = mounting.communicate(timeout=30)[1]
+        said = mounting.communicate(timeout=90)[1]
     assert mounting.returncode in {0, 5}, said
     if mounting.returncode != 0:
         daemon.nsfs("mount", reference, target, *names)
