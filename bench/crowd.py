@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 from bench import images
 from bench.containerd import run_containerd
-from bench.harness import Bench, Figure, say
+from bench.harness import FORGET_ALL, Bench, Figure, say
 from nsfs.bench.command import rehearse, run_command
 from nsfs.bench.line import FREE, Shape
 from nsfs.bench.model import Way
-from nsfs.bench.pages import drop_caches
 from nsfs.bench.roots import StackedRoot
 from nsfs.bench.stage import Stage, Wish, open_stage
 from nsfs.serve.config import load_system_config
@@ -69,6 +68,7 @@ def _wish(bench: Bench, image: images.Built, socket: str) -> Wish:
         output="",
         containerd=socket,
         timeout=_TIMEOUT,
+        forget_all=FORGET_ALL,
     )
 
 
@@ -115,7 +115,8 @@ def _start(stage: Stage, way: Way, number: int) -> _Start:
         targets = [f"{stage.target}-{index}" for index in range(number)]
         for target in targets:
             os.makedirs(target, exist_ok=True)
-        drop_caches()
+        for each in roots:
+            stage.forget(each)
         rehearse()
         stage.line.shape = _LINE
         before, began = stage.line.received, time.monotonic()

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 
+FORGET_ALL = os.environ.get("FORGET") != "image"
+"""Whether all caches of the machine go before a start, or its image's pages alone."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
     """One measured thing. `goal` is for the ratio where there is a baseline, else for the value.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bench import REPOSITORY, images
 from bench.containerd import run_containerd
-from bench.harness import Bench, Figure, say
+from bench.harness import FORGET_ALL, Bench, Figure, say
 from nsfs.bench.journal import NAME
 from nsfs.bench.line import Shape
 from nsfs.bench.model import Way
@@ -62,6 +62,7 @@ def _measure(bench: Bench, image: images.Built, socket: str) -> Report:
         output=output,
         containerd=socket,
         timeout=_TIMEOUT,
+        forget_all=FORGET_ALL,
     )
     report = measure_starts(wish, load_system_config(), lambda text: say(f"  {name}: {text}"))
     draw(report, output)
