@@ -198,8 +198,7 @@ def test_a_disk_that_becomes_read_only_is_read_past_and_is_used_again_when_it_is
             assert {name: read(f"{target}/{name}") for name in files} == files
         assert "Read-only" in unkept(daemon)
         daemon.nsfs("inspect", reference)
-        refused = daemon.nsfs("umount", str(target), check=False)
-        assert (refused.returncode, "Read-only" in refused.stderr) == (NO_SPACE, True)
+        assert "written down later" in daemon.nsfs("umount", str(target)).stderr
         assert not os.path.ismount(target)
         assert "Traceback" not in daemon.tail()
     image = tmp_path / "ext4"

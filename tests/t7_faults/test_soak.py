@@ -15,6 +15,7 @@ import random
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ PER_EVICTION = 20
 """Kills between two evictions, after which everything is fetched again."""
 PER_FAULT = 10
 """One mount in so many meets a registry that fails, or a reader that does not wait for it."""
+CALL = 120.0
+"""Seconds for the daemon to answer any call."""
 NAMESPACE = "soak"
 DOMAIN = f"ns/{NAMESPACE}"
 DRIVERS = ("erofs", "fuse")
@@ -64,9 +67,10 @@ class Site:
     registry: FakeRegistry
     reference: str
     numbers: Iterator[int] = field(default_factory=itertools.count)
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def call(self, method: str, request: Any) -> Any:
-        return self.control.call(method, request, api.METHODS[method][1])
+        return self.threads.submit(self.control.call, method, request, api.METHODS[method][1]).result(CALL)
 
     def worker(self) -> int:
         """The worker that answers now; 0 while it is being started."""

@@ -397,16 +397,23 @@ class ManualMounts:
         gone = worker_api.TreeGone(id=record.id)
         await self._workers.call(self.domain_of(record), "HideTree", gone, worker_api.Empty)
 
-    async def umount(self, target: str, *, force: bool) -> None:
-        """Take away the mount at `target`; raises NotFoundError, BusyError."""
+    async def umount(self, target: str, *, force: bool) -> str:
+        """Take away the mount at `target`; raises NotFoundError, BusyError.
+
+        Where it is gone and that cannot be written down, gives why; `forget_gone` does it as soon as it can be.
+        """
         record = self._records.mount_at(target)
         async with self._locks[record.domain]:
             if not self._is_known(record):
                 raise NotFoundError(f"somebody else unmounts it: {target}")
             if target in self._kernel.mounted():
                 await self._kernel.unmount([target], force=force)
-            await self._forget(record)
-        log.info("unmounted %s", target)
+            log.info("unmounted %s", target)
+            try:
+                await self._forget(record)
+            except NsfsError as error:
+                return str(error)
+        return ""
 
     async def forget_gone(self) -> int:
         """Give up what was unmounted by others than us (umount(8)); gives how many mounts there are now."""
@@ -478,7 +485,7 @@ class ManualMounts:
             await _do_quietly(partial(self.umount, record.target, force=True))
 
 
-async def _do_quietly(work: Callable[[], Awaitable[None]]) -> None:
+async def _do_quietly(work: Callable[[], Awaitable[object]]) -> None:
     """Do what others must not wait for, nor fail by; each has a deadline."""
     with trio.move_on_after(_UNDO_DEADLINE) as scope:
         try:

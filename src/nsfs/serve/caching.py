@@ -59,11 +59,13 @@ class Caching:
         return api.EvictReport(layers=evicted.layers, freed=evicted.freed)
 
     async def _pin(self, request: api.ImageRequest, report: Report) -> api.PinReport:
-        pinned = await self._ask(request, "Pin", worker_api.Pinned, report)
-        return api.PinReport(reference=pinned.reference, digest=pinned.digest, absent=pinned.absent)
+        return await self._change_pin(request, "Pin", report)
 
     async def _unpin(self, request: api.ImageRequest, report: Report) -> api.PinReport:
-        pinned = await self._ask(request, "Unpin", worker_api.Pinned, report)
+        return await self._change_pin(request, "Unpin", report)
+
+    async def _change_pin(self, request: api.ImageRequest, method: str, report: Report) -> api.PinReport:
+        pinned = await self._ask(request, method, worker_api.Pinned, report)
         return api.PinReport(reference=pinned.reference, digest=pinned.digest, absent=pinned.absent)
 
     async def _offline(self, request: api.ImageRequest, report: Report) -> api.OfflineReport:

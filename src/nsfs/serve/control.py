@@ -19,7 +19,7 @@ from nsfs.core.manual import ManualMounts, Wish
 from nsfs.core.tasks import run_all
 from nsfs.errors import DeniedError, NsfsError, UnsupportedError
 from nsfs.model.policy import ScopeRequest
-from nsfs.model.report import EntryReport, ImageReport
+from nsfs.model.report import EntryReport, ImageReport, Note
 from nsfs.remote.credentials import Credential
 from nsfs.serve import api
 
@@ -127,8 +127,10 @@ class Control:
         await self._say_if_large(record.size, report)
         return await self._mount_report(record)
 
-    async def _umount(self, request: api.UmountRequest, _report: Report) -> api.Empty:
-        await self._mounts.umount(request.target, force=request.force)
+    async def _umount(self, request: api.UmountRequest, report: Report) -> api.Empty:
+        trouble = await self._mounts.umount(request.target, force=request.force)
+        if trouble:
+            await report(Note(text=f"it is unmounted, which is written down later: {trouble}"))
         return api.Empty()
 
     def domain(self, request: api.ImageRequest) -> Domain:
