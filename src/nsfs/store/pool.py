@@ -358,10 +358,10 @@ class Pool:
         """The local bytes, whatever is there, in memory that stays theirs; raises CorruptError if the disk fails.
 
         Bytes that are clean leave the page cache behind the read: a view that reads them keeps them itself. Others stay
-        until `flush` was told that they are on the disk: the kernel calls clean, too, what it failed to write, and
-        reads nothing or something else in its place (ext4 has zeros there). Measured on Linux 6.18 (ext4, two cores),
-        128 KiB and 1 MiB a read from one thread: 2.3 and 2.2 GB/s, with at most 30 MiB left in the page cache; by
-        O_DIRECT, which also waits for dirty pages to be written first, 0.65 and 1.9 GB/s.
+        until `flush` was told that they are on the disk: the kernel calls clean, too, what it failed to write, and may
+        read something else in its place later. Measured on Linux 6.18 (ext4, two cores), 128 KiB and 1 MiB a read from
+        one thread: 2.3 and 2.2 GB/s, with at most 30 MiB left in the page cache; by O_DIRECT, which also waits for
+        dirty pages to be written first, 0.65 and 1.9 GB/s.
         """
         data = self._load(address, size)
         self._was_read = True
