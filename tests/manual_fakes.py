@@ -137,7 +137,7 @@ class FakeKernel(Kernel):
         self.uppers: set[str] = set()
         self.busy: set[str] = set()
 
-    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, careful: bool = False) -> None:
+    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, read_ahead: int = 0) -> None:
         await self.script.play("mount_lowers")
         for lower, path in lowers:
             assert (lower.domain, lower.view) in self.workers.shown, "its files are not there"

@@ -210,7 +210,7 @@ async def _compose(
     cache = DomainCache(index, images, layers, views, looking, uses, kept, completing)
     bugs = stack.enter_context(counted_bugs())
     noted = NotedUse(shown, uses.note)
-    starts = Starts(profiles, recordings, prefetches)
+    starts = Starts(profiles, recordings, prefetches, startups)
     domain = Domain(images, layers, blobs, views, looking, noted, lambda: Health(bugs.count, kept.trouble), starts)
     pinned = Pinned(images, layers, maps, index, views, starts)
     exports = Exports(images, layers, looking, profiles, views)

@@ -10,7 +10,7 @@ import trio
 
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
-from nsfs.core.starts import Begun, Starts
+from nsfs.core.starts import EXACT_KB, NEAR_KB, Begun, Starts
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import NoSpaceError, UnreachableError
 from nsfs.model.digest import Digest
@@ -281,14 +281,24 @@ class FakeImage:
         return Access("team", "")
 
 
+@dataclass
+class FakePacks:
+    """All of them or none."""
+
+    are_fresh: bool = False
+
+    def is_fresh(self, image: Any) -> bool:
+        return self.are_fresh
+
+
 @asynccontextmanager
 async def starts(
-    store: FakeStore, streams: FakeStreams, catalog: FakeCatalog
+    store: FakeStore, streams: FakeStreams, catalog: FakeCatalog, *, packed: bool = False
 ) -> AsyncIterator[tuple[Starts, Recordings]]:
     table: Any = FakeTable
     async with open_tasks() as nursery:
         recordings = Recordings(catalog, table, store, nursery)
-        yield Starts(store, recordings, Prefetches(catalog, streams, nursery)), recordings
+        yield Starts(store, recordings, Prefetches(catalog, streams, nursery), FakePacks(packed)), recordings
 
 
 async def start(service: Starts, use: ProfileUse, starter: str = "") -> Begun:
@@ -303,16 +313,16 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
         store, streams = FakeStore(), FakeStreams()
         async with starts(store, streams, FakeCatalog()) as (service, recordings):
             assert await start(service, ProfileUse.OFF) == await start(service, ProfileUse.USE) == Begun()
-            tag, careful = await start(service, ProfileUse.FIRST, "a")
+            tag, read_ahead = await start(service, ProfileUse.FIRST, "a")
             assert tag
-            assert careful
-            assert await start(service, ProfileUse.FIRST, "a") == (tag, True)
+            assert read_ahead == EXACT_KB
+            assert await start(service, ProfileUse.FIRST, "a") == (tag, EXACT_KB)
             assert await start(service, ProfileUse.FIRST, "b") == Begun()
             await read(recordings, tag, 32)
             recordings.end([view_name(MAP, "", "", tag)])
             await service.wait_kept()
             assert not streams.asked
-            assert await start(service, ProfileUse.FIRST, "c") == ("", True)
+            assert await start(service, ProfileUse.FIRST, "c") == ("", NEAR_KB)
             await trio.sleep(1)
             assert streams.asked == [(HIGH, [range(512, 512 + BLOCK)])]
             streams.is_whole = True
@@ -331,6 +341,15 @@ def test_without_a_profile_the_landmark_of_a_layer_is_one() -> None:
             assert (await start(service, ProfileUse.FIRST)).recording
             await trio.sleep(1)
             assert streams.asked == [(HIGH, [range(3000)])]
+
+    run(body)
+
+
+def test_beside_a_pack_no_more_is_read_than_was_recorded() -> None:
+    async def body() -> None:
+        async with starts(FakeStore(), FakeStreams(), FakeCatalog(marked=HIGH), packed=True) as (service, _):
+            assert await start(service, ProfileUse.USE) == ("", EXACT_KB)
+            assert await start(service, ProfileUse.OFF) == Begun()
 
     run(body)
 

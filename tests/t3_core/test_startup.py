@@ -187,6 +187,26 @@ def test_reads_wait_for_what_comes_soon_and_for_nothing_else() -> None:
     run(body)
 
 
+def test_until_it_is_known_what_comes_reads_of_its_layers_wait() -> None:
+    async def body() -> None:
+        async with open_tasks() as nursery:
+            site = Site(nursery, RUNS)
+            assert not site.startups.is_fresh(site.image)
+            site.startups.begin(site.image)
+            asked = site.awaited(0, 8 << 20)
+            assert asked is not None
+            assert site.startups.awaited(LayerKey(BLOBS[2], KEYS[0].index), "", 0, BLOCK) is None
+            assert site.startups.is_fresh(site.image)
+            await asked.wait()
+            assert site.awaited(0, 8 << 20) is None
+            await trio.sleep(1)
+            assert site.startups.is_fresh(site.image), "it came a moment ago"
+            await trio.sleep(60)
+            assert not site.startups.is_fresh(site.image)
+
+    run(body)
+
+
 def test_what_is_far_ahead_is_not_waited_for() -> None:
     table = PackTable([str(BLOBS[0])], [PackPiece(MIB, MIB, bytes(32), [Run(0, at * MIB, MIB)]) for at in range(32)])
     startup = Startup.plan(IMAGE, table)

@@ -132,7 +132,7 @@ class Domain:
             maps=[self._info(each, image) for each in visible(maps)],
             config=image.config.config,
             recording=begun.recording,
-            careful=begun.careful,
+            read_ahead=begun.read_ahead,
         )
 
     def _info(self, record: MapRecord, image: Image) -> worker_api.MapInfo:

@@ -96,8 +96,8 @@ class Kernel(Protocol):
     What mounts leaves nothing mounted where it fails or is cancelled.
     """
 
-    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, careful: bool = False) -> None:
-        """Mount each view at its path; `careful` ones are read in small pieces for a while."""
+    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, read_ahead: int = 0) -> None:
+        """Mount each view at its path; for a while the kernel reads no more than so many KiB ahead, if it is not 0."""
 
     async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
         """Put the tree at `target`."""
@@ -198,16 +198,16 @@ class Lowers:
         """What a user stacks."""
         return [lower for lower, users in self._users.items() if user in users]
 
-    async def acquire(self, lowers: Sequence[Lower], user: str, *, careful: bool = False) -> list[str]:
+    async def acquire(self, lowers: Sequence[Lower], user: str, *, read_ahead: int = 0) -> list[str]:
         """Mount what is not mounted yet; gives the paths in the order of `lowers`, distinct ones of one domain.
 
-        What is mounted now is read in small pieces for a while if it is to be `careful`.
+        Of what is mounted now the kernel reads no more than so many KiB ahead for a while, if `read_ahead` is not 0.
         """
         fresh = [lower for lower in lowers if lower not in self._names]
         self._names |= zip(fresh, self._free_names(), strict=False)
         try:
             await self._tell("ShowViews", fresh)
-            await self._kernel.mount_lowers([(lower, self._path(lower)) for lower in fresh], careful=careful)
+            await self._kernel.mount_lowers([(lower, self._path(lower)) for lower in fresh], read_ahead=read_ahead)
         except BaseException:
             for lower in fresh:
                 del self._names[lower]
@@ -367,7 +367,7 @@ class ManualMounts:
         if not self._host.root:
             await self._kernel.mount_front(record, maps)
         else:
-            lowers = await self._show(record, maps, undo, careful=image.careful)
+            lowers = await self._show(record, maps, undo, read_ahead=image.read_ahead)
             marks = record.driver != Driver.FUSE and any(info.marks for info in maps)
             upper = await self._make_upper(record, undo) if record.writable else None
             plan = plan_rootfs(lowers, marks=marks, empty=self._kernel.empty, upper=upper)
@@ -375,11 +375,11 @@ class ManualMounts:
         _push_undo(undo, partial(self._kernel.unmount, [record.target], force=True))
 
     async def _show(
-        self, record: MountRecord, maps: list[worker_api.MapInfo], undo: AsyncExitStack, *, careful: bool
+        self, record: MountRecord, maps: list[worker_api.MapInfo], undo: AsyncExitStack, *, read_ahead: int
     ) -> list[str]:
         """Have the kernel see the image's layers; where they are, top first."""
         if record.driver != Driver.FUSE:
-            paths = await self._lowers.acquire(_lowers_of(record), record.id, careful=careful)
+            paths = await self._lowers.acquire(_lowers_of(record), record.id, read_ahead=read_ahead)
             _push_undo(undo, partial(self._lowers.release, record.id))
             return paths
         _push_undo(undo, partial(self._hide_tree, record))

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from bisect import bisect_right
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -43,6 +44,8 @@ SOON: Final = 8 << 20
 """Bytes of the pack: what lies no further ahead of what came last is waited for."""
 _AHEAD: Final = 64
 """Pieces that are received and not stored yet."""
+_FRESH: Final = 30.0
+"""Seconds for which a start that a pack was for may go on."""
 _READY: Final = 30.0
 """Seconds that a piece waits for its layer."""
 
@@ -55,6 +58,20 @@ class _Coming:
     ends: list[int]
     pieces: list[int]
     """The number of each run's piece."""
+
+
+@dataclass(eq=False, slots=True)
+class _Asked:
+    """A pack whose table is asked for."""
+
+    keys: frozenset[LayerKey]
+    """The layers that may be to have it."""
+    is_here: trio.Event = field(default_factory=trio.Event)
+    """The table, or nothing comes."""
+
+    def awaited(self, key: LayerKey, _start: int, _end: int) -> trio.Event | None:
+        """See Startup."""
+        return self.is_here if key in self.keys else None
 
 
 @dataclass(eq=False, slots=True)
@@ -75,12 +92,8 @@ class Startup:
     @classmethod
     def plan(cls, image: Image, table: PackTable) -> Startup:
         """What the layers that this image's artifact reads are to have of its pack."""
-        claims = {str(layer.digest): (layer, layer.claim) for layer in image.layers}
-        keys: dict[int, LayerKey] = {}
-        for number, blob in enumerate(table.layers):
-            layer, claim = claims.get(blob, (None, None))
-            if layer is not None and claim is not None:
-                keys[number] = LayerKey(layer.digest, claim.index, layer.access.origin)
+        claimed = {str(key.blob): key for key in _claimed(image)}
+        keys = {number: claimed[blob] for number, blob in enumerate(table.layers) if blob in claimed}
         coming = {key: _coming(table, number) for number, key in keys.items()}
         offsets = [0, *itertools.accumulate(piece.length for piece in table.pieces)]
         return cls(keys, table, coming, offsets, [trio.Event() for _ in table.pieces])
@@ -116,17 +129,26 @@ class Startups:
         self._nursery = nursery
         self._is_known = is_known
         """Whether a layer can take bytes."""
-        self._running: dict[tuple[str, str], Startup | None] = {}
-        """By digest of the pack, and owner; None until its table is here."""
+        self._running: dict[tuple[str, str], Startup | _Asked] = {}
+        """By digest of the pack, and owner."""
+        self._came: dict[tuple[str, str], float] = {}
+        """When others ended a moment ago, by trio's clock."""
         self._became_ready = trio.Event()
 
     def begin(self, image: Image) -> None:
         """Begin to have what a start of the image reads, if its artifact has that and nobody did."""
         if image.pack is not None:
-            name = str(image.pack.pack.digest), image.access.owner
+            name = _name(image, image.pack)
             if name not in self._running:
-                self._running[name] = None
-                self._nursery.start_soon(self._run, image, image.pack, name)
+                self._running[name] = asked = _Asked(frozenset(_claimed(image)))
+                self._nursery.start_soon(self._run, image, image.pack, asked)
+
+    def is_fresh(self, image: Image) -> bool:
+        """Whether the image's pack is under way, or came a moment ago: its start has that, and little else."""
+        if image.pack is None:
+            return False
+        name = _name(image, image.pack)
+        return name in self._running or trio.current_time() - self._came.get(name, -math.inf) < _FRESH
 
     def ready(self, key: LayerKey) -> None:
         """The layer can take bytes."""
@@ -137,22 +159,26 @@ class Startups:
     def awaited(self, key: LayerKey, owner: str, start: int, end: int) -> trio.Event | None:
         """What to wait for before these bytes of a layer's stream are fetched otherwise; None for nothing."""
         for (_, whose), startup in self._running.items():
-            if startup is not None and whose == owner and (event := startup.awaited(key, start, end)) is not None:
+            if whose == owner and (event := startup.awaited(key, start, end)) is not None:
                 return event
         return None
 
     async def wait_over(self, key: LayerKey) -> None:
         """Return when no pack that is under way has anything of this layer."""
-        for startup in [each for each in self._running.values() if each is not None and key in each.coming]:
+        for asked in [each for each in self._running.values() if isinstance(each, _Asked) and key in each.keys]:
+            await asked.is_here.wait()
+        for startup in [each for each in self._running.values() if isinstance(each, Startup) and key in each.coming]:
             for event in startup.stored:
                 await event.wait()
 
-    async def _run(self, image: Image, pack: StartupPack, name: tuple[str, str]) -> None:
+    async def _run(self, image: Image, pack: StartupPack, asked: _Asked) -> None:
+        name = _name(image, pack)
         try:
             source = await self._blobs.source(image.repository, image.access.owner)
             data = await source.read_blob(pack.table, MAX_BLOB)
             startup = await trio.to_thread.run_sync(Startup.plan, image, parse_table(data, pack.pack.size))
             self._running[name] = startup
+            asked.is_here.set()
             blob = source.blob(pack.pack)
             async with blob.stream() as stream:
                 await self._take(startup, stream)
@@ -163,7 +189,9 @@ class Startups:
             log.exception("a bug: no start-up pack of %s", image.reference)
         finally:
             ended = self._running.pop(name)
-            for event in ended.stored if ended else ():
+            now = trio.current_time()
+            self._came = {name: now} | {each: when for each, when in self._came.items() if now - when < _FRESH}
+            for event in ended.stored if isinstance(ended, Startup) else [asked.is_here]:
                 event.set()
 
     async def _take(self, startup: Startup, stream: AsyncIterator[bytes]) -> None:
@@ -203,6 +231,19 @@ class Startups:
             window = Window((run.start, data) for run, data in runs if run.layer == layer)
             if (refused := store_window(self._pool, table, window)) is not None:
                 raise refused
+
+
+def _name(image: Image, pack: StartupPack) -> tuple[str, str]:
+    return str(pack.pack.digest), image.access.owner
+
+
+def _claimed(image: Image) -> list[LayerKey]:
+    """The layers that the image's artifact says how to read."""
+    return [
+        LayerKey(layer.digest, layer.claim.index, layer.access.origin)
+        for layer in image.layers
+        if layer.claim is not None
+    ]
 
 
 async def _pieces(startup: Startup, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

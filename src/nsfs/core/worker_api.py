@@ -63,8 +63,8 @@ class Prepared(Struct, kw_only=True):
     config: dict[str, Any] = field(default_factory=dict)
     recording: str = ""
     """What is to be in the names of views that are recorded."""
-    careful: bool = False
-    """Its views are to be read in small pieces at first: what the kernel reads beyond would be recorded, or fetched."""
+    read_ahead: int = 0
+    """KiB that the kernel may read beyond what it is asked for of its views, at first; 0 for as many as ever."""
 
 
 class Views(Struct, kw_only=True):
@@ -209,7 +209,7 @@ class Stacked(Struct, kw_only=True):
     maps: list[MapInfo]
     recording: str = ""
     """What is to be in the names of views that are recorded."""
-    careful: bool = False
+    read_ahead: int = 0
     """As of `Prepared`."""
 
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from nsfs.core.manual import Kernel
+from nsfs.core.starts import EXACT_KB, NEAR_KB
 from nsfs.errors import DeniedError, NoSpaceError, NotFoundError, NsfsError, UnreachableError, UsageError
 from nsfs.model.mounts import Bind, Driver, Lower
-from nsfs.model.policy import parse_view_name
 from nsfs.model.shift import render_map
 from nsfs.serve import mounts
 from nsfs.serve.fronts import FrontArgs, Fronts
@@ -36,13 +36,9 @@ if TYPE_CHECKING:
 
 READ_AHEAD_KB = 2048
 """Of FUSE and EROFS: sequential reads of local content reach 1 GB/s with it, 0.3 with the kernel's 128."""
-_RECORDED_KB = 20
-"""Of views whose start is recorded: 1.2 times the bytes are read that a start of Python touches. Like the next
-one it is a figure that nobody else chooses: a view that an earlier daemon left so is known by it."""
-_CAREFUL_KB = 124
-"""Of views whose start is fetched ahead; less means more reads, and no fewer spans."""
-_CAREFUL = 20.0
-"""Seconds, which is longer than most starts; and as long what is read in a sequence comes in small pieces."""
+_START = 20.0
+"""Seconds in which less is read ahead of a start, and so what is read in a sequence comes in small pieces: longer than
+most."""
 _LOOK_EVERY = 1.0
 _DEADLINE = 60.0
 _CHECK_DEADLINE = 5.0
@@ -60,8 +56,8 @@ class HostKernel(Kernel):
         self._host = host
         self._server = server
         self._checks = trio.CapacityLimiter(_CHECKS)
-        self._careful: deque[tuple[float, str]] = deque()
-        """When which views are no longer read in small pieces: trio's time, name as a bdi."""
+        self._starting: deque[tuple[float, str]] = deque()
+        """When which views are read far ahead again: trio's time, name as a bdi."""
         os.makedirs(self.empty, 0o755, exist_ok=True)
 
     @property
@@ -129,28 +125,29 @@ class HostKernel(Kernel):
         stale = [target for target in mounted if target.startswith(ours) and target not in keep]
         await self.unmount(stale[::-1], force=True)
 
-    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, careful: bool = False) -> None:
+    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, read_ahead: int = 0) -> None:
         """See Kernel."""
         if not lowers:
             return
         for _, path in lowers:
             os.makedirs(path, 0o755, exist_ok=True)
-        results = await self._mount(tuple(self._step(lower, path, careful=careful) for lower, path in lowers))
-        if careful:
-            due = trio.current_time() + _CAREFUL
-            self._careful += [(due, name) for result in results for name in result.read_ahead_of]
+        results = await self._mount(
+            tuple(self._step(lower, path, read_ahead or READ_AHEAD_KB) for lower, path in lowers)
+        )
+        if read_ahead:
+            due = trio.current_time() + _START
+            self._starting += [(due, name) for result in results for name in result.read_ahead_of]
 
     async def follow_starts(self) -> None:
-        """Have views read far ahead again that were mounted carefully a while ago, also by an earlier daemon."""
-        for low in (_RECORDED_KB, _CAREFUL_KB):
+        """Have views read far ahead again that were mounted for a start a while ago, also by an earlier daemon."""
+        for low in (EXACT_KB, NEAR_KB):
             mounts.raise_read_ahead(low, READ_AHEAD_KB)
         while True:
             await trio.sleep(_LOOK_EVERY)
-            while self._careful and self._careful[0][0] <= trio.current_time():
-                mounts.set_read_ahead(self._careful.popleft()[1], READ_AHEAD_KB)
+            while self._starting and self._starting[0][0] <= trio.current_time():
+                mounts.set_read_ahead(self._starting.popleft()[1], READ_AHEAD_KB)
 
-    def _step(self, lower: Lower, path: str, *, careful: bool) -> mounts.Step:
-        low = _RECORDED_KB if parse_view_name(lower.view).recording else _CAREFUL_KB
+    def _step(self, lower: Lower, path: str, read_ahead_kb: int) -> mounts.Step:
         run = self._layout.domain_run(lower.domain)
         if lower.driver is Driver.FUSE:
             return mounts.Bind(target=path, source=run.fuse_layer(lower.view))
@@ -160,7 +157,7 @@ class HostKernel(Kernel):
             device=run.fuse_disk(lower.view),
             direct=self._host.directio,
             loop=lower.driver is Driver.EROFS_LOOP,
-            read_ahead_kb=low if careful else READ_AHEAD_KB,
+            read_ahead_kb=read_ahead_kb,
         )
 
     async def mount_clones(self, clones: Sequence[tuple[str, str]], shift: Shift) -> None:
