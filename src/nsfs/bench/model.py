@@ -32,14 +32,17 @@ class Way(enum.StrEnum):
     """Lazily, by a node that has the image's index and none of its contents."""
     PROFILE = "profile"
     """The same, where the node also knows what a start of the image reads first."""
+    PACK = "pack"
+    """Lazily, by a node that has never seen the image and believes the artifact that lies beside it."""
     LOCAL = "local"
     """nsfs has all of it, and none of it is in memory."""
     OVERLAY = "overlay"
     """What `eager` unpacked is there, stacked by overlayfs, and none of it is in memory."""
 
 
-WAYS = tuple(map(str, Way))
-FETCHING = frozenset({Way.EAGER, Way.FIRST, Way.INDEXED, Way.PROFILE})
+WAYS = tuple(str(way) for way in Way if way is not Way.PACK)
+"""Those that need nothing beside the image."""
+FETCHING = frozenset({Way.EAGER, Way.FIRST, Way.INDEXED, Way.PROFILE, Way.PACK})
 """Ways that have to fetch something."""
 
 

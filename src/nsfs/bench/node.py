@@ -94,10 +94,14 @@ class Node:
 
 
 @contextlib.contextmanager
-def run_node(directory: str, config: Config, environment: Mapping[str, str]) -> Iterator[Node]:
-    """A daemon below `directory`, whose `environment` has these variables, too; it is gone when the block ends."""
+def run_node(directory: str, config: Config, environment: Mapping[str, str], *, trust: str = "off") -> Iterator[Node]:
+    """A daemon below `directory`, whose `environment` has these variables, too; it is gone when the block ends.
+
+    `trust` says which artifact beside an image it believes, as `trust_index` of the configuration does.
+    """
     root, run = f"{directory}/root", f"{directory}/run"
-    process = _start(directory, root, run, config, environment)
+    settings = _render_settings(root, run, trust, config)
+    process = _start(directory, settings, environment)
     try:
         _wait_until_answering(process, f"{run}/nsfs.sock", f"{directory}/log")
         with open_control(f"{run}/nsfs.sock") as control:
@@ -106,12 +110,10 @@ def run_node(directory: str, config: Config, environment: Mapping[str, str]) -> 
         _end(process)
 
 
-def _start(
-    directory: str, root: str, run: str, config: Config, environment: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
+def _start(directory: str, settings: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     os.makedirs(directory, exist_ok=True)
     with open(f"{directory}/config.toml", "w", encoding="utf-8") as file:
-        file.write(_render_settings(root, run, config))
+        file.write(settings)
     serve = [sys.executable, "-P", "-m", "nsfs.cli", "serve", "--config", f"{directory}/config.toml"]
     with open(f"{directory}/log", "ab") as log:
         # Ctrl-C is for us, who unmount first; should we die, the kernel ends the daemon.
@@ -125,15 +127,21 @@ def _start(
         )
 
 
-def _render_settings(root: str, run: str, config: Config) -> str:
+def _render_settings(root: str, run: str, trust: str, config: Config) -> str:
     """As TOML, whose strings JSON's are."""
     registry = {
         "config_path": config.registry.config_path,
         "docker_config": config.registry.docker_config,
         "docker_config_for": "all",
     }
-    lines = [f"root = {json.dumps(root)}", f"run = {json.dumps(run)}", "[containerd]", 'address = ""', "[registry]"]
-    return "\n".join([*lines, *(f"{key} = {json.dumps(value)}" for key, value in registry.items())]) + "\n"
+    plain = {"root": root, "run": run, "trust_index": trust}
+    tables = {"": plain, "[containerd]": {"address": ""}, "[registry]": registry}
+    lines = [line for head, keys in tables.items() for line in (head, *_render_keys(keys))]
+    return "\n".join(lines) + "\n"
+
+
+def _render_keys(keys: Mapping[str, str]) -> list[str]:
+    return [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
 
 
 def _wait_until_answering(process: subprocess.Popen[bytes], socket: str, log: str) -> None:

@@ -26,6 +26,7 @@ from nsfs.bench.model import (
     Sample,
     Touched,
     Turn,
+    Way,
     local_run,
     plan_limit,
     plan_rest,
@@ -119,7 +120,7 @@ def _take(stage: Stage, turn: Turn) -> Sample:
         phases = _start(stage, root)
         received = line.received - before
         line.wait_until_quiet()
-        _check_proof(turn, received)
+        _check_proof(stage, turn, received)
         return Sample(
             way=turn.way,
             number=turn.number,
@@ -158,13 +159,15 @@ def _start(stage: Stage, root: Root) -> dict[str, float]:
     return {name: after - before for name, before, after in zip(PHASES, times, times[1:], strict=False)}
 
 
-def _check_proof(turn: Turn, received: int) -> None:
+def _check_proof(stage: Stage, turn: Turn, received: int) -> None:
     """A start that had to fetch and fetched nothing over the line was no such start."""
     if turn.way in FETCHING and not received:
         raise NsfsError(
             f"nothing came over the line: {turn.way}",
             hint="a mirror without TLS is not reached over it; containerd may have the image in another namespace",
         )
+    if turn.way == Way.PACK and received >= stage.image.size:
+        raise NsfsError(f"no artifact was of use: {stage.wish.reference}", hint="nsfs index push puts one beside it")
 
 
 def _touch(stage: Stage, say: Callable[[str], None]) -> Touched | None:

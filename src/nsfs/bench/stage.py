@@ -141,15 +141,15 @@ class Stage:
         elif way == Way.EAGER and self.containerd is not None:
             yield PulledRoot(self.containerd, self.named)
         else:
-            with self._open_fresh() as fresh:
-                yield fresh if way == Way.FIRST else CopiedRoot(fresh, f"{self.directory}/copy")
+            with self._open_fresh("same-repository" if way == Way.PACK else "off") as fresh:
+                yield CopiedRoot(fresh, f"{self.directory}/copy") if way == Way.EAGER else fresh
 
     @contextlib.contextmanager
-    def _open_fresh(self) -> Iterator[LazyRoot]:
-        """By a node that has never seen anything."""
+    def _open_fresh(self, trust: str) -> Iterator[LazyRoot]:
+        """By a node that has never seen anything, and believes such artifacts."""
         directory = f"{self.directory}/fresh"
         try:
-            with run_node(directory, self.config, self.environment) as node:
+            with run_node(directory, self.config, self.environment, trust=trust) as node:
                 yield LazyRoot(node, self.named)
         finally:
             shutil.rmtree(directory, ignore_errors=True)

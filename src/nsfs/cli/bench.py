@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nsfs.bench.model import WAYS
+from nsfs.bench.model import WAYS, Way
 from nsfs.cli.options import json_option
 from nsfs.cli.render import render_columns, render_json
 from nsfs.cli.session import Session, pass_session
@@ -41,7 +41,13 @@ _HEAD = (
 @click.option("--wait-for", default="", metavar="TEXT", help="Up when its output has this. [the first output]")
 @click.option("--bandwidth", default="100mbit", show_default=True, metavar="RATE", help="Of the line; 0 for no limit.")
 @click.option("--rtt", default="30ms", show_default=True, metavar="TIME", help="Round trip of the line.")
-@click.option("--way", "ways", multiple=True, type=click.Choice(WAYS), help="Measure this way alone; may be repeated.")
+@click.option(
+    "--way",
+    "ways",
+    multiple=True,
+    type=click.Choice([str(way) for way in Way]),
+    help="Measure this alone; more than once.",
+)
 @click.option("--samples", default=3, show_default=True, type=click.IntRange(min=1), help="Of each way.")
 @click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), help="Of the order of samples. [random, and said]")
 @click.option(
@@ -79,6 +85,8 @@ def bench(  # noqa: PLR0913  an argument for each option
 ) -> None:
     """Measure the start of the image REF: eager, never seen, with its index alone or a profile, local, and overlayfs's.
 
+    With --way pack also by an artifact of `nsfs index push`, which must lie beside it.
+
     From nothing to the first output of a command, over a line of a chosen bandwidth and round trip to REF's registry,
     with cold caches, in shuffled order. Beside it stands the limit: a local run, the pages that it touches, compressed,
     at the line's rate, and four round trips. Whoever interrupts it and asks again goes on where it was.
@@ -96,7 +104,7 @@ def bench(  # noqa: PLR0913  an argument for each option
         words=tuple(shlex.split(cmd)),
         wait_for=wait_for,
         shape=Shape(parse_rate(bandwidth), parse_delay(rtt)),
-        ways=ways or WAYS,
+        ways=tuple(dict.fromkeys(ways)) or WAYS,
         samples=samples,
         seed=seed,
         directory=directory,
