@@ -75,7 +75,7 @@ class LazyLayers:
         self._config = config
         self._pods = PodImages(workers, scopes)
         self._domains = _snapshots(lowers.users())
-        """Where a snapshot's lowers are, by its ID."""
+        """Where a snapshot's lowers are, by its ID. What an earlier daemon mounted has no owner until somebody asks."""
         self._deadlines: dict[tuple[str, str], float] = {}
         """Of pulls, by namespace and image."""
 
@@ -170,7 +170,7 @@ class LazyLayers:
 
         They stay mounted until `snapshot` releases them.
         """
-        domain = self._domains[snapshot] = self._domains.get(snapshot) or self._domain(request)
+        domain = self._domains[snapshot] = self._domain_of(snapshot, request)
         await self._prove(domain, layers)
         held = {parse_view_name(lower.view).recording for lower in self._lowers.held(_user(snapshot))}
         use = ProfileUse.OFF if held else self._use(profile, domain)
@@ -237,6 +237,14 @@ class LazyLayers:
         if not request.namespace:
             raise UnsupportedError("the caller has no namespace")
         return self._scopes.domain(request)
+
+    def _domain_of(self, snapshot: int, request: ScopeRequest) -> Domain:
+        """Where a snapshot is that is shown already, whatever the policy says by now; on behalf of who asks."""
+        held = self._domains.get(snapshot)
+        if held is not None and held.owner:
+            return held
+        decided = self._domain(request)
+        return decided if held is None or held.name == decided.name else replace(held, owner=decided.owner)
 
     def _lower(self, domain: Domain, info: worker_api.MapInfo, recording: str) -> Lower:
         """Containers wait for their content without end: their views' names have no suffix."""
