@@ -41,6 +41,11 @@ class Node:
     root: str
     run: str
 
+    def warm_up(self) -> None:
+        """Return when its fork server works, as a host's does long before an image comes: the daemon answers sooner."""
+        with contextlib.suppress(NsfsError):
+            self.resolve("oci:/nowhere", "warm-up")
+
     def resolve(self, reference: str, namespace: str) -> ImageReport:
         """What the image is."""
         request = api.ImageRequest(reference=reference, namespace=namespace)
@@ -105,7 +110,9 @@ def run_node(directory: str, config: Config, environment: Mapping[str, str], *, 
     try:
         _wait_until_answering(process, f"{run}/nsfs.sock", f"{directory}/log")
         with open_control(f"{run}/nsfs.sock") as control:
-            yield Node(control, root, run)
+            node = Node(control, root, run)
+            node.warm_up()
+            yield node
     finally:
         _end(process)
 
