@@ -6,20 +6,13 @@ The program lies in <repo>/.cache, named by its sources; building it needs Go 1.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import os
 import pathlib
-import shutil
 import subprocess
 import tempfile
 from typing import NamedTuple
 
-import prepared
-
-TESTS = pathlib.Path(__file__).resolve().parent
-SOURCES = TESTS / "estargz"
-CACHE = pathlib.Path(prepared.CACHE)
+from goprograms import build_program
 
 
 class Estargz(NamedTuple):
@@ -44,21 +37,12 @@ def convert(
         paths["in"].write_bytes(tar)
         sizes = [f"-chunk-size={chunk_size}", f"-min-chunk-size={min_chunk_size}"]
         files = [f"-{name}={path}" for name, path in paths.items()]
-        command = [str(_program()), *files, *sizes, f"-footer={footer}", "-prioritized=" + "\n".join(prioritized)]
+        command = [_program(), *files, *sizes, f"-footer={footer}", "-prioritized=" + "\n".join(prioritized)]
         printed = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120).stdout)
         toc = paths["toc"].read_bytes() if footer == "external" else b""
         return Estargz(paths["out"].read_bytes(), printed["toc_digest"], printed["diff_id"], toc)
 
 
 @functools.cache
-def _program() -> pathlib.Path:
-    sources = b"".join((SOURCES / name).read_bytes() for name in ("go.mod", "go.sum", "main.go"))
-    program = CACHE / f"estargz-{hashlib.sha256(sources).hexdigest()[:16]}"
-    with prepared.alone("estargz"):
-        if not program.exists():
-            built = program.with_suffix(f".{os.getpid()}")
-            go = shutil.which("go") or "/usr/local/go/bin/go"
-            environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false"}
-            subprocess.run([go, "build", "-o", built, "."], cwd=SOURCES, env=environment, check=True, timeout=600)
-            built.replace(program)
-    return program
+def _program() -> str:
+    return build_program("estargz")

@@ -7,24 +7,17 @@ ends with its standard input, so with the test process at the latest.
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
 import pathlib
-import shutil
 import subprocess
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import prepared
+from goprograms import build_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-TESTS = pathlib.Path(__file__).resolve().parent
-SOURCES = TESTS / "goregistry"
-CACHE = pathlib.Path(prepared.CACHE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +42,7 @@ def run_go_registry(*, deletes: bool = True) -> Iterator[GoRegistry]:
     """Start one; where it `deletes` nothing, it refuses to."""
     with tempfile.TemporaryDirectory(prefix="nsfs-registry-") as folder:
         log = pathlib.Path(folder, "log")
-        command = [str(go_registry_program()), f"-log={log}", f"-delete={str(deletes).lower()}"]
+        command = [go_registry_program(), f"-log={log}", f"-delete={str(deletes).lower()}"]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -62,15 +55,6 @@ def run_go_registry(*, deletes: bool = True) -> Iterator[GoRegistry]:
 
 
 @functools.cache
-def go_registry_program() -> pathlib.Path:
+def go_registry_program() -> str:
     """Build it, where it is not there."""
-    sources = b"".join((SOURCES / name).read_bytes() for name in ("go.mod", "go.sum", "main.go"))
-    program = CACHE / f"goregistry-{hashlib.sha256(sources).hexdigest()[:16]}"
-    with prepared.alone("goregistry"):
-        if not program.exists():
-            built = program.with_suffix(f".{os.getpid()}")
-            go = shutil.which("go") or "/usr/local/go/bin/go"
-            environment = os.environ | {"CGO_ENABLED": "0", "GOFLAGS": "-trimpath -buildvcs=false"}
-            subprocess.run([go, "build", "-o", built, "."], cwd=SOURCES, env=environment, check=True, timeout=600)
-            built.replace(program)
-    return program
+    return build_program("goregistry")

@@ -179,8 +179,8 @@ def _read_artifact(args: ClaimArgs, fds: Sequence[int], _channel: Channel) -> La
         index = parse_index(file.read())
     with working(layout), open_index(layout.index, layout.key) as catalog:
         record = _plan_claimed(args, key, index)
-        record = msgspec.structs.replace(record, spans_blob=args.spans_blob, spans_size=args.spans_size)
-        record = msgspec.structs.replace(record, promised=Digest(args.promised))
+        promise = {"promised": Digest(args.promised), "spans_blob": args.spans_blob, "spans_size": args.spans_size}
+        record = msgspec.structs.replace(record, **promise)
         return _commit_claimed(layout, catalog, record, index, None)
 
 
