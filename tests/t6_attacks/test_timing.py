@@ -1,72 +1,54 @@
-"""What a tenant learns by a clock: from inside of an isolated namespace, nothing tells whether another has an image.
+"""What a tenant learns by a clock of another's image: in an isolated namespace, and in a shared domain without a grant.
 
 Two images at a time, of which one is a's, and the other was only downloaded by nobody in particular, so that the
-registry's caches do not differ. b times what it can do with each, in an order that chance decides; c does the same with
-a leak of a millisecond planted. Samples are taken until such a leak would be seen with a probability of SURE, and c's
-is: then b must have seen none. What the calls say is compared in test_answers.py.
+registry's caches do not differ. b times what it can do with each, and so does c, with a leak planted (clocks.py). What
+the calls say is compared in test_answers.py and test_shared_domain.py.
 """
 
 from __future__ import annotations
 
 import random
-import time
-from collections import defaultdict
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Final
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+import clocks
 import ranks
-from fakes import FakeRegistry
+from clocks import SURE, Watch
+from fakes import OCI_MANIFEST, FakeRegistry
 from images import Image, file, gzip_layer
+from nsfs.model.digest import Digest
 from nsfs.model.lazy import lazy_name, parse_offer
 from nsfs_daemon import Daemon, run_daemon
 from published import publish
 from snapshots_api import REF, Backend, mounted, offers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import grpc
 
-LEAK: Final = 0.001
-"""Seconds."""
-SURE: Final = 0.95
-BATCH: Final = 100
-"""Pairs between two looks at the power."""
-LEAST: Final = 500
-"""Pairs, however even they are: a tenant is given a thousand Prepares, and as many of each other call."""
-MOST: Final = 5000
-CALLS = ("prepare", "list", "start", "read", "usage", "stat")
-
-Times = dict[str, float]
+    from images import Layer
 
 
-class Watch:
-    """Adds up the seconds that each call takes; a `leak` comes on top."""
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as running:
+        yield running
 
-    def __init__(self, leak: float) -> None:
-        self.times: Times = defaultdict(float)
-        self._leak = leak
 
-    @contextmanager
-    def of(self, call: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        if self._leak:
-            time.sleep(self._leak)
-        self.times[call] += time.perf_counter() - begun
+# From inside of an isolated namespace
 
 
 class Tenant:
     """Who pulls and starts, and looks at the clock."""
 
-    def __init__(self, daemon: Daemon, namespace: str, target: Path, leak: float = 0) -> None:
+    def __init__(self, daemon: Daemon, namespace: str, target: Path) -> None:
         self.backend = Backend(daemon.socket, namespace=namespace)
         self._namespace = namespace
         self._target = target / namespace
-        self._leak = leak
         self._names = 0
 
     def pull(self, image: Image, reference: str, watch: Watch) -> str:
@@ -78,9 +60,7 @@ class Tenant:
             (name,) = self.backend.ask(labels[REF], "")
         return name
 
-    def time(self, image: Image, reference: str, *, had: bool) -> Times:
-        """Seconds of each call; what `had` says is told by the planted leak."""
-        watch = Watch(self._leak if had else 0)
+    def time(self, image: Image, reference: str, watch: Watch) -> None:
         name = self.pull(image, reference, watch)
         self._names += 1
         key = f"{self._namespace}/{self._names}/c"
@@ -96,7 +76,6 @@ class Tenant:
                 self._look_for(self.backend.stat, image, reference)
         for each in (key, name):
             self.backend.remove(each)
-        return watch.times
 
     def _look_for(self, asking: Callable[[str], object], image: Image, reference: str) -> None:
         """Ask for a's record of it by its name, which anybody can work out."""
@@ -107,58 +86,124 @@ class Tenant:
         assert error.code().name == "NOT_FOUND"
 
 
-@pytest.fixture
-def registry() -> Iterator[FakeRegistry]:
-    with FakeRegistry() as running:
-        yield running
+class Had(NamedTuple):
+    """An image that a has, and one that nobody has; see clocks.Pair."""
+
+    tenants: Mapping[str, Tenant]
+    had: tuple[Image, str]
+    other: tuple[Image, str]
+
+    def time(self, who: str, watch: Watch, *, first: bool) -> None:
+        self.tenants[who].time(*(self.had if first else self.other), watch)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_nothing_tells_whether_another_has_an_image(registry: FakeRegistry, tmp_path: Path) -> None:
-    with run_daemon(str(tmp_path / "d"), {"prepare_wait": "30s"}) as daemon:
-        a, b = Tenant(daemon, "a", tmp_path), Tenant(daemon, "b", tmp_path)
-        c = Tenant(daemon, "c", tmp_path, LEAK)
-        honest: list[Times] = []
-        planted: list[Times] = []
-        while len(honest) < LEAST or (len(honest) < MOST and not _is_sure(honest)):
-            for number in range(len(honest), len(honest) + BATCH):
-                pair = _publish_pair(registry, number)
-                a.pull(*pair[0], Watch(0))
+    with run_daemon(str(tmp_path / "d"), {"prepare_wait": "30s"}) as daemon, ExitStack() as stack:
+        tenants = {name: Tenant(daemon, name, tmp_path) for name in "abc"}
+        for tenant in tenants.values():
+            stack.enter_context(tenant.backend)
+
+        def batch(numbers: range) -> Iterator[Had]:
+            for number in numbers:
+                pair = [_publish_one(registry, number, each) for each in range(2)]
+                tenants["a"].pull(*pair[0], Watch(0))
                 for layer in pair[1][0].layers:
                     assert registry.blobs[str(layer.digest)]
-                for tenant, differences in ((b, honest), (c, planted)):
-                    differences.append(_difference(tenant, pair, random.Random(number)))
-                b.backend.cleanup()
-        for tenant in (a, b, c):
-            tenant.backend.__exit__()
-    found = {call: ranks.score([each[call] for each in honest]) for call in CALLS}
-    print({"pairs": len(honest), "powers": _powers(honest), "scores": found})
-    assert _is_sure(honest), f"no statement is possible on this machine, with {len(honest)} pairs: {_powers(honest)}"
-    for call in CALLS:
-        assert ranks.score([each[call] for each in planted]) > ranks.CRITICAL, f"the planted leak is not seen: {call}"
-    assert all(abs(score) < ranks.CRITICAL for score in found.values()), f"with {len(honest)} pairs: {found}"
+                yield Had(tenants, *pair)
+            tenants["b"].backend.cleanup()
+
+        found = clocks.compare(batch)
+    found.check()
 
 
-def _publish_pair(registry: FakeRegistry, number: int) -> list[tuple[Image, str]]:
-    images = [Image((gzip_layer([file("f", b"%d of pair %d" % (each, number))]),)) for each in range(2)]
-    return [(image, publish(registry, image, f"pair{number}/{each}")) for each, image in enumerate(images)]
+def _publish_one(registry: FakeRegistry, pair: int, number: int) -> tuple[Image, str]:
+    image = Image((_layer(pair, number),))
+    return image, publish(registry, image, f"pair{pair}/{number}")
 
 
-def _difference(tenant: Tenant, pair: list[tuple[Image, str]], chance: random.Random) -> Times:
-    """Of what a has against what nobody has, timed in an order that chance decides."""
-    order = [0, 1]
-    chance.shuffle(order)
-    times = {which: tenant.time(*pair[which], had=which == 0) for which in order}
-    return {call: times[0][call] - times[1][call] for call in CALLS}
+def _layer(pair: int, number: int) -> Layer:
+    return gzip_layer([file("f", b"%d of pair %d" % (number, pair))])
 
 
-def _is_sure(differences: list[Times]) -> bool:
-    return bool(differences) and min(_powers(differences).values()) >= SURE
+# Of a shared domain, without a grant
 
 
-def _powers(differences: list[Times]) -> Mapping[str, float]:
-    return {call: ranks.power([each[call] for each in differences], LEAK) for call in CALLS}
+class Intruder:
+    """Who names layers of a's, in each way that a tenant has, and times how long nsfs takes to have none of it.
+
+    The answer is an ordinary snapshot, into which containerd would unpack what it downloaded.
+    """
+
+    def __init__(self, daemon: Daemon, namespace: str, registries: Mapping[str, FakeRegistry]) -> None:
+        self.backend = Backend(daemon.socket, namespace=namespace)
+        self._namespace = namespace
+        self._registries = registries
+        self._names = 0
+
+    def time(self, layer: Layer, watch: Watch) -> None:
+        self._names += 1
+        name, image = f"{self._namespace}/{self._names}", Image((layer,))
+        for call, registry in self._registries.items():
+            labels = _name_it(registry, image, name)
+            key = self.backend.name(self._namespace, call)
+            with watch.of(call):
+                assert self.backend.prepare(key, labels=labels)
+            self.backend.remove(key)
+
+
+def _name_it(registry: FakeRegistry, image: Image, name: str) -> dict[str, str]:
+    """Give a repository a manifest that has the image's layer, and nothing of that; the labels of its offer."""
+    config = str(registry.add_blob(image.config_blob)["digest"])
+    registry.members[name] = registry.honest = {config}
+    registry.claimed = len(image.layers[0].blob)
+    registry.add_document(name, "latest", image.manifest, OCI_MANIFEST)
+    (labels,) = offers(image, f"{registry.host}/{name}:latest")
+    return labels
+
+
+class Named(NamedTuple):
+    """A layer that a has, and one that nobody has; see clocks.Pair."""
+
+    intruders: Mapping[str, Intruder]
+    had: Layer
+    other: Layer
+
+    def time(self, who: str, watch: Watch, *, first: bool) -> None:
+        self.intruders[who].time(self.had if first else self.other, watch)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ways", [("own", "victims"), ("lying",)], ids=["refused", "lied to"])
+def test_a_refusal_takes_as_long_whether_or_not_the_layer_is_there(ways: Sequence[str], tmp_path: Path) -> None:
+    """By a registry of b's own, that has nothing of a's; by the one that has it, for a; by one that says it has it."""
+    with ExitStack() as stack:
+        registries = {way: stack.enter_context(FakeRegistry(lies=way == "lying")) for way in ("victims", *ways)}
+        daemon = stack.enter_context(run_daemon(str(tmp_path / "d"), {"isolation": "shared", "prepare_wait": "30s"}))
+        asked = {way: registries[way] for way in ways}
+        intruders = {name: Intruder(daemon, name, asked) for name in "bc"}
+        a = stack.enter_context(Backend(daemon.socket, namespace="a"))
+        for intruder in intruders.values():
+            stack.enter_context(intruder.backend)
+
+        def batch(numbers: range) -> Iterator[Named]:
+            had, others = ([_layer(number, each) for number in numbers] for each in range(2))
+            a.pull("a", *_publish_all(registries["victims"], had, f"had{numbers.start}"))
+            _publish_all(registries["victims"], others, f"other{numbers.start}")
+            yield from (Named(intruders, *pair) for pair in zip(had, others, strict=True))
+            a.cleanup()
+
+        found = clocks.compare(batch)
+    found.check()
+
+
+def _publish_all(registry: FakeRegistry, layers: Sequence[Layer], name: str) -> tuple[Image, str]:
+    """As one image, in a repository that has just that."""
+    image = Image(layers)
+    registry.members[name] = {str(Digest.of(blob)) for blob in image.blobs()}
+    return image, publish(registry, image, name)
 
 
 def test_the_test_itself() -> None:
