@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsfs.errors import CorruptError
-from nsfs.format.gzip import CheckpointScanner, GzipInflater, inflate_deflate, restart_prefix
+from nsfs.format.checkpoints import CheckpointScanner
+from nsfs.format.gzip import GzipInflater, inflate_deflate, restart_prefix
 
 if TYPE_CHECKING:
     from nsfs.model.layer import Span

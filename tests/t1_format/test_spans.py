@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsfs.errors import CorruptError
-from nsfs.format.gzip import CheckpointScanner
+from nsfs.format.checkpoints import CheckpointScanner
 from nsfs.format.spans import (
     SPAN_MAX,
     decode,

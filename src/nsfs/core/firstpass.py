@@ -25,7 +25,8 @@ import msgspec
 from nsfs.core.ahead import Ahead
 from nsfs.core.placing import Contents, Disk, Placer
 from nsfs.errors import CorruptError, NsfsError, UnreachableError
-from nsfs.format.gzip import SPACING, CheckpointScanner, GzipInflater
+from nsfs.format.checkpoints import SPACING, CheckpointScanner
+from nsfs.format.gzip import GzipInflater
 from nsfs.format.spans import is_decodable
 from nsfs.format.tar import TarParser
 from nsfs.format.zstd import FrameScanner, ZstdInflater

@@ -1,8 +1,7 @@
-"""gzip, whole and from the middle: inflate a blob as it arrives, find where inflating can restart, restart there.
+"""gzip, whole and from the middle: inflate a blob as it arrives, or from where it can be restarted.
 
-Owns `GzipInflater` (concatenated members, CRC and length checked), `CheckpointScanner` and `inflate_member` and
-`inflate_deflate`, which begin at a member or inside one. ISA-L inflates (measured 2026-11: 770 MB/s of stream, where
-zlib has 350); only zlib stops at deflate blocks, so only the scanner uses it.
+Owns `GzipInflater` (concatenated members, CRC and length checked), and `inflate_member` and `inflate_deflate`, which
+begin at a member or inside one. ISA-L inflates (measured 2026-11: 770 MB/s of stream, where zlib has 350).
 
 After a member comes another member, zero padding up to the blob's end (GNU gzip's manual, "Tapes"), or nothing. The
 rest is refused, as Go's compress/gzip and with it containerd do.
@@ -20,9 +19,6 @@ from typing import TYPE_CHECKING
 from isal import igzip_lib
 
 from nsfs.errors import CorruptError
-from nsfs.format.libz import BlockInflater, Stop
-from nsfs.format.openspan import OpenSpan, Piece
-from nsfs.model.layer import Span
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 20
 """Bytes of the largest piece of stream that is handed out."""
-SPACING = 512 << 10
-"""Bytes of stream between two checkpoints, unless a deflate block is longer."""
 HEADER_MAX = 1 << 20
 """Bytes of the longest member header that is read; RFC 1952 sets no limit to names and comments."""
 
@@ -109,7 +103,7 @@ class GzipInflater:
             raise CorruptError(f"the blob ends inside the gzip member at byte {self._member}: {self.consumed} bytes")
 
     def _skip_padding(self, view: memoryview) -> memoryview:
-        _check_padding(view, self._member)
+        check_padding(view, self._member)
         self.consumed += len(view)
         return view[:0]
 
@@ -139,7 +133,7 @@ class GzipInflater:
         rest = fed
         try:
             while rest or not (body.eof or body.needs_input):
-                piece = _decompress(body, rest, PIECE)
+                piece = decompress(body, rest, PIECE)
                 rest = rest[:0]
                 if piece:
                     self.produced += len(piece)
@@ -154,66 +148,8 @@ class GzipInflater:
         return view[taken:]
 
 
-class CheckpointScanner:
-    """The spans (Codec.DEFLATE, Covers.COMPRESSED) of a gzip blob that is fed in pieces of less than 4 GiB.
-
-    A span begins at the first deflate block that begins at least `spacing` bytes of stream, or of blob, behind the
-    begin of the span before; it is as long as that block makes it. It goes on over the ends of members, whose trailers
-    and headers it then contains, but begins no earlier than with a member's first block. Its window has nothing of the
-    member before; the gaps between spans (headers, trailers, padding) are no part of the stream. Checksums are not
-    checked: the blob is verified already. Measured 2026-11: 310 MB/s of stream, windows included, on one core.
-    """
-
-    def __init__(self, spacing: int = SPACING) -> None:
-        self._spacing = spacing
-        self._blocks = BlockInflater()
-        self._open: OpenSpan | None = None
-        self._padding = False
-
-    def feed(self, data: bytes) -> list[Span]:
-        """Return the spans that have ended by now; raises CorruptError."""
-        blocks, done = self._blocks, list[Span]()
-        piece = Piece(memoryview(data), blocks.consumed)
-        if blocks.is_between_members and blocks.consumed and self._skip_padding(piece):
-            return done
-        blocks.give(data)
-        while (stop := blocks.run()) is not Stop.INPUT:
-            if stop is Stop.BLOCK:
-                done += self._pass_block(piece)
-            elif stop is Stop.DATA_END and self._open:
-                self._open.settle(piece, blocks.consumed, blocks.produced)
-            elif stop is Stop.MEMBER_END and self._skip_padding(piece):
-                return done
-        if self._open:
-            self._open.digest_to(piece, piece.end)
-        return done
-
-    def finish(self) -> list[Span]:
-        """Say that the blob ends here and return the last span, if any; raises CorruptError if a member is cut off."""
-        if not self._blocks.consumed or not self._blocks.is_between_members:
-            raise CorruptError(f"the blob has no gzip member or ends inside one: {self._blocks.consumed} bytes")
-        return self._open.close() if self._open else []
-
-    def _pass_block(self, piece: Piece) -> list[Span]:
-        blocks, span = self._blocks, self._open
-        if span and max(blocks.produced - span.start, blocks.consumed - span.offset) < self._spacing:
-            return []
-        bits = blocks.unused_bits
-        self._open = OpenSpan(blocks.consumed - (bits > 0), blocks.produced, bits=bits, window=blocks.window())
-        if not span:
-            return []
-        span.settle(piece, blocks.consumed, blocks.produced)
-        return span.close()
-
-    def _skip_padding(self, piece: Piece) -> bool:
-        rest = piece.data[self._blocks.consumed - piece.offset :]
-        self._padding = self._padding or bytes(rest[:1]) == b"\0"
-        if self._padding:
-            _check_padding(rest, self._blocks.consumed)
-        return self._padding
-
-
-def _check_padding(rest: memoryview, end: int) -> None:
+def check_padding(rest: memoryview, end: int) -> None:
+    """Raise CorruptError unless `rest`, behind the member that ends at byte `end`, is zeros."""
     if bytes(rest).strip(b"\0"):
         raise CorruptError(f"neither a gzip member nor zero padding follows the member that ends at byte: {end}")
 
@@ -287,7 +223,7 @@ def _inflate_on(body: igzip_lib.IgzipDecompressor, data: memoryview, size: int) 
     while size:
         if not data:
             raise CorruptError(f"compressed data is cut off: {size} bytes of stream are missing")
-        piece = _decompress(body, fed := data[:step], size)
+        piece = decompress(body, fed := data[:step], size)
         pieces.append(piece)
         size -= len(piece)
         data = data[len(fed) - len(body.unused_data) :]
@@ -305,7 +241,8 @@ def _next_member(data: memoryview) -> memoryview:
     return data[:0]
 
 
-def _decompress(body: igzip_lib.IgzipDecompressor, data: memoryview | bytes, limit: int) -> bytes:
+def decompress(body: igzip_lib.IgzipDecompressor, data: memoryview | bytes, limit: int) -> bytes:
+    """At most `limit` bytes of stream; raises CorruptError."""
     try:
         return body.decompress(data, limit)
     except _IsalError as error:

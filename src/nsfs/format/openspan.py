@@ -1,17 +1,19 @@
 """A span under construction: a scanner knows where it begins, and learns piece by piece where it ends.
 
-Owns the running digest of its compressed bytes. Pure but for its own state; belongs to the scanner that made it.
-Invariant: pieces come in the blob's order, and each is digested to its end before the next comes, so the digest is
-never more than one piece behind.
+Owns the running digest of its compressed bytes, and shows them to its window. Pure but for its own state; belongs to
+the scanner that made it. Invariant: pieces come in the blob's order, and each is digested to its end before the next
+comes, so the digest is never more than one piece behind.
 """
 
 from __future__ import annotations
 
 import hashlib
-import zlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nsfs.model.layer import Span
+
+if TYPE_CHECKING:
+    from nsfs.format.windows import OpenWindow
 
 
 class Piece(NamedTuple):
@@ -34,19 +36,22 @@ class Piece(NamedTuple):
 class OpenSpan:
     """A span that begins at `offset` of the blob and `start` of the stream."""
 
-    __slots__ = ("_digest", "_end", "_hash", "_hashed", "_stream_end", "bits", "offset", "start", "window")
+    __slots__ = ("_digest", "_end", "_hash", "_hashed", "_stream_end", "_window", "bits", "offset", "start")
 
-    def __init__(self, offset: int, start: int, *, bits: int = 0, window: bytes = b"") -> None:
+    def __init__(self, offset: int, start: int, *, bits: int = 0, window: OpenWindow | None = None) -> None:
         self.offset = self._hashed = self._end = offset
         self.start = self._stream_end = start
         self.bits = bits
-        self.window = window
+        self._window = window
         self._hash = hashlib.sha256()
         self._digest = b""
 
     def digest_to(self, piece: Piece, end: int) -> None:
         """Digest what `piece` has up to `end` of the blob."""
-        self._hash.update(piece.cut(self._hashed, end))
+        data = piece.cut(self._hashed, end)
+        self._hash.update(data)
+        if self._window is not None:
+            self._window.feed(data)
         self._hashed = end
 
     def settle(self, piece: Piece, end: int, stream_end: int) -> None:
@@ -60,5 +65,5 @@ class OpenSpan:
         size = self._stream_end - self.start
         if not size:
             return []
-        window = zlib.compress(self.window, 1) if self.window else b""
+        window = self._window.render() if self._window else b""
         return [Span(self.offset, self._end - self.offset, self.start, size, 0, self._digest, self.bits, window)]
