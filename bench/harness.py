@@ -27,6 +27,11 @@ FORGET_ALL = os.environ.get("FORGET") != "image"
 """Whether all caches of the machine go before a start, or its image's pages alone."""
 
 
+def chosen_images(usual: Sequence[str]) -> list[str]:
+    """The names of the images that STARTS has, by commas; the `usual` ones without."""
+    return [name for name in os.environ.get("STARTS", "").split(",") if name] or list(usual)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
     """One measured thing. `goal` is for the ratio where there is a baseline, else for the value.

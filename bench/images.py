@@ -136,10 +136,7 @@ _NO_SERVICES = Step(
 )
 """What is installed above starts nothing, now or later."""
 
-_TEX = """
-    base latex-base latex-recommended latex-extra fonts-recommended fonts-extra luatex pictures science publishers music
-    games lang-japanese lang-chinese lang-korean lang-greek lang-cyrillic lang-arabic
-"""
+_TEX = "base latex-base latex-recommended latex-extra fonts-recommended fonts-extra luatex pictures science lang-greek"
 
 
 def _shell(script: str) -> tuple[str, ...]:

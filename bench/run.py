@@ -33,6 +33,7 @@ GROUPS = (
     "namespaces",
     "fairness",
     "hotpath",
+    "spacing",
     *STARTS,
 )
 _IS_FULL = os.environ.get("BENCH") == "full"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bench import REPOSITORY, images
 from bench.containerd import run_containerd
-from bench.harness import FORGET_ALL, Bench, Figure, say
+from bench.harness import FORGET_ALL, Bench, Figure, chosen_images, say
 from nsfs.bench.command import run_command, with_config
 from nsfs.bench.journal import NAME
 from nsfs.bench.line import Shape
@@ -51,9 +51,8 @@ _TIMEOUT = 120.0
 
 def measure(bench: Bench) -> None:
     """All figures of this group."""
-    names = os.environ.get("STARTS", "").split(",") if os.environ.get("STARTS") else [each.name for each in images.SET]
     with run_containerd(bench.scratch("containerd")) as containerd:
-        for name in names:
+        for name in chosen_images([recipe.name for recipe in images.SET]):
             image = images.build(images.RECIPES[name])
             push_layout(image.layout, bench.registry, name)
             _publish(bench, image)

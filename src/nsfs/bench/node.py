@@ -99,14 +99,22 @@ class Node:
 
 
 @contextlib.contextmanager
-def run_node(directory: str, config: Config, environment: Mapping[str, str], *, trust: str = "off") -> Iterator[Node]:
+def run_node(
+    directory: str,
+    config: Config,
+    environment: Mapping[str, str],
+    *,
+    trust: str = "off",
+    program: str = "nsfs.cli",
+) -> Iterator[Node]:
     """A daemon below `directory`, whose `environment` has these variables, too; it is gone when the block ends.
 
-    `trust` says which artifact beside an image it believes, as `trust_index` of the configuration does.
+    `trust` says which artifact beside an image it believes, as `trust_index` of the configuration does; `program` is
+    the module that is `nsfs` to it.
     """
     root, run = f"{directory}/root", f"{directory}/run"
     settings = _render_settings(root, run, trust, config)
-    process = _start(directory, settings, environment)
+    process = _start(directory, settings, environment, program)
     try:
         _wait_until_answering(process, f"{run}/nsfs.sock", f"{directory}/log")
         with open_control(f"{run}/nsfs.sock") as control:
@@ -117,11 +125,11 @@ def run_node(directory: str, config: Config, environment: Mapping[str, str], *, 
         _end(process)
 
 
-def _start(directory: str, settings: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(directory: str, settings: str, environment: Mapping[str, str], program: str) -> subprocess.Popen[bytes]:
     os.makedirs(directory, exist_ok=True)
     with open(f"{directory}/config.toml", "w", encoding="utf-8") as file:
         file.write(settings)
-    serve = [sys.executable, "-P", "-m", "nsfs.cli", "serve", "--config", f"{directory}/config.toml"]
+    serve = [sys.executable, "-P", "-m", program, "serve", "--config", f"{directory}/config.toml"]
     with open(f"{directory}/log", "ab") as log:
         # Ctrl-C is for us, who unmount first; should we die, the kernel ends the daemon.
         return subprocess.Popen(
