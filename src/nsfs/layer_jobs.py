@@ -43,7 +43,7 @@ from nsfs.store.sealed import load_content, store_file
 from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from nsfs.core.jobs import Channel
     from nsfs.model.layer import Entry, LayerIndex
@@ -169,19 +169,19 @@ def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade
     with working(layout), open_index(layout.index, layout.key) as catalog:
         record = _plan_claimed(args, key, index)
         record = msgspec.structs.replace(record, verified="toc", has_spans=True)
-        return _commit_claimed(layout, catalog, record, index, spans)
+        return _commit_claimed(layout, catalog, record, index, spans, {})
 
 
 def _read_artifact(args: ClaimArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
     layout = _layout(args.domain, fds)
     key = LayerKey(Digest(args.blob), args.index, args.origin)
     with open(fds[2], "rb", closefd=False) as file:
-        index = parse_index(file.read())
+        index, twins = parse_index(file.read())
     with working(layout), open_index(layout.index, layout.key) as catalog:
         record = _plan_claimed(args, key, index)
         promise = {"promised": Digest(args.promised), "spans_blob": args.spans_blob, "spans_size": args.spans_size}
         record = msgspec.structs.replace(record, **promise)
-        return _commit_claimed(layout, catalog, record, index, None)
+        return _commit_claimed(layout, catalog, record, index, None, twins)
 
 
 def _plan_claimed(args: TocArgs | ClaimArgs, key: LayerKey, index: LayerIndex) -> LayerRecord:
@@ -204,14 +204,19 @@ def _plan_claimed(args: TocArgs | ClaimArgs, key: LayerKey, index: LayerIndex) -
 
 
 def _commit_claimed(
-    layout: DomainLayout, catalog: DomainIndex, record: LayerRecord, index: LayerIndex, spans: Spans | None
+    layout: DomainLayout,
+    catalog: DomainIndex,
+    record: LayerRecord,
+    index: LayerIndex,
+    spans: Spans | None,
+    twins: Mapping[int, int],
 ) -> LayerMade:
     """Give out addresses that are this layer's alone, and write its tables and its map."""
     room = sum(-(-entry.size // BLOCK) * BLOCK for entry in index.entries)
     if room > firstpass.MAX_ADDRESSES:
         raise CorruptError(f"the contents of the layer are larger than allowed: {room} bytes")
     slab = catalog.reserve(room)
-    addresses = _give_out(index.entries, slab.address)
+    addresses = _give_out(index.entries, slab.address, twins)
     directory = _Files(layout, record.key)
     directory.store_index(index, addresses)
     directory.store_segments(*firstpass.plan_tables(index.entries, addresses))
@@ -237,9 +242,9 @@ def _read_spans(args: ClaimArgs, fds: Sequence[int], _channel: Channel) -> Layer
 
 def _adopt_spans(args: ProofArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
     layout, claimed, found = _proof(args, fds)
-    theirs, _ = files.load_index(layout.layer_dir(claimed), layout.key)
+    theirs, addresses = files.load_index(layout.layer_dir(claimed), layout.key)
     ours, _ = files.load_index(layout.layer_dir(found), layout.key)
-    check_index(theirs, ours)
+    check_index(theirs, ours, addresses)
     with working(layout), open_index(layout.index, layout.key) as catalog:
         _Files(layout, claimed).store_spans(_load_spans(layout, found))
         catalog.update_layer(claimed, lambda record: msgspec.structs.replace(record, has_spans=True))
@@ -278,10 +283,13 @@ def _load_spans(layout: DomainLayout, key: LayerKey) -> Spans:
     return Spans(table.codec, table.covers, [table.span(number) for number in range(len(table))])
 
 
-def _give_out(entries: Sequence[Entry], address: int) -> list[int]:
-    """An address for the content of each entry, from `address` on; 0 for what has none."""
-    addresses = []
-    for entry in entries:
+def _give_out(entries: Sequence[Entry], address: int, twins: Mapping[int, int]) -> list[int]:
+    """An address for the content of each entry, from `address` on; that of its twin, if it has one; 0 for none."""
+    addresses: list[int] = []
+    for number, entry in enumerate(entries):
+        if number in twins:
+            addresses.append(addresses[twins[number]])
+            continue
         addresses.append(address if entry.size else 0)
         address += -(-entry.size // BLOCK) * BLOCK
     return addresses

@@ -87,7 +87,7 @@ def boxed(magic: bytes, value: object, size: int | None = None, version: int = 1
 
 
 def read_index(data: bytes) -> LayerIndex:
-    return parse_index(data)
+    return parse_index(data).layer
 
 
 def read_spans(data: bytes) -> Spans:
@@ -100,12 +100,35 @@ BLOBS = [(render_index(INDEX), read_index), (render_spans(SPANS), read_spans)]
 @given(strategies.layers())
 def test_an_index_says_what_it_was_rendered_of(entries: list[Entry]) -> None:
     index = with_segments(entries)
-    assert parse_index(render_index(index)) == index
+    assert parse_index(render_index(index)) == (index, {})
 
 
 def test_digests_of_contents_are_nobody_elses_business() -> None:
-    known = LayerIndex([msgspec.structs.replace(each, digest=sha(b"")) for each in INDEX.entries], INDEX.stream_size)
-    assert parse_index(render_index(known)) == INDEX
+    known = [msgspec.structs.replace(each, digest=sha(each.path)) for each in INDEX.entries]
+    assert parse_index(render_index(LayerIndex(known, INDEX.stream_size))) == (INDEX, {})
+
+
+def test_an_index_says_which_contents_are_the_same() -> None:
+    index = with_segments(
+        [regular(name, size) for name, size in [(b"a", 9), (b"b", 9), (b"c", 0), (b"d", 0), (b"e", 9)]]
+    )
+    known = [msgspec.structs.replace(each, digest=sha(b"%d" % each.size)) for each in index.entries]
+    assert parse_index(render_index(LayerIndex(known, index.stream_size))) == (index, {1: 0, 4: 0})
+
+
+def test_an_index_without_twins_is_read() -> None:
+    data = boxed(b"nsfscidx", [INDEX.stream_size, INDEX.entries])
+    assert parse_index(data) == (INDEX, {})
+
+
+@pytest.mark.parametrize(
+    "twins", [[(1, 1)], [(0, 1)], [(1, -1)], [(9, 1)], [(1, 2)], [(6, 1)], [(5, 2)], [(4, 1), (4, 1)], [(4, 1), (7, 4)]]
+)
+def test_files_that_cannot_be_the_same_are_refused(twins: list[tuple[int, int]]) -> None:
+    sizes = [0, 5, 7, 5, 5, 0, 7, 5]
+    index = with_segments([regular(b"%d" % number, size) for number, size in enumerate(sizes)])
+    with pytest.raises(CorruptError):
+        parse_index(boxed(b"nsfscidx", [index.stream_size, index.entries, twins]))
 
 
 def test_spans_say_what_they_were_rendered_of() -> None:

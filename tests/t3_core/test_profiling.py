@@ -10,7 +10,7 @@ import trio
 
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
-from nsfs.core.starts import EXACT_KB, NEAR_KB, Begun, Starts
+from nsfs.core.starts import CLOSE_KB, EXACT_KB, NEAR_KB, Begun, Starts
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import NoSpaceError, UnreachableError
 from nsfs.model.digest import Digest
@@ -315,8 +315,8 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
             assert await start(service, ProfileUse.OFF) == await start(service, ProfileUse.USE) == Begun()
             tag, read_ahead = await start(service, ProfileUse.FIRST, "a")
             assert tag
-            assert read_ahead == EXACT_KB
-            assert await start(service, ProfileUse.FIRST, "a") == (tag, EXACT_KB)
+            assert read_ahead == CLOSE_KB
+            assert await start(service, ProfileUse.FIRST, "a") == (tag, CLOSE_KB)
             assert await start(service, ProfileUse.FIRST, "b") == Begun()
             await read(recordings, tag, 32)
             recordings.end([view_name(MAP, "", "", tag)])
@@ -327,7 +327,9 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
             assert streams.asked == [(HIGH, [range(512, 512 + BLOCK)])]
             streams.is_whole = True
             assert await start(service, ProfileUse.USE) == Begun()
-            assert (await start(service, ProfileUse.RECORD)).recording
+            tag, read_ahead = await start(service, ProfileUse.RECORD)
+            assert tag
+            assert read_ahead == EXACT_KB
 
     run(body)
 

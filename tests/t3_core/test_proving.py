@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -82,6 +83,14 @@ def test_what_cannot_be_compared_is_given_up() -> None:
 )
 def test_an_index_is_the_same_in_everything(claimed: LayerIndex) -> None:
     found = LayerIndex([replace(FILE, digest=bytes(32))], 3 << 20)
-    check_index(LayerIndex([FILE], 3 << 20), found)
+    check_index(LayerIndex([FILE], 3 << 20), found, [CLAIMED])
     with pytest.raises(CorruptError):
-        check_index(claimed, found)
+        check_index(claimed, found, [CLAIMED] * len(claimed.entries))
+
+
+@pytest.mark.parametrize(("digests", "honest"), [([b"a", b"b", b"a"], True), ([b"a", b"b", b"b"], False)])
+def test_files_that_share_an_address_are_the_same(digests: list[bytes], honest: bool) -> None:
+    files = [replace(FILE, path=path) for path in (b"a", b"b", b"c")]
+    found = [replace(each, digest=digest * 32) for each, digest in zip(files, digests, strict=True)]
+    with nullcontext() if honest else pytest.raises(CorruptError, match="the same as another: b'c'"):
+        check_index(LayerIndex(files, 9), LayerIndex(found, 9), [CLAIMED, FOUND, CLAIMED])

@@ -161,7 +161,7 @@ def inspected(daemon: Daemon, reference: str) -> Any:
 def check_layers(reference: str, artifact: Artifact, made: Image) -> None:
     """Entries and spans lead to what the tars have."""
     for claimed, layer, codec in zip(artifact.layers, made.layers, CODECS, strict=True):
-        index = parse_index(blob(reference, claimed.index))
+        index, _ = parse_index(blob(reference, claimed.index))
         assert index.stream_size == len(layer.tar)
         for entry in (entry for entry in index.entries if entry.path != b"name"):
             (segment,) = entry.segments

@@ -22,7 +22,7 @@ from nsfs.core.ports import BLOCK
 from nsfs.errors import CorruptError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from nsfs.core.claimed import ClaimedLayers
     from nsfs.core.layers import Layers
@@ -117,8 +117,11 @@ class Proofs:
 # What jobs compare
 
 
-def check_index(claimed: LayerIndex, found: LayerIndex) -> None:
-    """Raise CorruptError unless an artifact claims what was found in the layer."""
+def check_index(claimed: LayerIndex, found: LayerIndex, addresses: Sequence[int]) -> None:
+    """Raise CorruptError unless an artifact claims what was found in the layer.
+
+    `addresses` are those of the claimed entries, of which two have one where they were claimed to be the same.
+    """
     if claimed.stream_size != found.stream_size or len(claimed.entries) != len(found.entries):
         raise CorruptError(
             "an artifact claims another layer: "
@@ -128,6 +131,10 @@ def check_index(claimed: LayerIndex, found: LayerIndex) -> None:
     for ours, theirs in zip(found.entries, claimed.entries, strict=True):
         if msgspec.structs.replace(ours, digest=b"") != theirs:
             raise CorruptError(f"an artifact claims what is not so of a file: {ours.path[:200]!r}")
+    contents: dict[int, bytes] = {}
+    for ours, address in zip(found.entries, addresses, strict=True):
+        if address and contents.setdefault(address, ours.digest) != ours.digest:
+            raise CorruptError(f"an artifact claims that a file is the same as another: {ours.path[:200]!r}")
 
 
 class Pool(Protocol):

@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from nsfs.model.profile import Profile
 
 
-EXACT_KB: Final = 20
-"""Read-ahead of a start that is recorded, or brought by a pack, which has what was recorded and nothing beside it: 1.2
-times the bytes are read that a start of Python touches. Like the next one it is a figure that nobody else chooses: a
-view that an earlier daemon left so is known by it."""
+EXACT_KB: Final = 4
+"""Read-ahead of a start that somebody wants recorded, or that is brought by a pack, which has what was recorded and
+nothing beside it: the pages that are touched, and few more. Like the next ones it is a figure that nobody else chooses:
+a view that an earlier daemon left so is known by it."""
+CLOSE_KB: Final = 20
+"""Of a first start, which is recorded by the way and is not to be slowed by that: 1.2 times the bytes are read that a
+start of Python touches, in a fifth as many reads."""
 NEAR_KB: Final = 124
 """Of one that is fetched ahead by spans, which have what lies around it, too: less means more reads, and no
 fewer spans."""
@@ -85,8 +88,10 @@ class Starts:
         tag = ""
         if use is ProfileUse.FIRST and profile is None:
             tag = self._recordings.begin_first(image.digest, owner, layers, flaw, starter)
-        if tag or self._packs.is_fresh(image):
+        if self._packs.is_fresh(image):
             return Begun(tag, EXACT_KB)
+        if tag:
+            return Begun(tag, CLOSE_KB)
         return Begun(read_ahead=NEAR_KB if is_fetched else 0)
 
     async def wait_kept(self) -> None:

@@ -11,7 +11,7 @@ that are not the whole stream or lie outside of the blob. Whether the claim is t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -184,18 +184,33 @@ def _find_pack(blobs: Sequence[Descriptor]) -> StartupPack | None:
 # A layer's index
 
 
+class ClaimedIndex(NamedTuple):
+    """A layer's index, as an artifact has it."""
+
+    layer: LayerIndex
+    twins: dict[int, int]
+    """Numbers of entries that have the contents of an earlier one, which is none of them itself."""
+
+
 class _Index(Struct, frozen=True, array_like=True):
     stream_size: int
     entries: list[Entry]
+    twins: list[tuple[int, int]] = []
 
 
 def render_index(index: LayerIndex) -> bytes:
-    """A layer's entries, without the digests of their contents: nobody may believe these."""
+    """A layer's entries, without the digests of their contents: nobody may believe these. But which are the same."""
     entries = [msgspec.structs.replace(entry, digest=b"") if entry.digest else entry for entry in index.entries]
-    return render_box(_INDEX_MAGIC, _Index(index.stream_size, entries), _LEVEL)
+    return render_box(_INDEX_MAGIC, _Index(index.stream_size, entries, _find_twins(index.entries)), _LEVEL)
 
 
-def parse_index(data: bytes) -> LayerIndex:
+def _find_twins(entries: Sequence[Entry]) -> list[tuple[int, int]]:
+    first: dict[bytes, int] = {}
+    known = [(number, entry.digest) for number, entry in enumerate(entries) if entry.digest and entry.size]
+    return [(number, first[digest]) for number, digest in known if first.setdefault(digest, number) != number]
+
+
+def parse_index(data: bytes) -> ClaimedIndex:
     """What `render_index` wrote, or anybody, with all invariants of `Entry`; raises CorruptError, UnsupportedError."""
     found = parse_box(data, _INDEX_MAGIC, _Index, _MAX_INDEX, "a layer's index")
     if not 0 <= found.stream_size <= _MAX_SIZE or len(found.entries) > MAX_ENTRIES:
@@ -206,7 +221,20 @@ def parse_index(data: bytes) -> LayerIndex:
         at = _check_segments(entry, at)
     if at > found.stream_size:
         raise CorruptError(f"a file of a layer's index ends behind the stream: {at} of {found.stream_size} bytes")
-    return LayerIndex(found.entries, found.stream_size)
+    _check_twins(found)
+    return ClaimedIndex(LayerIndex(found.entries, found.stream_size), dict(found.twins))
+
+
+def _check_twins(found: _Index) -> None:
+    """Such are files of one size, each named once."""
+    twins, entries = dict(found.twins), found.entries
+    for number, earlier in found.twins:
+        if not 0 <= earlier < number < len(entries) or earlier in twins:
+            raise CorruptError(f"a file of a layer's index is the same as what cannot be: {number} as {earlier}")
+        if entries[earlier].size != entries[number].size or not entries[number].size:
+            raise CorruptError(f"a file of a layer's index is no other's twin: {entries[number].path[:200]!r}")
+    if len(twins) < len(found.twins):
+        raise CorruptError("a file of a layer's index is the same as two others")
 
 
 def _check_entry(entry: Entry) -> None:
