@@ -5,13 +5,13 @@ import ctypes
 import fcntl
 import os
 import stat
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nsfs.serve import mounts
+from nsfs.serve.fusectl import open_fusectl
 
 _LOOP_CLR_FD = 0x4C01
 _DETACH = 2
@@ -26,25 +26,25 @@ def below(top: Path) -> list[mounts.MountInfo]:
     return [mount for mount in reversed(mounts.load_mounts()) if f"{mount.target}/".startswith(prefix)]
 
 
-CONNECTIONS = "/sys/fs/fuse/connections"
-
-
-def ensure_fusectl() -> None:
-    """Mount fusectl if it is not."""
-    if not any(mount.fstype == "fusectl" for mount in mounts.load_mounts()):
-        subprocess.run(["mount", "-t", "fusectl", "fusectl", CONNECTIONS], check=True)
+@contextlib.contextmanager
+def control_of(connection: int) -> Iterator[Path]:
+    """A FUSE connection's directory in fusectl, which is mounted where no path leads to: other tests run beside it."""
+    root = open_fusectl()
+    try:
+        yield Path(f"/proc/self/fd/{root}/{connection}")
+    finally:
+        os.close(root)
 
 
 def abort_connection(connection: int) -> None:
     """End a FUSE connection: whoever waits for it gets an error at once."""
-    Path(f"{CONNECTIONS}/{connection}/abort").write_text("1")
+    with control_of(connection) as directory:
+        (directory / "abort").write_text("1")
 
 
 def sweep(top: Path) -> None:
     """End every FUSE connection below `top`, so that nothing waits for it, then take every mount away."""
     found = below(top)
-    if any(mount.fstype.startswith("fuse") for mount in found):
-        ensure_fusectl()
     for mount in found:
         if mount.fstype.startswith("fuse"):
             with contextlib.suppress(Exception):
@@ -77,14 +77,11 @@ def _detach_loops(top: Path) -> None:
 @contextlib.contextmanager
 def swept(top: Path) -> Iterator[Path]:
     """Sweep `top` before and after."""
-    had_fusectl = any(mount.fstype == "fusectl" for mount in mounts.load_mounts())
     sweep(top)
     try:
         yield top
     finally:
         sweep(top)
-        if not had_fusectl:
-            mounts.unmount(CONNECTIONS, detach=True)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mounting import abort_connection
 from nsfs.store.keys import Keys
 from nsfs.store.layout import Layout
 
@@ -174,10 +175,8 @@ def sweep(directory: str) -> list[str]:
     """Unmount everything below `directory`, whatever state it is in; returns what there was."""
     mounts = list(_mounts_below(directory))
     for device, _ in mounts:
-        abort = f"/sys/fs/fuse/connections/{os.minor(device)}/abort"
-        if os.major(device) == 0 and os.path.exists(abort):
-            with open(abort, "w") as file:
-                file.write("1")
+        with contextlib.suppress(OSError):  # no FUSE connection
+            abort_connection(device)
     for _, target in reversed(mounts):
         subprocess.run(["umount", "--lazy", target], check=False, capture_output=True)
     _end_holder(f"{directory}/run/holder.sock")

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import strategies
@@ -134,7 +134,7 @@ def test_any_tree_reads_back(entries: list[Entry]) -> None:
 
 
 @given(TREES)
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30)
 def test_fsck_accepts_any_tree(tmp_path: Path, entries: list[Entry]) -> None:
     try:
         root = plan(entries)
@@ -271,7 +271,7 @@ def test_the_kernel_shows_everything(tmp_path: Path) -> None:
 
 
 @given(TREES)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=15)
 def test_the_kernel_shows_any_tree(tmp_path: Path, entries: list[Entry]) -> None:
     try:
         root = plan(entries)
@@ -284,10 +284,10 @@ def test_a_hundred_thousand_entries(tmp_path: Path) -> None:
     entries = [directory(b"%d" % number) for number in range(100)]
     entries += [regular(b"%d/%d" % (number % 90, number), 100) for number in range(70_000)]
     entries += [regular(b"99/a name of some length, number %d" % number, 0) for number in range(30_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     root = plan(entries)
     image = render(root)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert_fsck_accepts(image, tmp_path)
     with mounted_erofs(tmp_path / "map.erofs", tmp_path / "disk", tmp_path / "mnt") as mount:
         assert len(os.listdir(mount / "99")) == 30_000

@@ -160,7 +160,7 @@ def _end(segment: Segment) -> int:
 
 @pytest.mark.parametrize("way", WAYS)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_read_of_any_file_equals_a_slice(way: str, data: st.DataObject) -> None:
     index, spans = parse(MADE[way])
     name, whole = data.draw(st.sampled_from([(name, whole) for name, whole in FILES.items() if whole]))
@@ -396,7 +396,7 @@ def test_the_stream_follows_the_blob_not_the_table() -> None:
         max_size=6,
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_table_gives_spans_that_fit_or_an_error(entries: list[dict[str, Any]]) -> None:
     try:
         index, spans = toc(entries)

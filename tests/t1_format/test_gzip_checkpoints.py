@@ -90,7 +90,7 @@ def _is_stored(blob: bytes, span: Span) -> bool:
     st.integers(1, 60_000),
     st.integers(1, 40_000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_members_in_any_pieces(members: list[tuple[int, int, bool]], spacing: int, step: int) -> None:
     parts = [
         prose(size, size) if compressible else random.Random(size).randbytes(size) for size, _, compressible in members

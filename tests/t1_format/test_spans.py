@@ -73,7 +73,7 @@ def read(codec: Codec, blob: bytes, spans: Sequence[Span], start: int, size: int
 
 @pytest.mark.parametrize(("codec", "blob", "spans"), LAYERS, ids=["deflate", "zstd", "none"])
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_read_equals_a_slice_of_the_original(
     codec: Codec, blob: bytes, spans: list[Span], data: st.DataObject
 ) -> None:

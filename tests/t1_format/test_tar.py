@@ -489,12 +489,12 @@ def test_malformed_sparse_files_are_refused(tar: bytes) -> None:
 
 
 def test_a_sparse_bomb_costs_nothing_and_has_no_digest() -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     bombs = [sparse(f"bomb{index}", 900 << 20, [(0, b"x")]) for index in range(50)]
     found = [
         event.entry for event in feed([render_tar([*bombs, sparse("huge", 10 << 40, [])])]) if isinstance(event, Member)
     ]
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
     assert [bool(entry.digest) for entry in found] == [True] + [False] * 50
     assert found[-1].size == 10 << 40
 
@@ -532,10 +532,10 @@ def test_many_global_records_take_bounded_time() -> None:
     body = b"".join(pax_record(b"k%d" % index, b"v") for index in range(60_000))
     parser = TarParser()
     parser.feed(header(b"g", b"g", size=len(body)) + padded(body))
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(CorruptError, match="too much metadata"):
         feed_until_it_fails(parser, header(b"x", b"5") * 1000)
-    assert time.perf_counter() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def test_a_million_entries_use_little_memory_in_the_parser() -> None:
@@ -576,7 +576,7 @@ holes = st.lists(st.integers(1, 5000), min_size=1, max_size=20).map(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(items=st.lists(st.one_of(files, links, holes), max_size=6), cuts=st.lists(st.integers(0, 40_000), max_size=12))
 def test_any_archive_any_cuts(items: list[Item], cuts: list[int]) -> None:
     kept = [item for item in items if not {b".", b".."} & set(item.path.split(b"/"))]
@@ -592,7 +592,7 @@ def as_pairs(xattrs: Mapping[str, bytes]) -> tuple[tuple[bytes, bytes], ...]:
     return tuple(sorted((name.encode(), value) for name, value in xattrs.items()))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pos=st.integers(0, len(EVERYTHING) - 1), junk=st.binary(min_size=1, max_size=600))
 def test_junk_is_an_error_or_an_archive_but_never_a_crash(pos: int, junk: bytes) -> None:
     try:

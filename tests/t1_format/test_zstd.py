@@ -153,7 +153,7 @@ def test_a_dictionary_is_refused() -> None:
     st.integers(1, 8000),
     st.integers(1, 3000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_spans_cover_the_stream(parts: list[tuple[int, bool, bool, bool]], spacing: int, step: int) -> None:
     plain = [b"" if skip else random.Random(size).randbytes(size // 2) * 2 for size, skip, _, _ in parts]
     blob = b"".join(

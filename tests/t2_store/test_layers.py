@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layouts import BASE, Layout, layouts
@@ -30,7 +30,7 @@ SPANS = Spans(
     ],
 )
 KEYS = pytest.mark.parametrize("key", [None, DomainKey(bytes(range(32)))], ids=["plain", "sealed"])
-in_one_directory = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_one_directory = settings(max_examples=60)
 
 
 @KEYS

@@ -153,7 +153,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TestPoolMachine.settings = settings(max_examples=25, stateful_step_count=30)
 
 
 class EncryptedPoolMachine(PoolMachine):
@@ -163,10 +163,10 @@ class EncryptedPoolMachine(PoolMachine):
 
 
 TestEncryptedPoolMachine = EncryptedPoolMachine.TestCase
-TestEncryptedPoolMachine.settings = settings(max_examples=15, stateful_step_count=30, deadline=None)
+TestEncryptedPoolMachine.settings = settings(max_examples=15, stateful_step_count=30)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 1 << 60), st.integers(0, 1000))
 def test_runs_are_the_runs_of_ones(bits: int, start: int) -> None:
     ones = [start + n for n in range(bits.bit_length()) if bits >> n & 1]

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
@@ -22,7 +22,7 @@ KEY = DomainKey(bytes(range(32)))
 OTHER = DomainKey(bytes(32))
 TEXT = b"a canary of forty-two bytes sings in here." * 500
 KEYS = pytest.mark.parametrize("key", [None, KEY], ids=["plain", "sealed"])
-in_one_directory = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_one_directory = settings(max_examples=40)
 cuts = st.lists(st.integers(0, len(TEXT)), max_size=8).map(sorted)
 
 

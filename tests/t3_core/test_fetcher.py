@@ -108,7 +108,7 @@ async def world(
             yield World(pool, layout, table, fetcher, script)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_read_is_a_slice_of_the_original(data: st.DataObject) -> None:
     layout = data.draw(layouts())
@@ -136,7 +136,7 @@ def test_a_read_is_a_slice_of_the_original(data: st.DataObject) -> None:
     run(test)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(layouts(), st.data())
 def test_what_was_made_present_is_what_the_pool_has(layout: Layout, data: st.DataObject) -> None:
     async def test() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from blake3 import blake3
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import once
@@ -479,7 +479,7 @@ contents = st.builds(sample_content, st.integers(0, 20_000), st.integers(0, 3))
 any_files = st.lists(contents, max_size=12).map(lambda many: [file(f"f{at}", data) for at, data in enumerate(many)])
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 @given(items=any_files, make=st.sampled_from([gzip_layer, zstd_layer, tar_layer]))
 def test_any_layer_into_a_pool_that_has_others(domain: Domain, items: list[Item], make: Callable[..., Layer]) -> None:
     layer = make(items)

@@ -383,7 +383,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(STEPS, st.lists(st.tuples(st.sampled_from(FORWARD), st.sampled_from([FAIL, HANG, ""])), max_size=8))
 def test_any_calls_at_once_leave_what_the_records_need(steps: list[Any], faults: list[tuple[str, str]]) -> None:
     async def body() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
 
 import strategies
@@ -241,7 +241,7 @@ def merged(tree: UnionTree) -> dict[bytes, object]:
 
 
 @given(IMAGES)
-@settings(max_examples=400, deadline=None, phases=PHASES)
+@settings(max_examples=400, phases=PHASES)
 def test_merged_maps_equal_unpacking_in_order(layers: list[list[Entry]]) -> None:
     image, model = Image(), Model()
     for entries in layers:
@@ -315,7 +315,7 @@ def assert_overlay_agrees(image: Image, scratch: Path) -> None:
 
 
 @given(IMAGES)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25)
 def test_merged_maps_equal_overlayfs(tmp_path: Path, layers: list[list[Entry]]) -> None:
     image = Image()
     for entries in layers:
@@ -433,7 +433,7 @@ def test_walk_begins_where_it_is_told() -> None:
 
 
 @given(st.lists(st.sets(st.integers(0, 999), max_size=400), min_size=1, max_size=4), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_listing_goes_on_from_any_entry(layers: list[set[int]], data: st.DataObject) -> None:
     tree = tree_of(*[[directory(b"d"), *[regular(b"d/%d" % number, 0) for number in layer]] for layer in layers])
     whole = list(tree.readdir(tree.resolve(b"d")))
@@ -453,7 +453,7 @@ def test_a_wrong_position_gives_a_clear_error_or_an_answer(position: int) -> Non
 
 
 @given(IMAGES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_listing_agrees_with_looking_up(layers: list[list[Entry]]) -> None:
     try:
         tree = tree_of(*layers)
@@ -475,7 +475,7 @@ def _directory_at(tree: UnionTree, path: bytes) -> UnionNode:
 
 
 @given(IMAGES, strategies.paths(), st.booleans(), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_the_top_layers_decide_no_lower_layer_changes(
     layers: list[list[Entry]], path: bytes, follow: bool, listing: bool
 ) -> None:

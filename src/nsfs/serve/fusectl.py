@@ -21,7 +21,7 @@ def raise_background(device: int, most: int, congested: int) -> None:
     Best effort: reads go on without, fewer at a time.
     """
     with suppress(OSError):
-        root = _open_fusectl()
+        root = open_fusectl()
         try:
             for name, value in (("max_background", most), ("congestion_threshold", congested)):
                 with open(f"/proc/self/fd/{root}/{device}/{name}", "w", encoding="ascii") as file:
@@ -30,7 +30,8 @@ def raise_background(device: int, most: int, congested: int) -> None:
             os.close(root)
 
 
-def _open_fusectl() -> int:
+def open_fusectl() -> int:
+    """A descriptor of its root, for the caller to close; raises OSError where it cannot be mounted."""
     context = syscall(FSOPEN, b"fusectl", _CLOEXEC)
     try:
         syscall(FSCONFIG, context, _CREATE, None, None, 0)
