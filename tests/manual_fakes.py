@@ -114,6 +114,9 @@ class FakeWorkers:
                 raise AssertionError(method)
         return result()
 
+    async def rouse(self, domain: Domain) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def end(self, domain: Domain) -> None:
         assert domain.transient
         await self.script.play("end")

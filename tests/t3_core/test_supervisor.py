@@ -357,6 +357,35 @@ def test_a_worker_that_is_stopped_does_not_stop_who_asks_how_it_stands() -> None
     run(body)
 
 
+def test_who_cannot_wait_has_a_worker_that_is_stuck_followed_by_another_within_a_second() -> None:
+    async def body() -> None:
+        async with supervised() as (supervisor, zygote):
+            await supervisor.rouse(SHARED)
+            zygote.handlers["Status"] = hang
+            await ask(supervisor)
+            await supervisor.rouse(SHARED)
+            await supervisor.call(SHARED, "HideViews", worker_api.Views(names=["gone"]), worker_api.Empty)
+            assert zygote.asked[-1] == (2, "HideViews")
+            assert trio.current_time() < 1
+
+    run(body)
+
+
+def test_a_worker_that_answers_is_spared() -> None:
+    async def body() -> None:
+        async with supervised() as (supervisor, zygote):
+            await ask(supervisor)
+            zygote.handlers["Prepare"] = hang
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask, supervisor)
+                await trio.testing.wait_all_tasks_blocked()
+                await supervisor.rouse(SHARED)
+                nursery.cancel_scope.cancel()
+            assert len(zygote.workers) == 1
+
+    run(body)
+
+
 async def die(worker: Worker) -> None:
     worker.kill()
     await trio.sleep_forever()

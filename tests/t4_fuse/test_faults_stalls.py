@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -137,16 +139,18 @@ def test_200_stalled_misses_keep_nobody_else_waiting(daemon: Daemon, registry: F
         registry.script = ""
 
 
+@pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("driver", ["erofs", "fuse"])
 def test_a_forced_end_fails_readers_and_spares_the_neighbour(
-    daemon: Daemon, registry: FakeRegistry, tmp_path: Path, driver: str
+    daemon: Daemon, registry: FakeRegistry, tmp_path: Path, driver: str, stopped: bool
 ) -> None:
-    content = random.Random(driver).randbytes(100_000)
+    """Also where the domain's worker does nothing any more: then the next one fails them, and serves the neighbour."""
+    content = random.Random(f"{driver} {stopped}").randbytes(100_000)
     lost = estargz_layer([file("f", content)])
     kept = estargz_layer([file("g", content[::-1])])
     targets = [str(tmp_path / name) for name in ("lost", "kept")]
-    with swept(tmp_path), daemon.mounted(publish(registry, Image((kept,)), f"kept/{driver}"), targets[1]):
-        reference = publish(registry, Image((lost,)), f"lost/{driver}")
+    with swept(tmp_path), daemon.mounted(publish(registry, Image((kept,)), f"kept/{driver}/{stopped}".lower()), targets[1]):
+        reference = publish(registry, Image((lost,)), f"lost/{driver}/{stopped}".lower())
         os.mkdir(targets[0])
         daemon.nsfs("mount", reference, targets[0], "--driver", driver, "--on-error", "wait")
         registry.faults_on, registry.script = lost.digest.hex, "T" * FOR_EVER
@@ -154,9 +158,13 @@ def test_a_forced_end_fails_readers_and_spares_the_neighbour(
         try:
             assert reader.stdout
             assert reader.stdout.readline()
-            time.sleep(0.5)
+            wait_until(1, daemon)
+            worker = daemon.workers()["ns/default"]
+            if stopped:
+                os.kill(worker, signal.SIGSTOP)
             daemon.nsfs("umount", "--force", targets[0])
-            assert reader.wait(60) == 5
+            assert reader.wait(60) in {errno.EIO, errno.ENOENT}
+            assert not stopped or daemon.workers()["ns/default"] != worker
         finally:
             reader.kill()
             reader.communicate()

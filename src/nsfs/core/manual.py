@@ -86,6 +86,9 @@ class Workers(Protocol):
     ) -> T:
         """Ask the worker of `domain`."""
 
+    async def rouse(self, domain: Domain) -> None:
+        """Have no worker of `domain` that does not answer within half a second: another follows it."""
+
     async def end(self, domain: Domain) -> None:
         """End the worker of `domain` and delete the domain's pool."""
 
@@ -400,9 +403,11 @@ class ManualMounts:
     async def umount(self, target: str, *, force: bool) -> str:
         """Take away the mount at `target`; raises NotFoundError, BusyError.
 
-        Where it is gone and that cannot be written down, gives why; `forget_gone` does it as soon as it can be.
+        By `force` who waits for a read of it gets an error, however its registry and its worker are. Where it is gone and that cannot be written down, gives why; `forget_gone` does it as soon as it can be.
         """
         record = self._records.mount_at(target)
+        if force:
+            await self._workers.rouse(self.domain_of(record))
         async with self._locks[record.domain]:
             if not self._is_known(record):
                 raise NotFoundError(f"somebody else unmounts it: {target}")

@@ -62,6 +62,8 @@ _ADOPTED: Final = 10.0
 """Seconds that a worker has to greet a new daemon; reads go on meanwhile."""
 _ANSWERS_AT_ONCE: Final = 1.0
 """Seconds that a worker has to say how it stands."""
+_ROUSED: Final = 0.5
+"""Seconds in which it has to say anything, where somebody cannot wait for longer."""
 _SERVED: Final = 0.1
 """A worker that answered for so many seconds has served, and its death is no sequel of the last one's."""
 _GRACE: Final = 3.0
@@ -155,7 +157,8 @@ class _Kept:
     ready: trio.Event = field(default_factory=trio.Event)
     """Set while a worker answers, and when there will be none any more."""
     peer: Peer | None = None
-    pid: int = 0
+    worker: Child | None = None
+    """The worker of now, also while it does not answer yet."""
     forks: Child | None = None
     """The fork server that the worker of now has its jobs forked by, if it ever asked for one."""
     forking: trio.Lock = field(default_factory=trio.Lock)
@@ -202,7 +205,8 @@ class _Kept:
     def memo(self) -> Memo:
         """What the next daemon must know."""
         connection = self.connection
-        pid = self.survivor.pid if self.survivor else self.pid
+        worker = self.survivor or self.worker
+        pid = worker.pid if worker else 0
         trial = self.trial.pid if self.trial else 0
         return Memo(
             domain=self.domain,
@@ -297,6 +301,18 @@ class Supervisor:
             return await peer.call(method, params, result)
         raise UnreachableError("the worker does not answer")
 
+    async def rouse(self, domain: Domain) -> None:
+        """Have no worker there that does not answer at once: it is killed, and the next one asked what comes."""
+        kept = self._kept.get(domain.name)
+        peer, worker = (kept.peer, kept.worker) if kept is not None else (None, None)
+        if peer is None or worker is None:
+            return
+        with trio.move_on_after(_ROUSED) as asking, suppress(UnreachableError):
+            await peer.call("Status", worker_api.StatusRequest(measured=False), worker_api.Empty)
+        if asking.cancelled_caught:
+            log.warning("the worker of domain %s is ended, because it does not answer: pid %d", domain.name, worker.pid)
+            worker.kill()
+
     async def end(self, domain: Domain) -> None:
         """Destroy the domain's key, end the worker and its connection, and delete what the domain has on disk."""
         async with self._lock:
@@ -347,11 +363,11 @@ class Supervisor:
 
     def owned(self) -> dict[str, str]:
         """The domains that are one owner's and have a worker, and whose they are."""
-        return {name: kept.owner for name, kept in self._kept.items() if kept.owner and kept.pid}
+        return {name: kept.owner for name, kept in self._kept.items() if kept.owner and kept.worker}
 
     def pids(self) -> dict[str, int]:
         """The worker of each domain that has one; 0 while it is being started."""
-        return {name: kept.pid for name, kept in self._kept.items()}
+        return {name: kept.worker.pid if kept.worker else 0 for name, kept in self._kept.items()}
 
     def restarts(self) -> dict[str, int]:
         """How often the worker of each domain was started again since we have the domain."""
@@ -496,13 +512,13 @@ class Supervisor:
         async with PassingStream(ours, only_sends=True) as stream:
             with theirs:
                 child, limit = await self._begin(kept, theirs)
-            kept.pid = child.pid
+            kept.worker = child
             self._note(kept)
             try:
                 has_answered = await self._serve(kept, stream, child, limit)
-                log.warning("the worker of domain %s died: pid %d%s", kept.domain, kept.pid, await _status_of(child))
+                log.warning("the worker of domain %s died: pid %d%s", kept.domain, child.pid, await _status_of(child))
             finally:
-                kept.pid = 0
+                kept.worker = None
                 if self._is_left(kept):
                     child.close()
                 else:
