@@ -145,12 +145,13 @@ def test_a_forced_end_fails_readers_and_spares_the_neighbour(
     daemon: Daemon, registry: FakeRegistry, tmp_path: Path, driver: str, stopped: bool
 ) -> None:
     """Also where the domain's worker does nothing any more: then the next one fails them, and serves the neighbour."""
-    content = random.Random(f"{driver} {stopped}").randbytes(100_000)
+    name = f"{driver}/{stopped}".lower()
+    content = random.Random(name).randbytes(100_000)
     lost = estargz_layer([file("f", content)])
     kept = estargz_layer([file("g", content[::-1])])
-    targets = [str(tmp_path / name) for name in ("lost", "kept")]
-    with swept(tmp_path), daemon.mounted(publish(registry, Image((kept,)), f"kept/{driver}/{stopped}".lower()), targets[1]):
-        reference = publish(registry, Image((lost,)), f"lost/{driver}/{stopped}".lower())
+    targets = [str(tmp_path / each) for each in ("lost", "kept")]
+    with swept(tmp_path), daemon.mounted(publish(registry, Image((kept,)), f"kept/{name}"), targets[1]):
+        reference = publish(registry, Image((lost,)), f"lost/{name}")
         os.mkdir(targets[0])
         daemon.nsfs("mount", reference, targets[0], "--driver", driver, "--on-error", "wait")
         registry.faults_on, registry.script = lost.digest.hex, "T" * FOR_EVER

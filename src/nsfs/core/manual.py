@@ -403,7 +403,8 @@ class ManualMounts:
     async def umount(self, target: str, *, force: bool) -> str:
         """Take away the mount at `target`; raises NotFoundError, BusyError.
 
-        By `force` who waits for a read of it gets an error, however its registry and its worker are. Where it is gone and that cannot be written down, gives why; `forget_gone` does it as soon as it can be.
+        By `force` who waits for a read of it gets an error, however its registry and its worker are.
+        Where it is gone and that cannot be written down, gives why; `forget_gone` does it as soon as it can be.
         """
         record = self._records.mount_at(target)
         if force:
