@@ -86,11 +86,15 @@ class Workers(Protocol):
     ) -> T:
         """Ask the worker of `domain`."""
 
-    async def rouse(self, domain: Domain) -> None:
-        """Have no worker of `domain` that does not answer within half a second: another follows it."""
-
     async def end(self, domain: Domain) -> None:
         """End the worker of `domain` and delete the domain's pool."""
+
+
+class Replaceable(Workers, Protocol):
+    """Workers that may be stuck."""
+
+    async def rouse(self, domain: Domain) -> None:
+        """Have no worker of `domain` that does not answer within half a second: another follows it."""
 
 
 class Kernel(Protocol):
@@ -283,7 +287,7 @@ class ManualMounts:
     def __init__(
         self,
         records: Records,
-        workers: Workers,
+        workers: Replaceable,
         kernel: Kernel,
         host: Host,
         scopes: Scopes,
