@@ -34,6 +34,7 @@ from nsfs.core.jobs import Jobs
 from nsfs.core.keeping import KeptPool
 from nsfs.core.layers import Layers
 from nsfs.core.looking import Looking
+from nsfs.core.lulls import Lulls
 from nsfs.core.maps import Maps
 from nsfs.core.pinned import Pinned
 from nsfs.core.prefetch import Prefetches
@@ -182,24 +183,20 @@ async def _compose(
     cores = os.cpu_count() or 1
     jobs = Jobs(forks, limit=max(2, cores), fed_limit=max(4, 2 * cores), shared=shared)
 
-    def spool(key: LayerKey) -> Spool:
-        return Spool(layout.spool(key), layout.key)
+    files = LayerFiles(layout)
 
     def written(ranges: Sequence[tuple[int, int]]) -> None:
         for address, size in ranges:
             pool.mark_dirty(address, size)
 
-    def table(key: LayerKey) -> LayerTable:
-        return open_table(layout.layer_dir(key), layout.key)
-
-    startups = Startups(table, kept, blobs, nursery, lambda key: index.layer(key) is not None)
+    startups = Startups(files.table, kept, blobs, nursery, lambda key: index.layer(key) is not None)
     claimed = ClaimedLayers(layout.path, blobs, jobs, startups)
-    layers = Layers(index, layout, blobs, jobs, nursery, spool=spool, written=written, claimed=claimed)
-    maps = Maps(partial(load_content, key=layout.key))
-
     profiles = Profiles(layout)
-    recordings = Recordings(index, table, profiles, nursery)
-    views = Views(index, table, blobs, layers, pool, fetcher, recordings, startups)
+    recordings = Recordings(index, files.table, profiles, nursery)
+    lulls = Lulls(fetcher.idle_for, recordings.are_running)
+    layers = Layers(index, files, blobs, jobs, nursery, written=written, claimed=claimed, lulls=lulls)
+    maps = Maps(partial(load_content, key=layout.key))
+    views = Views(index, files.table, blobs, layers, pool, fetcher, recordings, startups)
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     shown = ShownTree(index, maps, views)
@@ -355,6 +352,23 @@ class RemoteSources:
         if repository not in self._sources:
             self._sources.setdefault(repository, await self._remote.source(parse_reference(repository)))
         return self._sources[repository]
+
+
+class LayerFiles:
+    """`core.layers.Files` of a domain, and the tables among them."""
+
+    def __init__(self, layout: DomainLayout) -> None:
+        self._layout = layout
+        self.path = layout.path
+        self.map = layout.map
+
+    def spool(self, key: LayerKey) -> Spool:
+        """See Files."""
+        return Spool(self._layout.spool(key), self._layout.key)
+
+    def table(self, key: LayerKey) -> LayerTable:
+        """The layer's tables as they are now."""
+        return open_table(self._layout.layer_dir(key), self._layout.key)
 
 
 class ShownTree:

@@ -40,12 +40,15 @@ class FakeHost:
     silent: set[str] = field(default_factory=set)
     kept: list[tuple[str, str]] = field(default_factory=list)
     dropped: list[tuple[str, int]] = field(default_factory=list)
+    spooled: dict[str, int] = field(default_factory=dict)
 
     def names(self) -> list[str]:
         return list(self.held)
 
     def measure(self, domain: str) -> Footprint:
-        return Footprint(sum(each.local for each in self.held[domain]), 0, is_encrypted=False)
+        return Footprint(
+            self.spooled.get(domain, 0) + sum(each.local for each in self.held[domain]), 0, is_encrypted=False
+        )
 
     def free(self) -> int:
         return self.spare
@@ -58,6 +61,8 @@ class FakeHost:
             raise UnreachableError("no answer")
         if isinstance(params, worker_api.Drop):
             return self.drop(domain.name, params.layers)
+        if method == "Settle":
+            return worker_api.Evicted(layers=1, freed=self.spooled.pop(domain.name, 0))
         assert method == "Held"
         return worker_api.Held(layers=self.held[domain.name], images=[])
 
@@ -92,6 +97,18 @@ def test_over_the_cap_the_oldest_of_all_domains_go() -> None:
     run(body)
     assert sorted(host.dropped) == [("ns/a", 1), ("ns/a", 2), ("ns/b", 3)]
     assert (cache.room.used, cache.room.state) == (MIB, "ready")
+
+
+def test_spools_go_before_contents_do() -> None:
+    host = FakeHost({"ns/a": [layer(1, used=1), layer(2, used=2)]}, spooled={"ns/a": 4 * MIB})
+    cache = cache_of(host, 5 * MIB)
+
+    async def body() -> None:
+        await cache.look()
+
+    run(body)
+    assert (host.spooled, host.dropped) == ({}, [])
+    assert (cache.room.used, cache.room.state) == (2 * MIB, "ready")
 
 
 def test_below_the_cap_nobody_is_asked_what_it_holds() -> None:

@@ -49,6 +49,7 @@ class FakeDomain(FakeMemory):
         super().__init__()
         self.local: dict[LayerKey, int] = {}
         self.spanless: set[LayerKey] = set()
+        self.spooled: set[LayerKey] = set()
         self.made_spans: list[LayerKey] = []
         self.evicted: list[tuple[LayerKey, list[LayerKey]]] = []
         self.touched: list[set[LayerKey]] = []
@@ -82,8 +83,14 @@ class FakeDomain(FakeMemory):
         key = key_of(layer.digest)
         return record_of(key) if key in self.local else None
 
-    async def ensure_spans(self, key: LayerKey, owner: str) -> None:
+    def is_spooled(self, record: LayerRecord) -> bool:
+        return record.key in self.spooled
+
+    async def ensure_spans(self, key: LayerKey, owner: str = "") -> None:
+        if self.trouble:
+            raise self.trouble
         self.made_spans.append(key)
+        self.spanless.discard(key)
 
     def local_bytes(self, keys: Sequence[LayerKey]) -> int:
         return sum(self.local[key] for key in keys)
@@ -236,6 +243,8 @@ def test_what_is_held_says_what_is_mounted_pinned_and_comes_back() -> None:
             assert (found.mounted, found.pinned, found.returns) == (True, False, True)
             assert (found.local, found.size) == (SIZE, SIZE)
             assert not (await site.held(own)).returns
+            site.domain.spooled = {own}
+            assert (await site.held(own)).returns
             await site.ask("Pin", named(TAG))
             assert (await site.held(own)).pinned
             held = await site.ask("Held")
@@ -280,6 +289,24 @@ def test_what_is_pinned_is_not_evicted_nor_what_it_shares() -> None:
             ((evicted, spared),) = site.domain.evicted
             assert evicted == others
             assert own in spared
+
+    run(body)
+
+
+def test_what_waits_for_its_checkpoints_goes_when_they_are_made() -> None:
+    async def body() -> None:
+        async with open_site() as site:
+            base, own = await site.read(TAG)
+            site.domain.spanless, site.domain.spooled = {base, own}, {own}
+            held = (await site.ask("Held")).layers
+            site.domain.trouble = NoSpaceError("disk full")
+            assert await site.ask("Settle") == worker_api.Evicted(layers=0, freed=0)
+            assert (await site.ask("Drop", worker_api.Drop(layers=held))).layers == 0
+            site.domain.trouble = None
+            assert await site.ask("Settle") == worker_api.Evicted(layers=1, freed=SIZE)
+            assert (await site.ask("Drop", worker_api.Drop(layers=held))).layers == 1
+            assert site.domain.made_spans == [own]
+            assert [key for key, _ in site.domain.evicted] == [own]
 
     run(body)
 

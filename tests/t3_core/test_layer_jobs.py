@@ -4,6 +4,7 @@ import fcntl
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from nsfs.core.blobs import Blobs
 from nsfs.core.claimed import ClaimedLayers, LayerMade, MapMade
 from nsfs.core.images import Image, Layer
 from nsfs.core.layers import Layers, MapArgs, PlainArgs, SpanArgs, map_id_of
+from nsfs.core.lulls import Lulls
+from nsfs.core.recording import QUIET
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, UnreachableError, UnsupportedError
 from nsfs.model.digest import DiffId, Digest
@@ -50,12 +53,15 @@ class FakeCatalog:
         return self.known[key]
 
 
-class FakePaths:
+class FakeFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.path = str(directory)
 
-    def spool(self, key: LayerKey) -> str:
+    def spool(self, key: LayerKey) -> Spool:
+        return Spool(self.spool_path(key), None)
+
+    def spool_path(self, key: LayerKey) -> str:
         return f"{self.path}/{key.blob.hex[:8]}"
 
     def map(self, key: LayerKey, map_id: str = "") -> str:
@@ -83,7 +89,7 @@ class FakeJobs:
         return await getattr(self, name)(args, fds, report)
 
     async def first_pass(self, args: PlainArgs, fds: Sequence[int], report: Any) -> LayerMade:
-        spool = Path(self.site.paths.spool(LayerKey(Digest(args.blob), "plain")))
+        spool = Path(self.site.files.spool_path(LayerKey(Digest(args.blob), "plain")))
         await report(1)
         fed = await _read_all(fds[0])
         self.fed.append(fed)
@@ -101,7 +107,7 @@ class FakeJobs:
         return LayerMade(ranges=[(1 << 30, 4096)])
 
     async def make_checkpoints(self, args: SpanArgs, _fds: Sequence[int], _report: Any) -> LayerMade:
-        spool = Path(self.site.paths.spool(LayerKey(Digest(args.blob), "plain")))
+        spool = Path(self.site.files.spool_path(LayerKey(Digest(args.blob), "plain")))
         assert digest_of(spool.read_bytes()) == args.blob
         spool.unlink()
         key = LayerKey(Digest(args.blob), args.index)
@@ -112,7 +118,7 @@ class FakeJobs:
         needs = Digest(args.blob) in self.needs_lower
         if needs and args.lowers is None:
             return MapMade(needs_lower=True)
-        (self.site.paths.directory / f"map-{args.map_id}").write_text(" ".join(args.lowers or []))
+        (self.site.files.directory / f"map-{args.map_id}").write_text(" ".join(args.lowers or []))
         return MapMade(needs_lower=False, borrowed=[0] if needs and args.lowers else [])
 
 
@@ -142,7 +148,7 @@ class FakeStartups:
 
 class Site:
     def __init__(self, path: Path, nursery: trio.Nursery, kind: type[FakeBlob] = FakeBlob) -> None:
-        self.paths = FakePaths(path)
+        self.files = FakeFiles(path)
         self.catalog = FakeCatalog()
         self.source = FakeSource("r", kind)
         for data in DATA:
@@ -154,13 +160,13 @@ class Site:
         self.written: list[tuple[int, int]] = []
         self.layers = Layers(
             self.catalog,
-            self.paths,
+            self.files,
             self.blobs,
             jobs,
             nursery,
-            spool=lambda key: Spool(self.paths.spool(key), None),
             written=self.written.extend,
-            claimed=ClaimedLayers(self.paths.path, self.blobs, jobs, self.startups),
+            claimed=ClaimedLayers(self.files.path, self.blobs, jobs, self.startups),
+            lulls=Lulls(lambda: inf, lambda: False),
         )
         self.image = Image("r:latest", "r", "latest", digest_of(b""), CONFIG, tuple(map(layer, range(len(DATA)))))
 
@@ -220,7 +226,7 @@ def test_a_layer_is_read_once_for_all_who_want_it(tmp_path: Path) -> None:
         assert site.jobs.fed == [DATA[0]]
         assert site.written == [(1 << 30, 4096)]
         assert site.layers.is_indexed(layer(0))
-        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(2 * QUIET)
         assert site.jobs.ran == ["first_pass", "make_checkpoints"]
 
     with_site(tmp_path, test)
@@ -243,7 +249,7 @@ def test_who_leaves_takes_nothing_with_him(tmp_path: Path) -> None:
 
 def test_what_is_spooled_is_not_fetched_again(tmp_path: Path) -> None:
     async def test(site: Site) -> None:
-        Path(site.paths.spool(LayerKey(digest_of(DATA[0]), "plain"))).write_bytes(DATA[0][:100_000])
+        Path(site.files.spool_path(LayerKey(digest_of(DATA[0]), "plain"))).write_bytes(DATA[0][:100_000])
         assert await site.left() == 200_000
         await site.index(0)
         assert site.jobs.fed == [DATA[0][100_000:]]
@@ -254,7 +260,7 @@ def test_what_is_spooled_is_not_fetched_again(tmp_path: Path) -> None:
 
 def test_a_damaged_spool_costs_one_more_read(tmp_path: Path) -> None:
     async def test(site: Site) -> None:
-        Path(site.paths.spool(LayerKey(digest_of(DATA[0]), "plain"))).write_bytes(b"x" * 100_000)
+        Path(site.files.spool_path(LayerKey(digest_of(DATA[0]), "plain"))).write_bytes(b"x" * 100_000)
         await site.index(0)
         assert [len(fed) for fed in site.jobs.fed] == [200_000, 300_000]
 
@@ -291,7 +297,7 @@ def test_a_layouts_blob_is_nothing_to_download(tmp_path: Path) -> None:
         directory = "/layout"
 
     async def test(site: Site) -> None:
-        Path(site.paths.spool(LayerKey(digest_of(DATA[0]), "plain"))).write_bytes(DATA[0][:100_000])
+        Path(site.files.spool_path(LayerKey(digest_of(DATA[0]), "plain"))).write_bytes(DATA[0][:100_000])
         assert await site.left() == 0
         await site.index(0)
         assert site.jobs.fed == [DATA[0][100_000:]]
@@ -358,11 +364,11 @@ def test_checkpoints_wait_for_first_passes_and_come_one_at_a_time(tmp_path: Path
         async with trio.open_nursery() as readers:
             for number in range(4):
                 readers.start_soon(site.index, number)
-        await trio.sleep(10)
+        await trio.sleep(2 * QUIET)
         assert at_work == [0, 1]
         assert site.jobs.ran == ["first_pass"] * 4 + ["make_checkpoints"] * 4
         assert all(record.has_spans for record in site.catalog.layers())
-        assert not any(os.path.exists(site.paths.spool(LayerKey(digest_of(data), "plain"))) for data in DATA)
+        assert not any(os.path.exists(site.files.spool_path(LayerKey(digest_of(data), "plain"))) for data in DATA)
 
     with_site(tmp_path, test)
 
@@ -376,9 +382,9 @@ def test_checkpoints_that_fail_are_a_warning_and_are_made_when_they_are_wanted(
 
         site.jobs.hooks["make_checkpoints"] = fail
         key = await site.index(0)
-        await trio.sleep(1)
+        await trio.sleep(2 * QUIET)
         assert "disk full" in caplog.text
-        os.unlink(site.paths.spool(key))
+        os.unlink(site.files.spool_path(key))
         site.jobs.hooks.clear()
         assert (await site.layers.ensure_spans(key)).has_spans
         await site.layers.ensure_spans(key)

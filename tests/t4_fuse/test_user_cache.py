@@ -37,11 +37,9 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def use(daemon: Daemon, reference: str, arena: Path, namespace: str = "default") -> None:
-    """Mount an image, read it, and wait until its layer could be fetched again."""
+    """Mount an image, and read it."""
     with daemon.mounted(reference, str(arena / "mnt"), "--namespace", namespace):
         assert len(read(f"{arena}/mnt/f")) == SIZE
-    lazy = lambda: all(layer["lazy"] for layer in daemon.json("inspect", reference, "--namespace", namespace)["layers"])  # noqa: E731
-    assert wait_until(lazy)
 
 
 def made(registry: Registry, meter: Meter, arena: Path, number: int) -> str:

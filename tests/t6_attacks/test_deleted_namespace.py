@@ -92,9 +92,13 @@ def spans_of(daemon: Daemon, layer: Layer) -> LayerTable | None:
 
 
 def live(daemon: Daemon, site: Site, target: str) -> None:
-    """All that a namespace does: mounts, reads and has that recorded, has checkpoints made, begins another image."""
+    """All that a namespace does: has checkpoints made, mounts, reads and has that recorded, begins another image."""
     whole, half = site.publish()
     scope = ("--namespace", "doomed")
+    with daemon.mounted(whole, target, *scope):
+        pass
+    daemon.nsfs("evict", whole, *scope)
+    assert spans_of(daemon, site.plain) is not None
     with daemon.mounted(whole, target, *scope, "--profile", "record"):
         names = sorted(os.listdir(target))
         assert [name for name in names if "canary" in name] == [f"{NAME.decode()}-{n}" for n in (1, 2)]
@@ -102,7 +106,6 @@ def live(daemon: Daemon, site: Site, target: str) -> None:
             with open(f"{target}/{name}", "rb") as opened:
                 assert opened.read().startswith(CONTENT)
         assert os.fsencode(os.readlink(f"{target}/link")) == LINK
-    wait_for(lambda: spans_of(daemon, site.plain) is not None, "the checkpoints", daemon)
     site.registry.faults_on, site.registry.script = site.half.digest.hex, "H"
     with daemon.started("mount", half, target, *scope) as mount:
         wait_for(lambda: spooled(daemon, site.half) > len(site.half.blob) // 3, "the spool", daemon)

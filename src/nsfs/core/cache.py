@@ -140,19 +140,33 @@ class Cache:
     async def look(self) -> None:
         """See how much is taken, and have contents go where that is too much."""
         async with self._looking:
-            sizes = self.sizes = await trio.to_thread.run_sync(self._measure)
+            sizes = await trio.to_thread.run_sync(self._measure)
+            if await self._is_short(sizes) and await self._settle(sizes):
+                sizes = await trio.to_thread.run_sync(self._measure)
+            self.sizes = sizes
             for domain in sizes.keys() & self._quotas.keys():
-                await self._keep_quota(domain, sizes[domain])
+                sizes[domain] -= await self._keep_quota(domain, sizes[domain])
             await self._keep_cap(sum(sizes.values()), list(sizes))
 
     def _measure(self) -> dict[str, int]:
         return {name: self._disks.measure(name).size for name in self._disks.names()}
 
-    async def _keep_quota(self, domain: str, used: int) -> None:
-        need = plan_room(used, 0, self._limits._replace(most=self._quotas[domain], reserve=0))
-        if need:
-            layers, _ = await self._held([domain])
-            await self._drop(plan_eviction(layers, need), f"domain {domain} is over its quota")
+    async def _is_short(self, sizes: Mapping[str, int]) -> bool:
+        owned = sizes.keys() & self._quotas.keys()
+        return any(self._over_quota(domain, sizes[domain]) for domain in owned) or bool(
+            (await self._room(sum(sizes.values()))).need
+        )
+
+    def _over_quota(self, domain: str, used: int) -> int:
+        return plan_room(used, 0, self._limits._replace(most=self._quotas[domain], reserve=0))
+
+    async def _keep_quota(self, domain: str, used: int) -> int:
+        """Have contents go that are too much of a domain; gives the bytes freed."""
+        need = self._over_quota(domain, used)
+        if not need:
+            return 0
+        layers, _ = await self._held([domain])
+        return await self._drop(plan_eviction(layers, need), f"domain {domain} is over its quota")
 
     async def _keep_cap(self, used: int, domains: Sequence[str]) -> None:
         room = await self._room(used)
@@ -207,19 +221,26 @@ class Cache:
         await run_all(partial(ask, domain) for domain in domains)
         return layers, images
 
+    async def _settle(self, domains: Iterable[str]) -> int:
+        """Have spools go, which costs nobody contents; gives the bytes freed."""
+        return sum([(await self._give_up(domain, "Settle", worker_api.Empty())).freed for domain in domains])
+
     async def _drop(self, layers: Sequence[HeldLayer], why: str) -> int:
         freed = 0
         for domain in dict.fromkeys(layer.domain for layer in layers):
             theirs = [layer for layer in layers if layer.domain == domain]
-            try:
-                evicted = await self._call(domain, "Drop", worker_api.Drop(layers=theirs), worker_api.Evicted)
-            except NsfsError as error:
-                log.warning("domain %s gives nothing up: %s", domain, error)
-                continue
+            evicted = await self._give_up(domain, "Drop", worker_api.Drop(layers=theirs))
             freed += evicted.freed
             what = render_count(evicted.layers, "layer")
             log.info("%s: %s of domain %s, %s freed", why, what, domain, render_size(evicted.freed))
         return freed
+
+    async def _give_up(self, domain: str, method: str, params: Struct) -> worker_api.Evicted:
+        try:
+            return await self._call(domain, method, params, worker_api.Evicted)
+        except NsfsError as error:
+            log.warning("domain %s gives nothing up: %s", domain, error)
+            return worker_api.Evicted(layers=0, freed=0)
 
     async def _call(self, domain: str, method: str, params: Struct, result: type[T]) -> T:
         return await self._workers.call(Domain(domain, Isolation.SHARED), method, params, result)
@@ -233,6 +254,8 @@ class Cache:
         """Have contents go that nobody stands on, and nobody did in the last `older` seconds."""
         async with self._looking:
             names = await trio.to_thread.run_sync(self._disks.names)
+            if not dry_run:
+                await self._settle(names)
             layers, _ = await self._held(names)
             going = plan_prune(layers, time.time() - older)
             freed = sum(layer.local for layer in going) if dry_run else await self._drop(going, "pruned")

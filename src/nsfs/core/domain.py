@@ -293,7 +293,7 @@ def _own_laziness(record: LayerRecord) -> tuple[bool, str]:
         return True, f"this domain has an index of its own{aside}"
     if record.whole:
         return False, f"it cannot be decompressed in parts: what is evicted comes back all at once{aside}"
-    return False, f"its first use has read all of it; checkpoints are still being made{aside}"
+    return False, f"its first use has read all of it; checkpoints are made once its start is over{aside}"
 
 
 def _verified(layer: Layer, record: LayerRecord | None) -> str:

@@ -186,6 +186,7 @@ class DomainCache:
         return {
             "Evict": (worker_api.Name, self._evict),
             "Held": (worker_api.Empty, self._held),
+            "Settle": (worker_api.Empty, self._settle),
             "Drop": (worker_api.Drop, self._drop),
             "Keep": (worker_api.Keep, self._keep),
             "Pin": (worker_api.Name, self._pin),
@@ -212,7 +213,7 @@ class DomainCache:
                 used=record.last_used,
                 mounted=record.key in mounted,
                 pinned=record.blob in pinned,
-                returns=record.has_spans or record.whole or bool(record.spans_blob),
+                returns=_comes_by_ranges(record) or self._layers.is_spooled(record),
             )
             for record in self._catalog.layers()
         ]
@@ -227,15 +228,32 @@ class DomainCache:
         self._pool.refuse(params.unless)
         return worker_api.Empty()
 
+    async def _settle(self, _params: worker_api.Empty, _report: Report) -> worker_api.Evicted:
+        """Make now what checkpoints wait for a lull: that takes no content from anybody, and spools go."""
+        freed = settled = 0
+        for record in self._catalog.layers():
+            if _comes_by_ranges(record) or not self._layers.is_spooled(record):
+                continue
+            try:
+                await self._layers.ensure_spans(record.key)
+            except NsfsError as error:
+                log.warning("layer %s stays, as it could not be fetched again: %s", short(record.blob), error)
+                continue
+            freed += record.blob_size
+            settled += 1
+        return worker_api.Evicted(layers=settled, freed=freed)
+
     async def _drop(self, params: worker_api.Drop, _report: Report) -> worker_api.Evicted:
-        """Give up what the daemon chose, if that is still idle where it was."""
+        """Give up what the daemon chose, if that is still idle where it was, and can come back."""
         records = {record.key: record for record in self._catalog.layers()}
         pinned, mounted = self._pinned(), self._uses.mounted()
         freed = dropped = 0
         for named in params.layers:
             key = LayerKey(Digest(named.blob), named.index, named.origin)
             record = records.get(key)
-            if record is None or record.blob in pinned or (key in mounted and not named.mounted):
+            if record is None or not _comes_by_ranges(record):
+                continue
+            if record.blob in pinned or (key in mounted and not named.mounted):
                 continue
             self._completing.give_up([key])
             spared = [each for each in records if each.blob in pinned or (each in mounted and not named.mounted)]
@@ -317,6 +335,11 @@ class DomainCache:
                 continue
             if absent := self._absent_of(record.key):
                 yield f"layer {short(layer.digest)} is not complete: {absent} bytes of its contents"
+
+
+def _comes_by_ranges(record: LayerRecord) -> bool:
+    """Whether what goes of a layer can be fetched again, or all of it at once."""
+    return record.has_spans or record.whole or bool(record.spans_blob)
 
 
 def _is_pinned(record: ImageRecord) -> bool:

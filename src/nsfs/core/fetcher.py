@@ -174,8 +174,8 @@ class Fetcher:
         """By the names of the routes that anything was fetched over."""
         self._kept = Kept(config.kept_bytes)
         self._waiters: set[_Waiter] = set()
-        self._last_wait = trio.current_time()
-        """When a reader was last seen to wait."""
+        self._last_read = self._last_wait = trio.current_time()
+        """When somebody was last seen to read, and to wait."""
         self._requests = self._hits = self._misses = self._refused = 0
         self._is_refused = False
         """The pool could not take what came last; then nothing is fetched ahead."""
@@ -197,6 +197,10 @@ class Fetcher:
     def quiet_for(self) -> float:
         """Seconds since a reader last waited for absent bytes; 0 while one does."""
         return 0.0 if any(self._reading()) else trio.current_time() - self._last_wait
+
+    def idle_for(self) -> float:
+        """Seconds since a reader last asked for bytes, whether or not they were here, or waited for them."""
+        return min(self.quiet_for(), trio.current_time() - self._last_read)
 
     def _reading(self) -> Iterator[_Waiter]:
         """Those that somebody waits behind; what nobody is known to want waits for itself."""
@@ -237,6 +241,7 @@ class Fetcher:
             self._misses += 1
             return await self._read_absent(view, address, size, patience)
         self._hits += 1
+        self._last_read = trio.current_time()
         if view.heads and (head := view.passed(address, size)) is not None:
             self._begin_read_ahead(view, head)
         return data

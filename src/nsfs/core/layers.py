@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from nsfs.core.claimed import ClaimedLayers
     from nsfs.core.images import Claim, Image
     from nsfs.core.jobs import Jobs
+    from nsfs.core.lulls import Lulls
     from nsfs.core.ports import Spool
     from nsfs.model.digest import Digest
 
@@ -76,8 +77,8 @@ class Catalog(Protocol):
         """Replace a layer's record."""
 
 
-class Paths(Protocol):
-    """Where a layer's files are."""
+class Files(Protocol):
+    """A layer's files."""
 
     @property
     def path(self) -> str:
@@ -85,6 +86,9 @@ class Paths(Protocol):
 
     def map(self, key: LayerKey, map_id: str = "") -> str:
         """An EROFS image."""
+
+    def spool(self, key: LayerKey) -> Spool:
+        """Of the layer's blob."""
 
 
 class PlainArgs(Struct, kw_only=True):
@@ -165,24 +169,24 @@ class Layers:
     def __init__(
         self,
         catalog: Catalog,
-        paths: Paths,
+        files: Files,
         blobs: Blobs,
         jobs: Jobs,
         nursery: trio.Nursery,
         *,
-        spool: Callable[[LayerKey], Spool],
         written: Callable[[Sequence[tuple[int, int]]], None],
         claimed: ClaimedLayers,
+        lulls: Lulls,
     ) -> None:
         self._catalog = catalog
-        self._paths = paths
+        self._files = files
         self._blobs = blobs
         self._jobs = jobs
         self._nursery = nursery
-        self._domain = paths.path
-        self._spool = spool
+        self._domain = files.path
         self._written = written
         self._claimed = claimed
+        self._lulls = lulls
         self._indexing: Flights[LayerKey] = Flights(nursery)
         self._spanning: Flights[LayerKey] = Flights(nursery)
         self._mapping: Flights[MapRecord] = Flights(nursery)
@@ -191,7 +195,6 @@ class Layers:
         self._background = trio.CapacityLimiter(1)
         self._begun: set[tuple[Digest, Access]] = set()
         """Images, by their manifests, and for whom."""
-        self._idle = trio.Event()
         self.running: dict[LayerKey, LayerProgress] = {}
         """Layers that are being indexed now."""
 
@@ -239,7 +242,7 @@ class Layers:
             return 0
         if await self._blobs.is_local(layer.digest, layer.descriptor.size, layer.access):
             return 0
-        return max(0, layer.descriptor.size - self._spool(_plain(layer)).size())
+        return max(0, layer.descriptor.size - self._files.spool(_plain(layer)).size())
 
     def check(self, layer: Layer) -> None:
         """Raise UnsupportedError for a layer that cannot be shown."""
@@ -320,22 +323,19 @@ class Layers:
             self._claims[key] = layer.diff_id
             made = await self._resumed(blob, key, lambda: self._read_all(layer, blob, progress))
         await self._note(key, made)
-        self._nursery.start_soon(self._make_spans_quietly, key, layer.access.owner)
+        self._nursery.start_soon(self._make_spans_in_a_lull, key, layer.access.owner)
         return key
 
     @contextmanager
     def _shown(self, layer: Layer, key: LayerKey) -> Iterator[LayerProgress]:
         """Count the layer as running."""
-        if self._idle.is_set():
-            self._idle = trio.Event()
         self.running[key] = LayerProgress(layer)
         try:
-            yield self.running[key]
+            with self._lulls.disturbed():
+                yield self.running[key]
         finally:
             self._claims.pop(key, None)
             del self.running[key]
-            if not self.running:
-                self._idle.set()
 
     async def _index_toc(self, image: Image, layer: Layer, key: LayerKey) -> LayerKey:
         """By its table of contents; where that should be elsewhere and is not, as the plain layer that it also is."""
@@ -374,7 +374,7 @@ class Layers:
 
     async def _resumed(self, blob: OriginBlob, key: LayerKey, work: Callable[[], Awaitable[T]]) -> T:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
-        return await (_twice(blob, work) if self._spool(key).size() else work())
+        return await (_twice(blob, work) if self._files.spool(key).size() else work())
 
     def _is_largest(self, layer: Layer) -> bool:
         """No layer that is being read now is larger."""
@@ -395,7 +395,7 @@ class Layers:
         async def report(done: int) -> None:
             progress.done = done
 
-        have = self._spool(_plain(layer)).size()
+        have = self._files.spool(_plain(layer)).size()
         result: list[LayerMade] = []
 
         async def work(fd: int) -> None:
@@ -468,7 +468,7 @@ class Layers:
             blob=key.blob,
             index=key.index,
             origin=key.origin,
-            path=self._paths.map(key, map_id),
+            path=self._files.map(key, map_id),
             needs_lower=made.needs_lower,
             marks=made.marks,
             opaque=made.opaque,
@@ -476,6 +476,10 @@ class Layers:
         )
         await trio.to_thread.run_sync(self._catalog.put_map, record)
         return record
+
+    def is_spooled(self, record: LayerRecord) -> bool:
+        """Whether the layer's checkpoints can be made without its registry."""
+        return self._files.spool(record.key).size() >= record.blob_size
 
     async def ensure_spans(self, key: LayerKey, owner: str = "") -> LayerRecord:
         """Make the layer's content fetchable by ranges; reads the whole blob again where it is no longer spooled.
@@ -511,7 +515,7 @@ class Layers:
             blob_size=record.blob_size,
             stream_size=record.stream_size,
             compression=oci.layer_format(record.media_type).compression,
-            spool=self._spool(record.key),
+            spool=self._files.spool(record.key),
         )
 
         async def run() -> LayerKey:
@@ -531,7 +535,7 @@ class Layers:
     def finish(self, keys: Iterable[LayerKey]) -> None:
         """Make the spans of layers whose making was interrupted, in the background."""
         for key in keys:
-            self._nursery.start_soon(self._make_spans_quietly, key, "")
+            self._nursery.start_soon(self._make_spans_in_a_lull, key, "")
 
     async def read_through(self, record: LayerRecord, owner: str) -> None:
         """Read a layer that is only claimed as the plain layer that it is; raises as `index` does.
@@ -560,7 +564,7 @@ class Layers:
         return await _twice(blob, partial(self._make_checkpoints, record, blob))
 
     async def _make_checkpoints(self, record: LayerRecord, blob: OriginBlob) -> LayerKey:
-        await _fill(self._spool(record.key), blob)
+        await _fill(self._files.spool(record.key), blob)
         args = SpanArgs(
             domain=self._domain,
             blob=str(record.blob),
@@ -571,12 +575,12 @@ class Layers:
         await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, [], LayerMade)
         return record.key
 
-    async def _make_spans_quietly(self, key: LayerKey, owner: str) -> None:
-        """Make checkpoints when nobody waits for a layer's first pass any more, one layer at a time."""
+    async def _make_spans_in_a_lull(self, key: LayerKey, owner: str) -> None:
+        """Make checkpoints when no start is under way, one layer at a time."""
+        begun = trio.current_time()
         try:
             async with self._background:
-                while self.running:
-                    await self._idle.wait()
+                await self._lulls.wait(begun)
                 await self.ensure_spans(key, owner)
         except NsfsError as error:
             log.warning("no checkpoints for layer %s, which cannot be evicted without: %s", short(key.blob), error)

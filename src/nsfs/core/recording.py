@@ -159,6 +159,10 @@ class Recordings:
         self._nursery.start_soon(self._run, tag, recording)
         return tag
 
+    def are_running(self) -> bool:
+        """Whether a start is being recorded."""
+        return bool(self._running)
+
     def of(self, tag: str) -> Recording | None:
         """The recording with this tag, while it runs."""
         return self._running.get(tag)

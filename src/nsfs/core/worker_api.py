@@ -235,7 +235,10 @@ class Keep(Struct, kw_only=True):
 
 
 class Drop(Struct, kw_only=True):
-    """Give up the contents of layers that Held named, unless they are used again meanwhile. Answered by Evicted."""
+    """Give up the contents of layers that Held named, unless they are used again meanwhile. Answered by Evicted.
+
+    Those that wait for their checkpoints stay; Settle (Empty, answered by Evicted) makes these.
+    """
 
     layers: list[HeldLayer]
 

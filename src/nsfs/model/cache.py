@@ -31,7 +31,7 @@ class HeldLayer(Struct, frozen=True, kw_only=True):
     mounted: bool
     pinned: bool
     returns: bool
-    """It can be fetched again by ranges; until its checkpoints are made it cannot."""
+    """It can be fetched again by ranges, or by checkpoints that can be made of its spool."""
 
     @property
     def is_idle(self) -> bool:
