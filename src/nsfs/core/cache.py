@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY = 10.0
 _ANSWERS_WITHIN = 30.0
+_GIVES_UP_WITHIN = 120.0
+"""Seconds; who takes longer keeps the others waiting no more."""
 _GONE = "all of the pools that may go is gone"
 
 
@@ -237,9 +239,10 @@ class Cache:
 
     async def _give_up(self, domain: str, method: str, params: Struct) -> worker_api.Evicted:
         try:
-            return await self._call(domain, method, params, worker_api.Evicted)
-        except NsfsError as error:
-            log.warning("domain %s gives nothing up: %s", domain, error)
+            with trio.fail_after(_GIVES_UP_WITHIN):
+                return await self._call(domain, method, params, worker_api.Evicted)
+        except (NsfsError, trio.TooSlowError) as error:
+            log.warning("domain %s gives nothing up: %s", domain, str(error) or "no answer")
             return worker_api.Evicted(layers=0, freed=0)
 
     async def _call(self, domain: str, method: str, params: Struct, result: type[T]) -> T:

@@ -177,6 +177,7 @@ class LazyLayers:
         names = [None if layer is None else _name(layer, domain) for layer in reversed(layers)]
         params = worker_api.Stack(layers=names, starter=_user(snapshot), profile=use)
         answer = await self._workers.call(domain, "Stack", params, worker_api.Stacked)
+        worker_api.check_maps(answer, domain.owner)
         recording = next(iter(held), answer.recording)
         infos = iter(reversed(answer.maps))
         maps = [None if layer is None else next(infos) for layer in layers]

@@ -337,6 +337,7 @@ class ManualMounts:
                 trust=domain.trust_index,
             )
             image = await self._workers.call(domain, "Prepare", params, worker_api.Prepared, report)
+            worker_api.check_maps(image, domain.owner)
             record = _record(mount_id, wish, domain, driver if image.maps else Driver.FUSE, patience, image)
             await self._set_up(record, image)
             undo.pop_all()

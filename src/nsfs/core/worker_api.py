@@ -5,13 +5,15 @@ All structs are msgpack on the wire (`serve.wire`). Requests that take long repo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
+from nsfs.errors import CorruptError, UsageError
 from nsfs.model.cache import HeldImage, HeldLayer  # noqa: TC001  msgspec looks them up when it decodes
-from nsfs.model.report import Cost, Data, Item, Note, Part, Progress
+from nsfs.model.policy import parse_view_name, view_name
+from nsfs.model.report import MAX_SERVERS, Cost, Count, Data, Item, Note, Part, Progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,15 +57,15 @@ class Prepared(Struct, kw_only=True):
     reference: str
     digest: str
     platform: str
-    files: int
-    size: int
+    files: Count
+    size: Count
     """Uncompressed bytes of regular files."""
     maps: list[MapInfo]
     """Top first."""
     config: dict[str, Any] = field(default_factory=dict)
     recording: str = ""
     """What is to be in the names of views that are recorded."""
-    read_ahead: int = 0
+    read_ahead: Count = 0
     """KiB that the kernel may read beyond what it is asked for of its views, at first; 0 for as many as ever."""
 
 
@@ -107,7 +109,7 @@ class Usage(Struct, kw_only=True):
 class Waits(Struct, kw_only=True):
     """Reads that wait for the network now."""
 
-    waiting: int = 0
+    waiting: Count = 0
     """How many."""
     longest: float = 0.0
     """Seconds that the first of them has waited."""
@@ -118,9 +120,9 @@ class Waits(Struct, kw_only=True):
 class UsageReport(Waits, kw_only=True):
     """What is local of some maps, and what that cost."""
 
-    local: int
+    local: Count
     """Bytes of their contents in the pool."""
-    fetched: int
+    fetched: Count
     """Bytes fetched over the network for their blobs, for whichever map, since the domain's worker started."""
     state: str
     """ready, or what their readers wait for."""
@@ -144,11 +146,11 @@ class StatusRequest(Struct, kw_only=True):
 class WorkerStatus(Waits, kw_only=True):
     """A domain's figures."""
 
-    layers: int
-    local: int
-    fetched: int
+    layers: Count
+    local: Count
+    fetched: Count
     state: str
-    bugs: int = 0
+    bugs: Count = 0
     """That its log tells of since the worker started."""
     unkept: str = ""
     """Why what is fetched is not kept; empty where it is."""
@@ -209,8 +211,22 @@ class Stacked(Struct, kw_only=True):
     maps: list[MapInfo]
     recording: str = ""
     """What is to be in the names of views that are recorded."""
-    read_ahead: int = 0
+    read_ahead: Count = 0
     """As of `Prepared`."""
+
+
+def check_maps(answer: Prepared | Stacked, owner: str) -> None:
+    """Refuse what no worker of ours answers to whom asks for `owner`: names of something else, or other readers.
+
+    Whoever reads a view of a shared domain is who has an own worker that the domain's may ask. Raises CorruptError.
+    """
+    for info in answer.maps:
+        try:
+            reader = parse_view_name(view_name(info.id, "", info.reader, answer.recording)).reader
+        except UsageError as error:
+            raise CorruptError(f"a worker names no map: {info.id[:100]!r}") from error
+        if reader not in {"", owner}:
+            raise CorruptError(f"a worker says that a map is read by somebody else: {reader}")
 
 
 class PathName(Name, kw_only=True):
@@ -248,7 +264,7 @@ class Pinned(Struct, kw_only=True):
 
     reference: str
     digest: str
-    absent: int
+    absent: Count
     """Bytes that are still to be fetched."""
 
 
@@ -258,7 +274,7 @@ class Offline(Struct, kw_only=True):
     reference: str
     missing: list[str]
     """A sentence for each layer that is not whole; nothing if it is complete."""
-    absent: int
+    absent: Count
     """Bytes of contents, of layers that were read."""
 
 
@@ -272,23 +288,23 @@ class Exported(Struct, kw_only=True):
 class Evicted(Struct, kw_only=True):
     """What eviction freed."""
 
-    layers: int
-    freed: int
+    layers: Count
+    freed: Count
 
 
 class Costs(Struct, kw_only=True):
     """What an owner's worker has asked of servers since it was last asked so: the answer to TakeCosts."""
 
-    costs: list[Cost]
+    costs: Annotated[list[Cost], Meta(max_length=2 * MAX_SERVERS)]
 
 
 class Share(Struct, kw_only=True):
     """What an owner has of a domain that several share."""
 
     owner: str
-    granted: int
+    granted: Count
     """Blobs that it may have now."""
-    local: int
+    local: Count
     """Bytes of contents that are there, of the layers that it was ever granted, and not refused since."""
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
 
+from nsfs.model.report import Count  # noqa: TC001  msgspec looks it up when it decodes
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -22,9 +24,9 @@ class HeldLayer(Struct, frozen=True, kw_only=True):
     index: str
     origin: str = ""
     domain: str = ""
-    local: int
+    local: Count
     """What it shares with another layer counts for both."""
-    size: int
+    size: Count
     """Of all its contents, in whole blocks."""
     used: float
     """When a mount that stands on it began or ended last."""

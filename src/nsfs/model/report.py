@@ -6,9 +6,17 @@ with a default and nothing else. All sizes are bytes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+MOST: Final = 1 << 53
+"""Integers up to here are exact wherever JSON is read (RFC 8259, section 6)."""
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=MOST)]
+"""Bytes, or things. Whatever is decoded as one is so: sums of what hostile workers say can be sent on."""
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
@@ -47,11 +55,33 @@ class Note(Struct, tag="note", kw_only=True):
 class Cost(Struct, kw_only=True):
     """What one server cost: a registry, or where one redirected to, or its token server."""
 
-    server: str
+    server: Annotated[str, Meta(max_length=300)]
     """Host and port, as asked."""
-    requests: int
-    received: int
+    requests: Count
+    received: Count
     """Bytes of bodies."""
+
+    def plus(self, other: Cost) -> Cost:
+        """Both, under this one's name."""
+        requests, received = self.requests + other.requests, self.received + other.received
+        return Cost(server=self.server, requests=min(requests, MOST), received=min(received, MOST))
+
+
+MAX_SERVERS: Final = 256
+"""That are told apart for one owner: a registry may redirect each request to a server of a new name."""
+OTHERS: Final = "others"
+"""What the servers beyond are called."""
+
+
+def plan_costs(known: Collection[str], costs: Iterable[Cost]) -> list[Cost]:
+    """`costs` by server, sorted; beside those that are `known`, servers have names of their own while there are few."""
+    names = set(known)
+    total: dict[str, Cost] = {}
+    for cost in costs:
+        name = cost.server if cost.server in names or len(names) < MAX_SERVERS else OTHERS
+        names.add(name)
+        total[name] = total.get(name, Cost(server=name, requests=0, received=0)).plus(cost)
+    return [total[name] for name in sorted(total)]
 
 
 class Data(Struct, tag="data"):

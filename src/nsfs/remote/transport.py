@@ -24,6 +24,7 @@ import httpx
 
 from nsfs.errors import UsageError
 from nsfs.model.oci import Traffic
+from nsfs.model.report import MAX_SERVERS, OTHERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,14 +50,18 @@ class Timeouts:
 
 
 class Bill:
-    """What every server that was asked cost since the bill was last taken: requests, and bytes of bodies received."""
+    """What every server that was asked cost since the bill was last taken: requests, and bytes of bodies received.
+
+    Servers beyond MAX_SERVERS count together: a registry may redirect each request to one of a new name.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[str, list[int]] = {}
 
     def add(self, host: str, requests: int, received: int) -> None:
         """Count for a server, by host and port."""
-        counts = self._counts.setdefault(host, [0, 0])
+        name = host if host in self._counts or len(self._counts) < MAX_SERVERS else OTHERS
+        counts = self._counts.setdefault(name, [0, 0])
         counts[0] += requests
         counts[1] += received
 

@@ -19,10 +19,10 @@ import trio
 from nsfs.core.tasks import run_all
 from nsfs.core.worker_api import Costs, Empty
 from nsfs.errors import NsfsError
-from nsfs.model.report import Cost
+from nsfs.model.report import Cost, plan_costs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from nsfs.serve.supervisor import Supervisor
 
@@ -77,7 +77,7 @@ class Accounts:
             await trio.to_thread.run_sync(self._book.add_costs, owner, costs)
             self._told = ""
         except NsfsError as error:
-            self._unwritten[owner] = _sum([*costs, *self._unwritten[owner]])
+            self._unwritten[owner] = plan_costs((), [*costs, *self._unwritten[owner]])
             if error.message != self._told:
                 log.warning("what requests cost is not written yet: %s", error)
             self._told = error.message
@@ -93,14 +93,4 @@ class Accounts:
         for owner in owners:
             found += await trio.to_thread.run_sync(self._book.costs, owner)
             found += self._unwritten.get(owner, [])
-        return _sum(found)
-
-
-def _sum(costs: Iterable[Cost]) -> list[Cost]:
-    """One for each server."""
-    total: dict[str, Cost] = {}
-    for cost in costs:
-        sum_ = total.setdefault(cost.server, Cost(server=cost.server, requests=0, received=0))
-        sum_.requests += cost.requests
-        sum_.received += cost.received
-    return [total[server] for server in sorted(total)]
+        return plan_costs({cost.server for cost in found}, found)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -26,7 +26,7 @@ from nsfs import __version__
 from nsfs.core import worker_api
 from nsfs.core.tasks import run_all
 from nsfs.errors import NsfsError
-from nsfs.model.report import Cost
+from nsfs.model.report import OTHERS, Cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,8 +47,6 @@ _POD: Final = "pod"
 """Label of all pods' domains."""
 _SERVERS: Final = 32
 """Servers that are named for each namespace."""
-_OTHERS: Final = "others"
-"""Label of the servers that are not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +170,7 @@ def plan_servers(costs: Sequence[Cost]) -> list[Cost]:
     named, others = ranked[:_SERVERS], ranked[_SERVERS:]
     if not others:
         return named
-    requests, received = sum(cost.requests for cost in others), sum(cost.received for cost in others)
-    return [*named, Cost(server=_OTHERS, requests=requests, received=received)]
+    return [*named, reduce(Cost.plus, others, Cost(server=OTHERS, requests=0, received=0))]
 
 
 def _worker_families(figures: Figures) -> Iterator[Metric]:

@@ -27,7 +27,7 @@ from msgspec import Struct
 
 from nsfs.core import worker_api
 from nsfs.core.tasks import open_tasks, running
-from nsfs.errors import NsfsError, UnreachableError
+from nsfs.errors import NsfsError, UnreachableError, UsageError
 from nsfs.model.policy import owner_of, parse_view_name
 from nsfs.serve.config import Config, pack_config
 from nsfs.serve.forkserver import find_process, started_at
@@ -618,6 +618,8 @@ class Supervisor:
         with trio.move_on_after(limit) as starting, suppress(UnreachableError):
 
             async def ready(params: Ready, _report: object) -> worker_api.Empty:
+                if kept.ready.is_set():
+                    raise UsageError("a worker is ready once")
                 kept.is_outdated = params.build != self.build
                 if kept.is_outdated:
                     self._nursery.start_soon(self._renew, kept, child)

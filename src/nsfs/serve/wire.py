@@ -31,7 +31,7 @@ import trio
 from msgspec import Raw, Struct
 
 from nsfs.core.tasks import open_tasks
-from nsfs.errors import ERRORS, NsfsError, UnreachableError, UnsupportedError
+from nsfs.errors import ERRORS, CorruptError, NsfsError, UnreachableError, UnsupportedError
 
 VERSION: Final = 1
 """What we speak; `OLDEST` is the oldest that we still understand."""
@@ -145,11 +145,18 @@ class FrameParser:
         messages: list[Message] = []
         offset = 0
         while (end := self._frame_end(offset)) is not None:
-            messages.append(_decoder.decode(bytes(self._buffer[offset + _LENGTH.size : end])))
+            messages.append(self._decode(bytes(self._buffer[offset + _LENGTH.size : end])))
             offset = end
         if offset:
             del self._buffer[:offset]
         return messages
+
+    @staticmethod
+    def _decode(frame: bytes) -> Message:
+        try:
+            return _decoder.decode(frame)
+        except RecursionError as error:
+            raise ValueError("frame is nested too deeply") from error
 
     def _frame_end(self, offset: int) -> int | None:
         if len(self._buffer) - offset < _LENGTH.size:
@@ -159,6 +166,14 @@ class FrameParser:
             raise ValueError(f"frame of {length} bytes is larger than {MAX_FRAME}")
         end = offset + _LENGTH.size + int(length)
         return end if end <= len(self._buffer) else None
+
+
+def decode_body(body: Raw, kind: Any) -> Any:  # noqa: ANN401  whatever `kind` says
+    """What a message is about, as a `kind`; raises CorruptError for what the other side should not have sent."""
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise CorruptError(f"process at the other end sends what makes no sense: {str(error)[:200]}") from error
 
 
 def render_error(number: int, error: Exception) -> Error:
@@ -239,8 +254,9 @@ class Peer:
         """Ask the other side for `method` and give its answer; `fds` stay the caller's, the other side gets copies.
 
         `on_progress` is awaited in the calling task, in order, with each progress message as a `progress_type` (a class
-        or a union). Raises what the handler raised if that was an NsfsError, a bare NsfsError for its bugs, and
-        UnreachableError if the other side is gone or goes. Cancellation is passed on.
+        or a union). Raises what the handler raised if that was an NsfsError, a bare NsfsError for its bugs,
+        UnreachableError if the other side is gone or goes, and CorruptError for an answer that is no such thing.
+        Cancellation is passed on.
         """
         number, call = next(self._ids), _Call(WINDOW if on_progress else 0)
         frame = render_frame(Request(number, method, Raw(_encoder.encode(params)), call.window, len(fds)))
@@ -258,7 +274,8 @@ class Peer:
         if isinstance(end, Error):
             raise_error(end)
         assert isinstance(end, Result)
-        return msgspec.msgpack.decode(end.body, type=result_type)
+        answer: T = decode_body(end.body, result_type)
+        return answer
 
     @property
     def is_closed(self) -> bool:
@@ -274,7 +291,7 @@ class Peer:
             if not isinstance(message, Progress):
                 return message
             assert on_progress is not None
-            await on_progress(msgspec.msgpack.decode(message.body, type=kind))
+            await on_progress(decode_body(message.body, kind))
             await self._send(render_frame(Taken(message.id)))
         raise self._gone()
 
@@ -397,7 +414,7 @@ class Peer:
     async def _answer(self, request: Request, served: _Served) -> bytes:
         try:
             params_type, handler = self._find(request.method)
-            params = msgspec.msgpack.decode(request.params, type=params_type)
+            params = decode_body(request.params, params_type)
             if isinstance(params, Passing):
                 params.fds, served.fds = served.fds, []
             result = await handler(params, self._reporter(request.id, served))

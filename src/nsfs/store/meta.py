@@ -27,7 +27,7 @@ from msgspec import Struct
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.mounts import Lower, MountRecord
-from nsfs.model.report import Cost
+from nsfs.model.report import Cost, plan_costs
 from nsfs.model.snapshot import Record
 from nsfs.store.databases import mapped_errors
 
@@ -226,15 +226,12 @@ class Meta:
             return [_decode(value, Cost) for _, value in self._costs_of(txn, owner)]
 
     def add_costs(self, owner: str, costs: Sequence[Cost]) -> None:
-        """Add what they cost since."""
+        """Add what they cost since; servers that are too many have one name (`report.plan_costs`)."""
         with self._transaction(write=True) as txn:
-            for cost in costs:
-                key = _cost_key(owner, cost.server)
-                known = txn.get(key, db=self._costs)
-                before = _decode(known, Cost) if known else Cost(server=cost.server, requests=0, received=0)
-                before.requests += cost.requests
-                before.received += cost.received
-                txn.put(key, msgspec.msgpack.encode(before), db=self._costs)
+            known = {cost.server: cost for _, value in self._costs_of(txn, owner) for cost in [_decode(value, Cost)]}
+            for cost in plan_costs(known, costs):
+                total = known[cost.server].plus(cost) if cost.server in known else cost
+                txn.put(_cost_key(owner, cost.server), msgspec.msgpack.encode(total), db=self._costs)
 
     def forget_costs(self, owner: str) -> None:
         """Forget what an owner's requests cost, who is no more."""
