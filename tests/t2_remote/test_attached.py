@@ -27,7 +27,7 @@ from nsfs.remote.source import open_source
 from registry import Registry, run_registry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
     from nsfs.remote.attached import Attached
 
@@ -132,7 +132,7 @@ def test_blobs_that_are_there_are_not_sent_again() -> None:
     async def check(registry: GoRegistry) -> None:
         sent: list[int] = []
 
-        async def pieces() -> AsyncIterator[bytes]:
+        async def pieces() -> AsyncGenerator[bytes, None]:
             for number in range(10):
                 sent.append(number)
                 yield bytes([number]) * 1000

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,13 +20,13 @@ import pytest
 from fakes import FakeRegistry
 from images import Image, file, gzip_layer
 from mounting import swept
+from nsfs.errors import UnreachableError
 from nsfs_daemon import Daemon, run_daemon
 from private_user import private_user
 from published import estargz_layer, publish
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 READERS = 200
 FOR_EVER = 10_000
@@ -174,18 +175,44 @@ def test_a_forced_end_fails_readers_and_spares_the_neighbour(
         registry.script = ""
 
 
-def test_patience_ends_when_it_was_said(daemon: Daemon, registry: FakeRegistry, tmp_path: Path) -> None:
-    layer = estargz_layer([file("f", random.Random(3).randbytes(100_000))])
-    target = str(tmp_path / "mnt")
-    with swept(tmp_path):
-        reference = publish(registry, Image((layer,)), "patience")
-        with daemon.mounted(reference, target, "--on-error", "wait:2s"):
-            registry.faults_on, registry.script = layer.digest.hex, "T" * FOR_EVER
+@pytest.mark.parametrize("fault", ["T", "O"], ids=["silent", "drips"])
+@pytest.mark.parametrize("driver", ["erofs", "fuse"])
+def test_patience_ends_when_it_was_said_and_others_are_served(
+    daemon: Daemon, registry: FakeRegistry, tmp_path: Path, driver: str, fault: str
+) -> None:
+    """A registry that says nothing, or one byte a second."""
+    content = random.Random(f"{driver} {fault}").randbytes(100_000)
+    slow = estargz_layer([file("f", content)])
+    quick = estargz_layer([file("g", content[::-1])])
+    targets = [str(tmp_path / each) for each in ("slow", "quick")]
+    with swept(tmp_path), daemon.mounted(publish(registry, Image((quick,)), f"quick/{driver}"), targets[1]):
+        reference = publish(registry, Image((slow,)), f"patience/{driver}")
+        with daemon.mounted(reference, targets[0], "--driver", driver, "--on-error", "wait:2s"):
+            registry.faults_on, registry.script = slow.digest.hex, fault * FOR_EVER
             begun = time.monotonic()
-            with pytest.raises(OSError, match="Input/output error"), open(f"{target}/f", "rb") as opened:
-                opened.read(4096)
-            assert 1.5 < time.monotonic() - begun < 60
+            with reading([f"{targets[1]}/g"]), pytest.raises(OSError, match=r"Input/output|timed out") as caught:
+                Path(targets[0], "f").read_bytes()
+            assert 1.5 < time.monotonic() - begun < 60, caught.value
+            assert Path(targets[1], "g").read_bytes() == content[::-1]
         registry.script = ""
+
+
+def test_a_mount_from_a_registry_that_drips_fails_and_says_why(registry: FakeRegistry, tmp_path: Path) -> None:
+    content = random.Random(7).randbytes(100_000)
+    slow = publish(registry, Image((gzip_layer([file("f", content)]),)), "dripping")
+    quick = publish(registry, Image((gzip_layer([file("g", content)]),)), "flowing")
+    settings = {"registry": {"read_timeout": "1500ms"}}
+    with swept(tmp_path), run_daemon(str(tmp_path / "daemon"), settings) as daemon:
+        os.mkdir(tmp_path / "slow")
+        registry.faults_on, registry.script = "/dripping/", "O" * FOR_EVER
+        with daemon.started("mount", slow, str(tmp_path / "slow")) as mounting:
+            with daemon.mounted(quick, str(tmp_path / "quick")):
+                assert (tmp_path / "quick/g").read_bytes() == content
+            _, said = mounting.communicate(timeout=60)
+        assert mounting.returncode == UnreachableError.exit_code
+        assert "the registry sends too slowly" in said
+        assert registry.host in said
+    registry.script = ""
 
 
 def test_a_user_may_end_a_mount_that_waits(registry: FakeRegistry) -> None:

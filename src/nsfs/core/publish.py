@@ -26,7 +26,7 @@ from nsfs.model.referrers import Referrer, Upload, upload_of
 from nsfs.model.report import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     from nsfs.core.ports import Source
     from nsfs.format.artifact import Artifact
@@ -97,7 +97,7 @@ class StoredPart:
     def upload(self) -> Upload:
         """Its bytes, to be sent."""
 
-        async def pieces() -> AsyncIterator[bytes]:
+        async def pieces() -> AsyncGenerator[bytes, None]:
             async with await trio.open_file(self.path, "rb") as file:
                 while piece := await file.read(_PIECE):
                     yield piece

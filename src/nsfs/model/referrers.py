@@ -19,7 +19,7 @@ from nsfs.model import oci
 from nsfs.model.digest import Digest  # noqa: TC001  msgspec reads the annotations
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
 MAX_REFERRERS: Final = 10_000
 _MAX_HEX: Final = 64
@@ -40,13 +40,13 @@ class Upload:
     """Bytes to be sent: `size` of them, as often as `pieces` is called."""
 
     size: int
-    pieces: Callable[[], AsyncIterator[bytes]]
+    pieces: Callable[[], AsyncGenerator[bytes, None]]
 
 
 def upload_of(data: bytes) -> Upload:
     """`data`, to be sent."""
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def pieces() -> AsyncGenerator[bytes, None]:
         yield data
 
     return Upload(len(data), pieces)

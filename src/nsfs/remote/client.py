@@ -3,7 +3,8 @@
 Owns the conversation behind one request: who asks (once more after a 401 or 403), where redirects lead (no
 Authorization and no configured header for another origin, no downgrade to plain HTTP; what is written is sent on only
 where the answer says that it may be), and what errors are called. Bodies are never
-interpreted here. Each attempt is bounded by the timeouts, each `retrying` by its number of attempts.
+interpreted here. Each attempt is bounded: by the timeouts until its answer begins, and from there on by how slowly
+that may come (`Pace`); each `retrying` by its number of attempts.
 
 Concurrency: any number of tasks. Of the connections that one server may have at a time, half are for streams and half
 for other requests, so a range never waits behind whole layers, and nobody behind another server that does not answer.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import random
 import ssl
 import time
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -48,7 +49,7 @@ _REST = 30.0
 _MAX_REASON = 4096
 _SHORT_BODY = 64 << 10
 _SLOWEST = 16 << 10
-"""Bytes a second: what comes in more slowly is given up."""
+"""Bytes a second: what comes in, or goes out, more slowly is given up."""
 _IDENTITY = {"Accept-Encoding": "identity", "User-Agent": f"nsfs/{__version__}"}
 
 
@@ -129,6 +130,29 @@ class MeteredBody:
             self._meter.ended(trio.current_time())
 
 
+class Pace:
+    """How long a body may still be waited for: a silence, and longer for what came than a very slow line takes.
+
+    Who takes his time between two pieces loses nothing by it.
+    """
+
+    def __init__(self, silence: float, host: str) -> None:
+        self._silence = self._left = silence
+        self._host = host
+
+    async def wait(self, receive: Callable[[], Awaitable[bytes]]) -> bytes:
+        """The next piece; raises UnreachableError where it, with those before, comes in too slowly."""
+        begun = trio.current_time()
+        with trio.move_on_after(self._left):
+            piece = await receive()
+            earned = len(piece) / _SLOWEST - (trio.current_time() - begun)
+            self._left = max(0.0, min(self._silence, self._left + earned))
+            return piece
+        raise UnreachableError(
+            f"the registry sends too slowly: {self._host}: under {_SLOWEST >> 10} KiB/s for {self._silence:g} s"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A successful response whose body is still to be read."""
@@ -138,14 +162,13 @@ class Answer:
     target: str | None
     """The URL it came from, if a redirect led to another origin."""
     meter: Meter
-    patience: float
-    """Seconds that the connection may be silent."""
+    pace: Pace
     body: MeteredBody
 
     async def receive(self) -> bytes:
-        """The next piece of the body, b"" at its end; raises UnreachableError when the connection breaks."""
+        """The next piece of the body, b"" at its end; raises UnreachableError when it breaks off, or hardly comes."""
         with mapped_errors(self.host):
-            piece = await anext(body_of(self.response), b"")
+            piece = await self.pace.wait(self._next)
         self.meter.received += len(piece)
         self.body.received(len(piece))
         return piece
@@ -153,18 +176,14 @@ class Answer:
     async def read(self, limit: int, what: str) -> bytes:
         """The whole body; raises CorruptError if it is longer than `limit`."""
         body = bytearray()
-        with self.deadline(limit):
-            while piece := await self.receive():
-                body += piece
-                if len(body) > limit:
-                    raise CorruptError(f"the registry's answer is longer than {limit} bytes: {what}")
+        while piece := await self.receive():
+            body += piece
+            if len(body) > limit:
+                raise CorruptError(f"the registry's answer is longer than {limit} bytes: {what}")
         return bytes(body)
 
-    @contextmanager
-    def deadline(self, length: int) -> Iterator[None]:
-        """Raise UnreachableError if what runs inside takes longer than `length` bytes do on a very slow line."""
-        with bounded(self.patience + length / _SLOWEST, self.host):
-            yield
+    async def _next(self) -> bytes:
+        return await anext(body_of(self.response), b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +256,7 @@ class Server:
                 response, url = await self._resolve(get, meter)
             target = url if origin(url) != origin(self.endpoint.base) else None
             body = MeteredBody(self.meter)
-            answer = Answer(response, self.endpoint.host, target, meter, self._connections.timeouts.read, body)
+            answer = Answer(response, self.endpoint.host, target, meter, self._pace(self.endpoint.host), body)
             try:
                 await self._refuse(answer, get)
                 yield answer
@@ -309,15 +328,14 @@ class Server:
             headers += self.endpoint.headers
         if authorization is not None:
             headers.append(("Authorization", authorization))
-        content = None
         if get.upload is not None:
-            content = get.upload.pieces()
             headers.append(("Content-Length", str(get.upload.size)))
         client = self._connections.client(self._tls(url))
         sent = trio.current_time()
         with mapped_errors(self.endpoint.host):
-            request = client.build_request(get.method, url, headers=headers, content=content)
-            response = await client.send(request, stream=True)
+            request = client.build_request(get.method, url, headers=headers)
+            async with _sent(request, get.upload):
+                response = await client.send(request, stream=True)
         if get.upload is None:
             self.meter.answered(trio.current_time() - sent)
         return response
@@ -332,11 +350,13 @@ class Server:
         if response.is_success:
             return
         body = b""
-        with answer.deadline(_MAX_REASON):
-            while len(body) < _MAX_REASON and (piece := await answer.receive()):
-                body += piece
+        while len(body) < _MAX_REASON and (piece := await answer.receive()):
+            body += piece
         what = f"{self.endpoint.host}: {get.what}"
         raise refusal(response.status_code, response.headers, what, body[:_MAX_REASON], time.time())
+
+    def _pace(self, host: str) -> Pace:
+        return Pace(self._connections.timeouts.read, host)
 
     async def _ask_token(self, request: TokenRequest) -> bytes:
         host = origin(request.url)[1]
@@ -349,7 +369,7 @@ class Server:
             response = await client.send(built, stream=True)
         try:
             metered = MeteredBody(RouteMeter())
-            answer = Answer(response, host, None, Meter(), self._connections.timeouts.read, metered)
+            answer = Answer(response, host, None, Meter(), self._pace(host), metered)
             body = await answer.read(MAX_TOKEN_ANSWER, "token")
         finally:
             await response.aclose()
@@ -358,6 +378,27 @@ class Server:
         if response.status_code != 200:
             raise refusal(response.status_code, response.headers, f"{host}: token", b"", time.time())
         return body
+
+
+class _Sending(httpx.AsyncByteStream):
+    """What is sent, by an iterator that somebody else closes; httpx leaves it open where sending fails."""
+
+    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
+        self._pieces = pieces
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._pieces
+
+
+@asynccontextmanager
+async def _sent(request: httpx.Request, upload: Upload | None) -> AsyncIterator[None]:
+    """Have `upload` be the request's body inside the block."""
+    if upload is None:
+        yield
+        return
+    async with aclosing(upload.pieces()) as pieces:
+        request.stream = _Sending(pieces)
+        yield
 
 
 def _is_sent_on(status: int, get: Get) -> bool:

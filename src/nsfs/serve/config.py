@@ -81,7 +81,7 @@ class Registry(Struct, frozen=True, kw_only=True):
     connect_timeout: Duration = Duration(10)
     """To connect, TLS included, per attempt."""
     read_timeout: Duration = Duration(30)
-    """Without a byte from the registry, per attempt."""
+    """Without a byte from the registry, or with fewer than 16 KiB a second, per attempt."""
     connections: Count = 24
     """At most so many to one registry server, per domain: half for whole layers, half for ranges and documents."""
 
