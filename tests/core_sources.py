@@ -7,6 +7,8 @@ import json
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import trio
+
 from nsfs.core.blobs import NOBODY
 from nsfs.core.images import Located
 from nsfs.errors import CorruptError, NotFoundError, NsfsError
@@ -75,6 +77,8 @@ class FakeSource:
         self.documents: dict[str, Document] = {}
         self.blobs: dict[Digest, bytes] = {}
         self.error: NsfsError | None = None
+        self.delay = 0.0
+        """Seconds that every answer about documents takes."""
         self.gives = 0
         self.asked: list[tuple[int, int]] = []
         self.read: list[Digest] = []
@@ -105,6 +109,7 @@ class FakeSource:
         return self.add_document(name, content, algorithm)
 
     async def manifest(self, identifier: str) -> Document:
+        await trio.sleep(self.delay)
         if self.error is not None:
             raise self.error
         if identifier not in self.documents:
@@ -112,6 +117,7 @@ class FakeSource:
         return self.documents[identifier]
 
     async def referrers(self, subject: Digest, artifact_type: str) -> list[Referrer]:
+        await trio.sleep(self.delay)
         return [each for each in self.attached.get(subject, []) if each.artifact_type == artifact_type]
 
     def blob(self, descriptor: Descriptor) -> FakeBlob:

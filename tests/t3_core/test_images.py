@@ -71,6 +71,7 @@ def test_an_image_named_by_its_digest_needs_its_registry_once(algorithm: str) ->
         for _ in range(2):
             image = await site.images.pinned(f"registry/app@{digest}")
             assert image.digest == digest
+            assert (await site.resolve(f"@{digest}")).stale == ""
             site.registry.error = UnreachableError("down")
 
     run(body)
@@ -316,6 +317,21 @@ def test_the_newest_artifact_of_the_repository_is_believed_where_that_is_wished(
         assert claims(await site.resolve(trust=digest_of(b"none"))) == ["", ""]
         assert claims(await site.images.pinned(f"registry/app@{digest}", trust="same-repository")) == [newest, ""]
         assert claims(await site.resolve(f"@{digest}")) == ["", ""]
+
+    run(body)
+
+
+@pytest.mark.parametrize("named", ["latest", "digest"])
+def test_what_lies_beside_is_looked_for_while_the_image_is_asked_for(named: str) -> None:
+    async def body() -> None:
+        site = Site()
+        digest = site.registry.add_image("latest", [b"base"])
+        artifact = site.attach(digest, digest_of(b"base"), "2026-01-01T00:00:00Z")
+        site.registry.delay = 1.0
+        before = trio.current_time()
+        image = await site.resolve(f"@{digest}" if named == "digest" else ":latest", trust="same-repository")
+        assert claims(image) == [artifact]
+        assert trio.current_time() - before == pytest.approx(2.0 if named == "digest" else 3.0)
 
     run(body)
 

@@ -2,19 +2,22 @@
 
 Owns the decision which documents an image consists of, and the domain's memory of them, so that an image that was
 resolved once can be named again while its registry is down. Refuses to fall back on that memory when a registry answers
-and says no. The registry is asked each time: tags move.
+and says no. The registry is asked each time a tag is named, as tags move; what a digest names is asked for once.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import trio
 
 from nsfs.core.blobs import NOBODY
+from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnreachableError
 from nsfs.format.artifact import ARTIFACT_TYPE, CREATED, parse_manifest
 from nsfs.model import oci
@@ -23,6 +26,8 @@ from nsfs.model.policy import TRUST_NONE, TRUST_REPOSITORY
 from nsfs.model.pool import ImageRecord
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
     from nsfs.core.ports import Source
     from nsfs.format.artifact import Artifact, ClaimedLayer, StartupPack
     from nsfs.model.digest import DiffId
@@ -163,33 +168,40 @@ class Images:
         """
         wanted = oci.Platform.parse(platform) if platform else self._platform
         located = await self._sources.locate(reference, owner)
-        image = await self._recall(located, wanted)
-        if platform:
-            oci.check_platform(image.config.platform, wanted)
-        return await self._with_claims(await self._admitted(image), located, located.key(wanted), trust)
+        async with self._looking(located, trust) as look:
+            image = await self._recall(located, wanted, look)
+            if platform:
+                oci.check_platform(image.config.platform, wanted)
+            return await self._with_claims(await self._admitted(image), located.key(wanted), look)
 
-    async def _with_claims(self, image: Image, located: Located, key: str, trust: str) -> Image:
+    @asynccontextmanager
+    async def _looking(self, located: Located, trust: str) -> AsyncIterator[_Look]:
+        """What is looked for beside images while the block lasts."""
+        async with open_tasks() as nursery:
+            yield _Look(trust, partial(self._look_beside, located, trust), nursery)
+
+    async def _with_claims(self, image: Image, key: str, look: _Look) -> Image:
         """The image with what the artifact says that is to be believed, if there is one."""
         record = self._memory.image(key)
-        if trust == TRUST_NONE or record is None:
+        if look.trust == TRUST_NONE or record is None:
             return image
-        if not record.artifact or trust not in {TRUST_REPOSITORY, record.artifact_digest}:
-            found = await self._look_beside(image, located.source, trust)
+        if not record.artifact or look.trust not in {TRUST_REPOSITORY, record.artifact_digest}:
+            found = await look.find(image.digest)
             if found is None:
                 return image
             record = msgspec.structs.replace(record, artifact=found.data, artifact_digest=str(found.digest))
             await self._remember(key, record)
         return _claimed(image, Digest(record.artifact_digest), parse_manifest(record.artifact))
 
-    async def _look_beside(self, image: Image, source: Source, trust: str) -> oci.Document | None:
+    async def _look_beside(self, located: Located, trust: str, image: Digest) -> oci.Document | None:
         """The artifact to be believed; where there is none, nobody looks again for a while."""
-        asked, now = (image.digest, image.access.owner, trust), trio.current_time()
+        asked, now = (image, located.access.owner, trust), trio.current_time()
         if now < self._without.get(asked, 0):
             return None
         try:
-            found = await find_artifact(source, image.digest, trust)
+            found = await find_artifact(located.source, image, trust)
         except NsfsError as error:
-            log.warning("nothing beside %s is believed: %s", image.reference, error)
+            log.warning("nothing beside %s is believed: %s", located.reference, error)
             found = None
         if found is None:
             self._without = {each: until for each, until in self._without.items() if now < until}
@@ -201,11 +213,13 @@ class Images:
             await self._gate.admit(image)
         return image
 
-    async def _recall(self, located: Located, wanted: oci.Platform) -> Image:
+    async def _recall(self, located: Located, wanted: oci.Platform, look: _Look) -> Image:
         key = located.key(wanted)
         remembered = self._memory.image(key)
+        if remembered is not None and remembered.manifest_digest == located.version:
+            return _read(located, remembered)
         try:
-            record = await _fetch(located, wanted, remembered)
+            record = await _fetch(located, wanted, remembered, look)
         except UnreachableError as error:
             if remembered is None:
                 raise
@@ -239,12 +253,42 @@ class Images:
         located = await self._sources.locate(reference, owner)
         key = located.key(self._platform)
         record = self._memory.image(key)
-        if record is None or record.manifest_digest != located.version:
-            record = await _fetch(located, self._platform, None)
-            if record.manifest_digest != located.version:
-                raise CorruptError(f"not a manifest's digest: {located.version}")
-            await self._remember(key, record)
-        return await self._with_claims(await self._admitted(_read(located, record)), located, key, trust)
+        async with self._looking(located, trust) as look:
+            if record is None or record.manifest_digest != located.version:
+                record = await _fetch(located, self._platform, None, look)
+                if record.manifest_digest != located.version:
+                    raise CorruptError(f"not a manifest's digest: {located.version}")
+                await self._remember(key, record)
+            return await self._with_claims(await self._admitted(_read(located, record)), key, look)
+
+
+class _Look:
+    """Looks for what is to be believed beside the manifests that an image may have, as soon as each is named."""
+
+    def __init__(
+        self, trust: str, ask: Callable[[Digest], Awaitable[oci.Document | None]], nursery: trio.Nursery
+    ) -> None:
+        self.trust = trust
+        self._ask = ask
+        self._nursery = nursery
+        self._found: dict[Digest, oci.Document | None] = {}
+        self._ended: dict[Digest, trio.Event] = {}
+
+    def begin(self, image: Digest) -> None:
+        """Look, unless nothing is ever believed."""
+        if self.trust != TRUST_NONE and image not in self._ended:
+            self._ended[image] = trio.Event()
+            self._nursery.start_soon(self._run, image)
+
+    async def _run(self, image: Digest) -> None:
+        self._found[image] = await self._ask(image)
+        self._ended[image].set()
+
+    async def find(self, image: Digest) -> oci.Document | None:
+        """What lies beside a manifest, if anything; somebody is believed."""
+        self.begin(image)
+        await self._ended[image].wait()
+        return self._found[image]
 
 
 async def find_artifact(source: Source, image: Digest, trust: str) -> oci.Document | None:
@@ -271,8 +315,13 @@ def _claimed(image: Image, digest: Digest, artifact: Artifact) -> Image:
     return replace(image, layers=tuple(layers), pack=artifact.pack)
 
 
-async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord | None) -> ImageRecord:
-    """The image's documents; a manifest that is `remembered` still has the configuration it had."""
+async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord | None, look: _Look) -> ImageRecord:
+    """The image's documents; a manifest that is `remembered` still has the configuration it had.
+
+    What lies beside one that is not is looked for meanwhile.
+    """
+    if remembered is None and ":" in located.version:
+        look.begin(Digest(located.version))
     document = await located.source.manifest(located.version)
     for _ in range(_MAX_NESTING):
         parsed = oci.parse_document(document)
@@ -284,6 +333,7 @@ async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord
                     digest=document.digest,
                     reference=located.reference,
                 )
+            look.begin(document.digest)
             config = await located.source.read_blob(parsed.config, oci.MAX_CONFIG)
             return ImageRecord(
                 repository=located.repository,

@@ -4,8 +4,8 @@ Owns the packs that are under way: each comes once at a time for an owner, is ve
 layers only that are read by the index of the artifact which has the pack. A read of what is soon to come waits for it.
 Refuses nothing: whatever goes wrong ends the pack, and reads fetch by ranges what it did not bring.
 
-Concurrency: tasks in the worker's nursery. One receives, at most `_AHEAD` pieces ahead of the one that stores, which
-waits for each layer until it can take bytes; pieces are taken apart in threads.
+Concurrency: tasks in the worker's nursery. One receives, at most `_AHEAD` parts ahead of the one that stores, which
+waits for the table, and for each layer until it can take bytes; pieces are taken apart in threads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 from bisect import bisect_right
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from nsfs.core.fetchplan import Table
     from nsfs.core.images import Image
     from nsfs.core.landing import Pool
+    from nsfs.core.ports import Blob, Source
     from nsfs.format.artifact import StartupPack
     from nsfs.format.pack import PackPiece, PackTable
 
@@ -42,8 +44,8 @@ log = logging.getLogger(__name__)
 
 SOON: Final = 8 << 20
 """Bytes of the pack: what lies no further ahead of what came last is waited for."""
-_AHEAD: Final = 64
-"""Pieces that are received and not stored yet."""
+_AHEAD: Final = 128
+"""Parts of the stream, of 64 KiB at most over a network, that are received and not taken apart yet."""
 _FRESH: Final = 30.0
 """Seconds for which a start that a pack was for may go on."""
 _READY: Final = 30.0
@@ -175,14 +177,13 @@ class Startups:
         name = _name(image, pack)
         try:
             source = await self._blobs.source(image.repository, image.access.owner)
-            data = await source.read_blob(pack.table, MAX_BLOB)
-            startup = await trio.to_thread.run_sync(Startup.plan, image, parse_table(data, pack.pack.size))
-            self._running[name] = startup
-            asked.is_here.set()
-            blob = source.blob(pack.pack)
-            async with blob.stream() as stream:
-                await self._take(startup, stream)
-            log.info("a start of %s has what it reads: %d bytes", image.reference, startup.table.size)
+            send, receive = trio.open_memory_channel[bytes](_AHEAD)
+            await run_all(
+                (
+                    partial(_receive, source.blob(pack.pack), send),
+                    partial(self._take, image, pack, source, asked, receive),
+                )
+            )
         except NsfsError as error:
             log.info("a start-up pack of %s ends: %s", image.reference, error)
         except Exception:
@@ -194,22 +195,21 @@ class Startups:
             for event in ended.stored if isinstance(ended, Startup) else [asked.is_here]:
                 event.set()
 
-    async def _take(self, startup: Startup, stream: AsyncIterator[bytes]) -> None:
-        send, receive = trio.open_memory_channel[bytes](_AHEAD)
-
-        async def pump() -> None:
-            async with send, aclosing(_pieces(startup, stream)) as pieces:
-                async for packed in pieces:
-                    await send.send(packed)
-
-        async def store() -> None:
+    async def _take(
+        self, image: Image, pack: StartupPack, source: Source, asked: _Asked, stream: trio.MemoryReceiveChannel[bytes]
+    ) -> None:
+        """Store a pack piece by piece, from when its table is here."""
+        data = await source.read_blob(pack.table, MAX_BLOB)
+        startup = await trio.to_thread.run_sync(Startup.plan, image, parse_table(data, pack.pack.size))
+        self._running[_name(image, pack)] = startup
+        asked.is_here.set()
+        async with stream, aclosing(_pieces(startup, stream)) as pieces:
             number = 0
-            async for packed in receive:
+            async for packed in pieces:
                 await self._store(startup, number, packed)
                 startup.stored[number].set()
                 number += 1
-
-        await run_all((pump, store))
+        log.info("a start of %s has what it reads: %d bytes", image.reference, startup.table.size)
 
     async def _store(self, startup: Startup, number: int, packed: bytes) -> None:
         """Store what a piece has of layers that are read by this artifact."""
@@ -244,6 +244,13 @@ def _claimed(image: Image) -> list[LayerKey]:
         for layer in image.layers
         if layer.claim is not None
     ]
+
+
+async def _receive(blob: Blob, send: trio.MemorySendChannel[bytes]) -> None:
+    """Give all of a blob as it comes; it is asked for at once."""
+    async with send, blob.stream() as stream:
+        async for data in stream:
+            await send.send(data)
 
 
 async def _pieces(startup: Startup, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

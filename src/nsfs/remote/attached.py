@@ -9,10 +9,13 @@ sent anew at each attempt. A list by tag is read, changed and written: who does 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
-from nsfs.errors import CorruptError, DeniedError, NotFoundError, UnsupportedError
+import trio
+
+from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model import oci
 from nsfs.model.referrers import parse_referrers, plan_added, plan_removed, tag_of, upload_of
 from nsfs.remote.client import Get, first_of, retrying
@@ -21,12 +24,13 @@ from nsfs.remote.hosts import PULL, PUSH
 from nsfs.remote.response import plan_redirect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from nsfs.model.digest import Digest
     from nsfs.model.referrers import Referrer, Upload
     from nsfs.remote.client import Answer, Meter, Patience, Server
 
+T = TypeVar("T")
 _PAGES = 16
 _INDEX = ("Accept", oci.OCI_INDEX)
 _OCTETS = ("Content-Type", "application/octet-stream")
@@ -47,17 +51,31 @@ class Attached:
         """Whether the registry lists referrers by itself; None while nobody has asked."""
 
     async def referrers(self, subject: Digest, artifact_type: str = "") -> list[Referrer]:
-        """What is attached to `subject`, of that type or of any; raises NsfsError, but nothing where there is none."""
-        if self._has_api is not False:
-            try:
-                found = await retrying(self._patience, lambda: self._ask_api(subject, artifact_type))
-            except (NotFoundError, UnsupportedError):
-                self._has_api = False
-            else:
-                self._has_api = True
-                return _of_type(found, artifact_type)
+        """What is attached to `subject`, of that type or of any; raises NsfsError, but nothing where there is none.
+
+        A registry that nobody has asked yet is asked in both ways at once.
+        """
+        if self._has_api is not None:
+            found = await self._try_api(subject, artifact_type) if self._has_api else None
+            return _of_type(await self._listed(subject) if found is None else found, artifact_type)
+        async with _begun(lambda: self._listed(subject)) as listed:
+            found = await self._try_api(subject, artifact_type)
+            return _of_type(await listed() if found is None else found, artifact_type)
+
+    async def _try_api(self, subject: Digest, artifact_type: str) -> list[Referrer] | None:
+        """What the registry lists by itself; None where it has no API."""
+        try:
+            found = await retrying(self._patience, lambda: self._ask_api(subject, artifact_type))
+        except (NotFoundError, UnsupportedError):
+            self._has_api = False
+            return None
+        self._has_api = True
+        return found
+
+    async def _listed(self, subject: Digest) -> list[Referrer]:
+        """What the list by tag has."""
         data = await self._list(subject)
-        return _of_type(parse_referrers(data) if data else [], artifact_type)
+        return parse_referrers(data) if data else []
 
     async def _ask_api(self, subject: Digest, artifact_type: str) -> list[Referrer]:
         path = f"/{self._repository}/referrers/{subject}"
@@ -192,6 +210,41 @@ class Attached:
 
     def _about(self, what: str) -> str:
         return f"{self._repository}: {what}"
+
+
+@asynccontextmanager
+async def _begun(work: Callable[[], Awaitable[T]]) -> AsyncIterator[Callable[[], Awaitable[T]]]:
+    """Begin `work` before it is known whether anybody wants its outcome; what this gives waits for that."""
+    outcomes: list[T | NsfsError] = []
+    ended = trio.Event()
+
+    async def run() -> None:
+        outcomes.append(await _outcome(work))
+        ended.set()
+
+    async def wait() -> T:
+        await ended.wait()
+        if isinstance(outcomes[0], NsfsError):
+            raise outcomes[0]
+        return outcomes[0]
+
+    failure: NsfsError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        try:
+            yield wait
+        except NsfsError as error:
+            failure = error  # raised outside of the nursery, which would wrap it
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+
+
+async def _outcome(work: Callable[[], Awaitable[T]]) -> T | NsfsError:
+    try:
+        return await work()
+    except NsfsError as error:
+        return error
 
 
 def _parse_page(data: bytes) -> list[Referrer]:
