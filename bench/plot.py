@@ -18,16 +18,16 @@ def draw(results: dict[str, Any], path: str) -> None:
     bars = [bar for group in results["groups"].values() for figure in group["figures"] if (bar := _bar(figure))]
     if not bars:
         return
-    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.42 * len(bars)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(13, 1.4 + 0.3 * len(bars)), layout="constrained")
     places = range(len(bars), 0, -1)
     axes.barh(places, [bar[1] for bar in bars], color=[bar[3] for bar in bars], height=0.62)
-    for place, (_, good, goal, _colour, text) in zip(places, bars, strict=True):
-        axes.text(good, place, f"  {text}", va="center", fontsize=8)
+    for place, (_name, _good, goal, _colour, text) in zip(places, bars, strict=True):
+        axes.text(1.01, place, text, va="center", fontsize=8, transform=axes.get_yaxis_transform())
         if goal is not None:
             axes.plot([goal, goal], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
     axes.set_yticks(places, [bar[0] for bar in bars], fontsize=8)
     axes.set_xscale("log")
-    axes.set_xlim(0.25, max(8.0, 3 * max(bar[1] for bar in bars)))
+    axes.set_xlim(min(0.25, *(0.7 * bar[1] for bar in bars)), max(8.0, *(1.5 * bar[1] for bar in bars)))
     axes.set_ylim(0.3, len(bars) + 0.7)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="#cccccc", zorder=0)

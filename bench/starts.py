@@ -8,29 +8,26 @@ commas.
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
+import time
 from typing import TYPE_CHECKING
 
 from bench import REPOSITORY, images
 from bench.containerd import run_containerd
 from bench.harness import FORGET_ALL, Bench, Figure, chosen_images, say
-from nsfs.bench.command import run_command, with_config
 from nsfs.bench.journal import NAME
 from nsfs.bench.line import Shape
-from nsfs.bench.model import WAYS, Way
-from nsfs.bench.node import run_node
-from nsfs.bench.pages import drop_caches
+from nsfs.bench.model import Way
 from nsfs.bench.picture import draw
-from nsfs.bench.roots import NAMESPACE
 from nsfs.bench.run import measure as measure_starts
 from nsfs.bench.stage import Wish
 from nsfs.cli.render import render_json
+from nsfs.errors import BusyError
 from nsfs.serve.config import load_system_config
-from nsfs_daemon import NSFS
 from registry import push_layout
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from nsfs.bench.model import Report
 
 _LINE = Shape(12.5e6, 0.03)
@@ -47,60 +44,85 @@ _EQUAL = 1 / 1.05
 _EQUAL_RUNS = ((Way.LOCAL, Way.OVERLAY, "overlayfs"), (Way.FIRST, Way.EAGER, "after an eager pull"))
 """Runs, whose they are held against, and that one's name."""
 _TIMEOUT = 120.0
+_BY_LINE = frozenset({Way.EAGER, Way.FIRST})
+"""Ways that fetch all of an image: what they take is the line's time, and varies little."""
+_LARGE = 1 << 30
+"""Bytes of blobs from which on one sample of those is enough."""
+_READY, _READY_RATE = 15.0, 20e6
+"""Seconds until the ways of an image are ready, and bytes of it a second."""
+_LINE_RATE, _START = 8e6, 5.0
+"""Bytes a second of what fetches and unpacks an image; seconds of a start, and of what is around it."""
 
 
 def measure(bench: Bench) -> None:
     """All figures of this group."""
+    todo = [images.build(images.RECIPES[name]) for name in chosen_images([recipe.name for recipe in images.SET])]
+    began, done = time.monotonic(), list[images.Built]()
     with run_containerd(bench.scratch("containerd")) as containerd:
-        for name in chosen_images([recipe.name for recipe in images.SET]):
-            image = images.build(images.RECIPES[name])
-            push_layout(image.layout, bench.registry, name)
-            _publish(bench, image)
-            _report(bench, name, _measure(bench, image, containerd.server.socket))
+        while todo:
+            left = _left(time.monotonic() - began, done, todo, bench.samples)
+            say(f"  image {len(done) + 1} of {len(done) + len(todo)}; {left / 60:.0f} min to go, as it seems")
+            image = todo.pop(0)
+            push_layout(image.layout, bench.registry, image.recipe.name)
+            _report(bench, image.recipe.name, _measure(bench, image, containerd.server.socket))
+            done.append(image)
+    for image in done:
+        os.remove(f"{_output(image)}/{NAME}")
 
 
-def _publish(bench: Bench, image: images.Built) -> None:
-    """Put an artifact beside the image, whose pack is what a start reads."""
-    reference = f"{bench.registry.host}/{image.recipe.name}:latest"
-    directory = bench.scratch("publish")
-    os.makedirs(f"{directory}/mnt")
-    with run_node(directory, load_system_config(), {}) as node:
-        command = with_config(image.recipe.command, image.recipe.ready, node.resolve(reference, NAMESPACE).config)
-        node.index(reference, NAMESPACE)
-        node.evict(reference, NAMESPACE)
-        drop_caches()
-        node.mount(reference, f"{directory}/mnt", NAMESPACE, profile="record")
-        try:
-            run_command(f"{directory}/mnt", command, timeout=_TIMEOUT)
-        finally:
-            node.umount(f"{directory}/mnt")
-        subprocess.run([*NSFS, "--socket", f"{node.run}/nsfs.sock", "index", "push", reference], check=True)
-    shutil.rmtree(directory)
+def _left(elapsed: float, done: Sequence[images.Built], todo: Sequence[images.Built], samples: int) -> float:
+    """Seconds that the images in `todo` will take, as those that are `done` did."""
+    expected = sum(_expect(image, samples) for image in done)
+    return sum(_expect(image, samples) for image in todo) * (elapsed / expected if expected else 1.0)
+
+
+def _expect(image: images.Built, samples: int) -> float:
+    """Seconds that an image takes on the machine of bench/README.md."""
+    by_line = len(_BY_LINE) * (1 if image.size > _LARGE else samples)
+    return _READY + image.size / _READY_RATE + by_line * image.size / _LINE_RATE + samples * len(Way) * _START
+
+
+def _output(image: images.Built) -> str:
+    return f"{REPOSITORY}/bench/results/starts/{image.recipe.name}"
 
 
 def _measure(bench: Bench, image: images.Built, socket: str) -> Report:
-    name = image.recipe.name
-    output = f"{REPOSITORY}/bench/results/starts/{name}"
+    name, output = image.recipe.name, _output(image)
+    once = _BY_LINE if image.size > _LARGE else frozenset()
+    if once and bench.samples > 1:
+        seconds = image.size / _LINE.rate
+        say(f"  {name}: one sample of {' and '.join(sorted(once))}, as the line alone takes {seconds:.0f} s of each")
     wish = Wish(
         reference=f"{bench.registry.host}/{name}:latest",
         words=image.recipe.command,
         wait_for=image.recipe.ready,
         shape=_LINE,
-        ways=(*WAYS, Way.PACK),
+        ways=tuple(Way),
         samples=bench.samples,
+        once=once,
         seed=None,
         directory=bench.scratch(name),
         output=output,
         containerd=socket,
         timeout=_TIMEOUT,
+        publish=True,
         forget_all=FORGET_ALL,
     )
-    report = measure_starts(wish, load_system_config(), lambda text: say(f"  {name}: {text}"))
+    report = _take(wish, lambda text: say(f"  {name}: {text}"))
     draw(report, output)
     with open(f"{output}/report.json", "w") as file:
         file.write(render_json(report) + "\n")
-    os.remove(f"{output}/{NAME}")
     return report
+
+
+def _take(wish: Wish, tell: Callable[[str], None]) -> Report:
+    """Go on where an interrupted run was, unless it was of another image or of other code."""
+    try:
+        return measure_starts(wish, load_system_config(), tell)
+    except BusyError as error:
+        tell(f"begins anew: {error.message}")
+        os.remove(f"{wish.output}/{NAME}")
+        return measure_starts(wish, load_system_config(), tell)
 
 
 def _report(bench: Bench, name: str, report: Report) -> None:

@@ -15,6 +15,7 @@ from nsfs.bench.model import (
     Touched,
     Turn,
     Way,
+    estimate_rest,
     local_run,
     plan_limit,
     plan_rest,
@@ -73,6 +74,25 @@ def test_each_round_has_each_way_once_in_an_order_that_the_seed_decides() -> Non
     assert len({tuple(turn.way for turn in each) for each in rounds}) > 1
     assert turns == plan_turns(WAYS, 20, seed=1) != plan_turns(WAYS, 20, seed=2)
     assert turns[: 2 * len(WAYS)] == plan_turns(WAYS, 2, seed=1)
+
+
+def test_of_a_way_whose_time_is_known_one_sample_is_enough() -> None:
+    turns = plan_turns(WAYS, 3, seed=1, once={Way.EAGER})
+    assert [turns.count(Turn(way, number)) for way in (Way.EAGER, Way.FIRST) for number in range(3)] == [
+        1,
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]
+
+
+def test_what_is_to_come_takes_what_it_took_and_nobody_knows_before() -> None:
+    rest = [Turn(Way.EAGER, 1), Turn(Way.LOCAL, 1), Turn(Way.EAGER, 2)]
+    assert estimate_rest(rest, {Way.EAGER: 10.0}) is None
+    assert estimate_rest(rest, {Way.EAGER: 10.0, Way.LOCAL: 1.0}) == 21.0
+    assert estimate_rest([], {}) == 0.0
 
 
 def test_what_was_taken_is_not_taken_again() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct, structs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 PHASES = ("resolve", "index", "mount", "run")
 ROUND_TRIPS = 4
@@ -62,7 +62,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     baseline: str
     """Who does `eager`."""
     version: str
-    """Of nsfs."""
+    """Of nsfs, and which code that is."""
 
     def is_continued_by(self, other: Plan) -> bool:
         """Whether samples of both compare: all is equal but where the image is had."""
@@ -158,12 +158,16 @@ class Report(Struct, frozen=True, kw_only=True):
     samples: list[Sample]
 
 
-def plan_turns(ways: Sequence[str], samples: int, seed: int) -> list[Turn]:
-    """So many samples of each way; each round is shuffled by itself, so that none is measured early or late."""
+def plan_turns(ways: Sequence[str], samples: int, seed: int, once: Collection[str] = ()) -> list[Turn]:
+    """So many samples of each way, but of those in `once` a single one.
+
+    Each round is shuffled by itself, so that none is measured early or late.
+    """
     shuffled = random.Random(seed)  # noqa: S311  an order, not a secret
     turns = []
     for number in range(samples):
-        turns += shuffled.sample([Turn(way, number) for way in ways], len(ways))
+        round_ = [Turn(way, number) for way in ways if number == 0 or way not in once]
+        turns += shuffled.sample(round_, len(round_))
     return turns
 
 
@@ -171,6 +175,12 @@ def plan_rest(turns: Iterable[Turn], done: Iterable[Sample]) -> list[Turn]:
     """Those that are still to be taken."""
     taken = {Turn(sample.way, sample.number) for sample in done}
     return [turn for turn in turns if turn not in taken]
+
+
+def estimate_rest(rest: Iterable[Turn], took: Mapping[str, float]) -> float | None:
+    """Seconds until these are taken, as long as one of its way took last; None where one of a way is yet to come."""
+    known = [took.get(turn.way) for turn in rest]
+    return None if None in known else sum(filter(None, known))
 
 
 def plan_limit(plan: Plan, run: float, touched: Touched) -> Limit:

@@ -84,6 +84,19 @@ class Node:
         request = api.ImageRequest(reference=reference, namespace=namespace)
         self.control.call("Evict", request, api.EvictReport)
 
+    def publish(self, reference: str) -> None:
+        """Put beside the image how it is read, and what a start that was recorded reads of it."""
+        words = ["--socket", f"{self.run}/nsfs.sock", "index", "push", reference]
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "nsfs.cli", *words],
+            check=False,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise NsfsError(f"nothing can be put beside the image: {done.stderr.strip()[-1000:]}")
+
     def end(self, namespace: str) -> None:
         """Have nothing of a namespace left."""
         request = api.NamespaceRequest(namespace=namespace, force=True)

@@ -13,6 +13,7 @@ from nsfs.errors import UnsupportedError
 if TYPE_CHECKING:
     from nsfs.bench.model import Report, Sample
 
+_ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _COLOURS = {"resolve": "#8d99ae", "index": "#e9c46a", "mount": "#d1495b", "run": "#2a9d8f"}
 
 
@@ -44,8 +45,13 @@ def _draw_phases(axes: Any, report: Report) -> None:  # noqa: ANN401  matplotlib
         widths = [way.phases[phase] for way in report.ways]
         axes.barh(names, widths, left=left, color=_COLOURS[phase], label=phase, height=0.6)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    for name, end in zip(names, left, strict=True):
+        axes.annotate(
+            f"{end:.2f} s", (end, name), (5, 0), textcoords="offset points", va="center", fontsize=8, bbox=_ON_WHITE
+        )
     if report.limit is not None:
-        axes.axvline(report.limit.seconds, color="black", linestyle="--", label="limit")
+        axes.axvline(report.limit.seconds, color="black", linestyle="--", label=f"limit, {report.limit.seconds:.2f} s")
+    axes.set_xlim(0, 1.08 * max(left))
     axes.invert_yaxis()
     axes.set_xlabel("seconds from nothing to the first output, medians")
     axes.legend()

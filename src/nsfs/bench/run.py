@@ -13,7 +13,6 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from nsfs import __version__
 from nsfs.bench.command import check_tools, rehearse, run_command
 from nsfs.bench.journal import Journal, open_journal
 from nsfs.bench.line import FREE
@@ -27,6 +26,7 @@ from nsfs.bench.model import (
     Touched,
     Turn,
     Way,
+    estimate_rest,
     local_run,
     plan_limit,
     plan_rest,
@@ -38,10 +38,11 @@ from nsfs.bench.roots import NAMESPACE
 from nsfs.bench.stage import Stage, Wish, open_stage
 from nsfs.errors import NsfsError, UnsupportedError, UsageError
 from nsfs.remote.reference import Reference, parse_reference
+from nsfs.serve.build import identify
 from nsfs.serve.mounts import load_mounts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from nsfs.bench.roots import Root
     from nsfs.model.report import ImageReport
@@ -89,23 +90,37 @@ def _plan(stage: Stage) -> Plan:
         round_trip=stage.wish.shape.round_trip,
         ways=list(stage.wish.ways),
         baseline=f"containerd {theirs.version}, overlayfs" if theirs else "nsfs, all of it copied into a directory",
-        version=__version__,
+        version=identify(),
     )
 
 
 def _complete(stage: Stage, journal: Journal, say: Callable[[str], None]) -> None:
     """Have every sample that is asked for, and what a start touches."""
-    rest = plan_rest(plan_turns(journal.plan.ways, stage.wish.samples, journal.seed), journal.samples)
+    turns = plan_turns(journal.plan.ways, stage.wish.samples, journal.seed, stage.wish.once)
+    rest = plan_rest(turns, journal.samples)
     if not rest and journal.touched is not None:
         return
     say("fetching all of the image once, unmeasured")
     stage.make_ready()
-    for turn in rest:
+    took: dict[str, float] = {}
+    for number, turn in enumerate(rest, 1):
+        began = time.monotonic()
         sample = _take(stage, turn)
         journal.add(sample)
-        say(f"{turn.way} {turn.number + 1}: {sample.seconds:.2f} s, {sample.received / 1e6:.1f} MB over the line")
+        took[turn.way] = time.monotonic() - began
+        say(f"{_render(sample)}; {_render_rest(rest[number:], took)}")
     if journal.touched is None and (touched := _touch(stage, say)) is not None:
         journal.add_touched(touched)
+
+
+def _render(sample: Sample) -> str:
+    return f"{sample.way} {sample.number + 1}: {sample.seconds:.2f} s, {sample.received / 1e6:.1f} MB over the line"
+
+
+def _render_rest(rest: Sequence[Turn], took: Mapping[str, float]) -> str:
+    """How many samples are to come, and for how long."""
+    seconds = estimate_rest(rest, took)
+    return f"{len(rest)} to come" + (f", about {seconds:.0f} s" if seconds else "")
 
 
 def _take(stage: Stage, turn: Turn) -> Sample:

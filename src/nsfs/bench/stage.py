@@ -26,7 +26,7 @@ from nsfs.remote.reference import Reference, parse_reference
 from nsfs.serve.mounts import load_mounts, unmount
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from nsfs.bench.roots import Root
     from nsfs.model.report import ImageReport
@@ -55,6 +55,10 @@ class Wish:
     """Socket; one that nobody answers at is none."""
     timeout: float
     """Seconds that a command may take to be up."""
+    once: Collection[str] = frozenset()
+    """Ways that one sample is enough of."""
+    publish: bool = False
+    """Whether an artifact is put beside the image first, for Way.PACK."""
     forget_all: bool = True
     """Whether all caches of the machine are dropped before each start, not just the image's pages."""
 
@@ -92,8 +96,10 @@ class Stage:
         self.local.complete(self.named, NAMESPACE)
         if Way.OVERLAY in self.wish.ways:
             self.stacks.append(self._stack())
-        if Way.PROFILE in self.wish.ways:
+        if self.indexed is not None and (Way.PROFILE in self.wish.ways or self.wish.publish):
             self._record()
+        if self.indexed is not None and self.wish.publish:
+            self.indexed.publish(self.named)
 
     def _record(self) -> None:
         """Have the node without contents know what a start reads, none of which is in memory."""
@@ -172,7 +178,7 @@ def open_stage(wish: Wish, config: Config, say: Callable[[str], None]) -> Iterat
         )
         local = stack.enter_context(run_node(f"{directory}/local", config, environment))
         indexed = None
-        if _WITHOUT_CONTENTS.intersection(wish.ways):
+        if wish.publish or _WITHOUT_CONTENTS.intersection(wish.ways):
             indexed = stack.enter_context(run_node(f"{directory}/indexed", config, environment))
         over = replace(parsed, registry=line.host) if direct else parsed
         say(f"asking for {wish.reference}")
