@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -182,6 +184,32 @@ def test_each_is_told_what_it_has_of_what_is_shared(daemon: Daemon, registry: Fa
     assert namespaces(daemon)["u1"]["shared"] == 25 * 4096
     (row,) = [each for each in daemon.json("ns", "show", "u1")["domains"] if not each["own"]]
     assert row["used"] < row["disk"]
+
+
+def test_what_is_mounted_or_had_twice_counts_once(registry: FakeRegistry, tmp_path: Path) -> None:
+    """As what of a shared domain a namespace uses: also what it may not have any more, and what two tenants have."""
+    made, size = image(8), 25 * 4096
+    reference = published.publish(registry, made, "both/x")
+    (tmp_path / "policy.toml").write_text('[[rule]]\nimage = "*/both/*"\nscope = "shared"\n')
+    settings = {"prepare_wait": "20s", "policy": str(tmp_path / "policy.toml"), "grant_ttl": "1s"}
+    with run_daemon(str(tmp_path / "d"), settings) as daemon, ExitStack() as stack:
+
+        def told() -> tuple[int, int]:
+            (shared,) = [each for each in daemon.json("ns", "show", "pair")["domains"] if not each["own"]]
+            return shared["used"], shared["grants"]
+
+        backends = [stack.enter_context(Backend(daemon.socket, plugin)) for plugin in ("nsfs", "nsfs-tenant")]
+        names = [backend.pull("pair", made, reference)[-1] for backend in backends]
+        assert told()[0] == size
+        assert daemon.json("ns", "show", "pair")["shared"] == size
+        with mounted(backends[1].prepare("pair/9/c", names[1]), tmp_path / "container") as root:
+            assert (root / "d/f").stat().st_size == 100_000
+            with daemon.mounted(reference, str(tmp_path / "mount"), "--namespace", "pair"):
+                registry.members["both/x"] = set()
+                time.sleep(1.1)
+                assert daemon.nsfs("inspect", reference, "-n", "pair", check=False).returncode == 3
+                assert told() == (size, 0)
+            assert told()[0] == size, "the container's"
 
 
 def test_what_a_person_reads(daemon: Daemon, registry: FakeRegistry) -> None:

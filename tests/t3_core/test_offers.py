@@ -87,6 +87,9 @@ class Layers:
     def shown(self) -> dict[int, Domain]:
         return {}
 
+    def stacked(self) -> dict[int, list[str]]:
+        return {}
+
 
 def offering(
     layers: Layers,

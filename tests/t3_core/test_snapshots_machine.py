@@ -54,6 +54,9 @@ class NothingLazy:
     def shown(self) -> dict[int, Domain]:
         return {}
 
+    def stacked(self) -> dict[int, list[str]]:
+        return {}
+
 
 class NoKernel:
     """Nothing is mounted."""

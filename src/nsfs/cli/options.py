@@ -77,7 +77,7 @@ class Choice:
 
 
 _IMAGE_OPTIONS = (
-    click.option("--namespace", default="default", show_default=True, metavar="NS", help="On whose behalf."),
+    click.option("-n", "--namespace", default="default", show_default=True, metavar="NS", help="On whose behalf."),
     click.option("--isolation", metavar="SCOPE", help="shared, isolated or pod. [the daemon's choice]"),
     click.option("--platform", metavar="P", help="os/architecture[/variant]. [the host's]"),
 )

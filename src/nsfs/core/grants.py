@@ -24,8 +24,9 @@ import trio
 from nsfs.core import worker_api
 from nsfs.core.blobs import Holder
 from nsfs.core.tasks import run_all
-from nsfs.core.worker_api import Empty, Share
+from nsfs.core.worker_api import Share, SharesRequest
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError
+from nsfs.model.policy import namespace_of
 from nsfs.model.pool import Access, GrantRecord
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from nsfs.core.blobs import Blobs
     from nsfs.core.images import Image, Layer
     from nsfs.model.digest import Digest
-    from nsfs.model.pool import LayerKey, LayerRecord
+    from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
 
     Methods = dict[str, tuple[type[Struct], Callable[[Any, Any], Awaitable[Struct]]]]
 
@@ -69,6 +70,9 @@ class Catalog(Protocol):
     def layers(self) -> list[LayerRecord]:
         """Every layer."""
 
+    def map(self, map_id: str) -> MapRecord | None:
+        """A map, if there is one."""
+
     def origins(self, blob: Digest, access: Access) -> list[tuple[str, str]]:
         """Repositories from which that owner named the blob, at that registry."""
 
@@ -81,7 +85,7 @@ class Contents(Protocol):
 
 
 class Shares:
-    """What each owner has of the domain, for whoever administers it."""
+    """What each namespace has of the domain, for whoever administers it."""
 
     def __init__(self, catalog: Catalog, contents: Contents, clock: Callable[[], float] = time.time) -> None:
         self._catalog = catalog
@@ -90,23 +94,29 @@ class Shares:
 
     def methods(self) -> Methods:
         """What the daemon may call."""
-        return {"Shares": (Empty, self._take)}
+        return {"Shares": (SharesRequest, self._take)}
 
-    async def _take(self, _params: Empty, _report: object) -> worker_api.Shares:
+    async def _take(self, params: SharesRequest, _report: object) -> worker_api.Shares:
         granted: defaultdict[str, list[GrantRecord]] = defaultdict(list)
         for grant in self._catalog.all_grants():
-            granted[grant.owner].append(grant)
+            granted[namespace_of(grant.owner)].append(grant)
         layers, shares = self._catalog.layers(), []
-        for owner, grants in sorted(granted.items()):
+        for namespace in sorted({*granted, *params.used}):
             await trio.lowlevel.checkpoint()
-            shares.append(self._share(owner, grants, layers))
+            shares.append(self._share(namespace, granted[namespace], layers, params.used.get(namespace, [])))
         return worker_api.Shares(shares=shares)
 
-    def _share(self, owner: str, grants: Sequence[GrantRecord], layers: Sequence[LayerRecord]) -> Share:
-        now, blobs = self._clock(), {grant.blob for grant in grants}
-        keys = [each.key for each in layers if each.blob in blobs and self._is_named(owner, each)]
+    def _share(
+        self, namespace: str, grants: Sequence[GrantRecord], layers: Sequence[LayerRecord], maps: Iterable[str]
+    ) -> Share:
+        owners: defaultdict[Digest, set[str]] = defaultdict(set)
+        for grant in grants:
+            owners[grant.blob].add(grant.owner)
+        keys = {each.key for each in layers if any(self._is_named(owner, each) for owner in owners[each.blob])}
+        keys |= {key for record in map(self._catalog.map, maps) if record for key in (record.key, *record.lowers)}
+        now = self._clock()
         held = {grant.blob for grant in grants if grant.holds(now)}
-        return Share(owner=owner, granted=len(held), local=self._contents.local_bytes(keys))
+        return Share(namespace=namespace, granted=len(held), local=self._contents.local_bytes(keys))
 
     def _is_named(self, owner: str, layer: LayerRecord) -> bool:
         """Whether the owner means this registry's layer, and not another's with that digest."""

@@ -29,7 +29,7 @@ from nsfs.model.profile import ProfileUse, least_use
 from nsfs.model.snapshot import Stacked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from nsfs.core.clones import Clones
     from nsfs.core.manual import Lowers, Workers
@@ -233,6 +233,12 @@ class LazyLayers:
     def shown(self) -> Mapping[int, Domain]:
         """The domains of snapshots that have views mounted, or a domain of their own, by ID."""
         return self._domains
+
+    def stacked(self) -> Mapping[int, Collection[str]]:
+        """The maps of the views that snapshots have mounted, by ID."""
+        held = self._lowers.stacks()
+        found = {snapshot: held.get(_user(snapshot), ()) for snapshot in self._domains}
+        return {snapshot: {parse_view_name(each.view).map_id for each in lowers} for snapshot, lowers in found.items()}
 
     def _domain(self, request: ScopeRequest) -> Domain:
         if not request.namespace:

@@ -201,6 +201,14 @@ class Lowers:
         """The domain in which each user stacks something."""
         return {user: lower.domain for lower, users in self._users.items() for user in users}
 
+    def stacks(self) -> dict[str, list[Lower]]:
+        """What each user stacks."""
+        found: defaultdict[str, list[Lower]] = defaultdict(list)
+        for lower, users in self._users.items():
+            for user in users:
+                found[user].append(lower)
+        return found
+
     def held(self, user: str) -> list[Lower]:
         """What a user stacks."""
         return [lower for lower, users in self._users.items() if user in users]

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from nsfs.errors import BusyError, NotFoundError
-from nsfs.model.namespaces import Holding, plan_holdings
+from nsfs.model.namespaces import Holding, plan_holdings, plan_standing
 from nsfs.model.policy import Domain, Isolation, check_namespace, own_domains
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from nsfs.core.manual import Lowers, ManualMounts
+    from nsfs.model.namespaces import Standing
     from nsfs.model.snapshot import Record
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,9 @@ class Snapshots(Protocol):
     def shown(self) -> Mapping[int, Domain]:
         """Where the views of those that are mounted are, by ID."""
 
+    def stacked(self) -> Mapping[int, Collection[str]]:
+        """The maps that those are of."""
+
     async def drop(self, namespace: str) -> int:
         """Forget all of a namespace's, take away and delete what they had; how many that were."""
 
@@ -100,6 +104,10 @@ class NoSnapshots:
         return []
 
     def shown(self) -> Mapping[int, Domain]:
+        """See Snapshots."""
+        return {}
+
+    def stacked(self) -> Mapping[int, Collection[str]]:
         """See Snapshots."""
         return {}
 
@@ -147,6 +155,11 @@ class Namespaces:
     def held(self, domains: Iterable[str], logins: Iterable[str] = ()) -> dict[str, Holding]:
         """What each namespace has where these domains are on disk and these owners logged in, by name."""
         return plan_holdings(domains, self._mounts.records(), self._snapshots.all(), self._snapshots.shown(), logins)
+
+    def standing(self) -> Standing:
+        """The maps that mounts and snapshots stand on, by domain and by namespace."""
+        snapshots = self._snapshots
+        return plan_standing(self._mounts.records(), snapshots.all(), snapshots.shown(), snapshots.stacked())
 
     async def domains(self) -> list[str]:
         """All that have anything on disk."""

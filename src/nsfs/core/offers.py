@@ -22,7 +22,7 @@ from nsfs.model.lazy import Exchange, State, lazy_name, parse_exchange, parse_of
 from nsfs.model.snapshot import Change, Kind, chain, plan_create, request_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from nsfs.core.ledger import Ledger
     from nsfs.model.filters import Filters
@@ -76,6 +76,9 @@ class Lazy(Protocol):
 
     def shown(self) -> Mapping[int, Domain]:
         """The domains of snapshots that have views mounted, or a domain of their own, by ID."""
+
+    def stacked(self) -> Mapping[int, Collection[str]]:
+        """The maps of the views that snapshots have mounted, by ID."""
 
 
 class Offers:

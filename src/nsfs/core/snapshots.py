@@ -232,6 +232,10 @@ class Snapshots:
         """Where the views of those that are mounted are, by ID."""
         return self._lazy.shown()
 
+    def stacked(self) -> Mapping[int, Collection[str]]:
+        """The maps that those are of."""
+        return self._lazy.stacked()
+
     async def drop(self, namespace: str) -> int:
         """Forget all of a namespace's snapshots, take away and delete what they had; how many that were."""
         async with self._ledger.lock:

@@ -298,18 +298,26 @@ class Costs(Struct, kw_only=True):
     costs: Annotated[list[Cost], Meta(max_length=2 * MAX_SERVERS)]
 
 
-class Share(Struct, kw_only=True):
-    """What an owner has of a domain that several share."""
+class SharesRequest(Struct, kw_only=True):
+    """Ask what each namespace has of a domain that several share. Answered by Shares."""
 
-    owner: str
+    used: dict[str, list[str]]
+    """The maps that mounts stand on, by namespace."""
+
+
+class Share(Struct, kw_only=True):
+    """What a namespace, its tenants included, has of a domain that several share."""
+
+    namespace: str
     granted: Count
     """Blobs that it may have now."""
     local: Count
-    """Bytes of contents that are there, of the layers that it was ever granted, and not refused since."""
+    """Bytes of contents that are there, each once: of layers that it was ever granted and not refused since, and of
+    those that it has mounted."""
 
 
 class Shares(Struct, kw_only=True):
-    """The answer to Shares: those of all owners with any."""
+    """The answer to SharesRequest: those of all namespaces with any."""
 
     shares: list[Share]
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from nsfs.model.policy import namespace_of
 from nsfs.model.snapshot import Kind
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from nsfs.model.mounts import MountRecord
     from nsfs.model.policy import Domain
     from nsfs.model.snapshot import Record
+
+    Standing = dict[str, dict[str, list[str]]]
+    """Maps that mounts and snapshots stand on, by domain and by namespace."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,7 +80,7 @@ def plan_holdings(
         if record.id in shown:
             _note(found[record.namespace], shown[record.id].name)
     for owner in logins:
-        found[owner.partition("/")[0]].logins.add(owner)
+        found[namespace_of(owner)].logins.add(owner)
     return dict(sorted(found.items()))
 
 
@@ -93,7 +97,23 @@ def _note(holding: Holding, domain: str) -> None:
 def _namespace_of(domain: str) -> str:
     """Whose alone a domain is, "" where it is nobody's or a pod's."""
     kind, _, rest = domain.partition("/")
-    return rest.partition("/")[0] if kind == "ns" else ""
+    return namespace_of(rest) if kind == "ns" else ""
+
+
+def plan_standing(
+    mounts: Iterable[MountRecord],
+    snapshots: Iterable[Record],
+    shown: Mapping[int, Domain],
+    stacked: Mapping[int, Collection[str]],
+) -> Standing:
+    """What stands on which maps; `stacked` are those of mounted snapshots, by ID."""
+    found: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for mount in mounts:
+        found[mount.domain][mount.namespace].update(mount.maps)
+    for record in snapshots:
+        if record.id in shown:
+            found[shown[record.id].name][record.namespace].update(stacked.get(record.id, ()))
+    return {domain: {name: sorted(maps) for name, maps in used.items()} for domain, used in found.items()}
 
 
 def plan_gone(came: Iterable[str], there: Collection[str]) -> list[str]:

@@ -355,6 +355,11 @@ def check_owner(text: str) -> str:
     return text
 
 
+def namespace_of(owner: str) -> str:
+    """The namespace that an owner is, or is a tenant of."""
+    return owner.partition("/")[0]
+
+
 def own_domain(owner: str) -> str:
     """The domain that is `owner`'s alone."""
     return f"ns/{owner}"

@@ -225,8 +225,8 @@ class NamespaceDomain(Struct, kw_only=True):
     disk: int
     """Bytes that it takes on disk, its indexes included."""
     used: int
-    """Of a shared domain: bytes there of layers that the namespace, its tenants included, was granted and not refused
-    since, whoever had them fetched; what two of its owners have counts for both. Of its own: all of `disk`."""
+    """Of a shared domain: bytes there, each once, of layers that the namespace, its tenants included, was granted and
+    not refused since, or has mounted, whoever had them fetched. Of its own: all of `disk`."""
     fetched: int
     """Bytes fetched over the network since its worker started."""
     grants: int

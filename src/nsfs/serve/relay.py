@@ -23,7 +23,7 @@ from nsfs.core.grants import Grants
 from nsfs.core.images import Located
 from nsfs.core.relay import RelaySource, relay_methods
 from nsfs.core.tasks import run_all
-from nsfs.core.worker_api import Costs, Empty, Share, Shares
+from nsfs.core.worker_api import Costs, Empty, Share, Shares, SharesRequest
 from nsfs.errors import DeniedError, NsfsError, UnreachableError
 from nsfs.model.policy import Domain, Isolation, check_owner, domain_named, own_domain, owner_of
 from nsfs.model.pool import Access, origin_of
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nsfs.core.grants import Ledger
     from nsfs.core.images import Gate, Sources
     from nsfs.core.ports import Source
+    from nsfs.model.namespaces import Standing
     from nsfs.model.oci import Traffic
     from nsfs.remote.hosts import Hosts
     from nsfs.serve.config import Config
@@ -191,18 +192,20 @@ class Broker:
         for domain in _shared(domains):
             await self._workers.call(domain, "ForgetGrants", RelayRequest(owner=owner), Empty)
 
-    async def shares(self, domains: Iterable[str]) -> dict[str, dict[str, Share]]:
-        """What each owner has of those of `domains` that are shared, by domain and owner; without what does not answer.
+    async def shares(self, domains: Iterable[str], standing: Standing) -> dict[str, dict[str, Share]]:
+        """What each namespace has of those of `domains` that are shared, by domain and name; without who is silent.
 
-        Starts workers that do not run: who was granted something may have nothing mounted.
+        `standing` is what mounts stand on. Starts workers that do not run: who was granted something may have nothing
+        mounted.
         """
         found: dict[str, dict[str, Share]] = {}
 
         async def ask(domain: Domain) -> None:
             assert self._workers is not None, "nobody asks before"
             with trio.move_on_after(_ANSWERS), suppress(NsfsError):
-                said = await self._workers.call(domain, "Shares", Empty(), Shares)
-                found[domain.name] = {share.owner: share for share in said.shares}
+                asked = SharesRequest(used=standing.get(domain.name, {}))
+                said = await self._workers.call(domain, "Shares", asked, Shares)
+                found[domain.name] = {share.namespace: share for share in said.shares}
 
         await run_all([partial(ask, domain) for domain in _shared(domains)])
         return found

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nsfs.core.namespaces import Namespaces
     from nsfs.core.scopes import Scopes
     from nsfs.core.worker_api import Share
-    from nsfs.model.namespaces import Holding
+    from nsfs.model.namespaces import Holding, Standing
     from nsfs.serve.accounts import Accounts
     from nsfs.serve.config import Config
     from nsfs.serve.control import Control
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from nsfs.serve.supervisor import Supervisor
 
     Shares = Mapping[str, Mapping[str, Share]]
-    """Of shared domains, by domain and owner."""
+    """Of shared domains, by domain and namespace."""
 
     class Sharing(Protocol):
         """Who has what of domains that several share."""
 
-        async def shares(self, domains: Iterable[str]) -> Shares:
-            """Of those of `domains` that are."""
+        async def shares(self, domains: Iterable[str], standing: Standing) -> Shares:
+            """Of those of `domains` that are, and on whose maps mounts stand so."""
 
 
 class Tenancy:
@@ -116,12 +116,12 @@ class Tenancy:
         )
 
     async def _shares(self) -> Shares:
-        return await self._sharing.shares(await self._namespaces.domains())
+        return await self._sharing.shares(await self._namespaces.domains(), self._namespaces.standing())
 
     async def _report(self, found: Holding, shares: Shares) -> api.NamespaceReport:
-        granted = {name for name, by_owner in shares.items() if not by_owner.keys().isdisjoint(found.owners)}
+        granted = {name for name, by_namespace in shares.items() if found.namespace in by_namespace}
         names = sorted(found.own | found.shared | granted)
-        domains = [await self._domain(found, name, shares.get(name, {})) for name in names]
+        domains = [await self._domain(found, name, shares.get(name, {}).get(found.namespace)) for name in names]
         return api.NamespaceReport(
             namespace=found.namespace,
             containerd=found.namespace in await self._namespaces.came_by_containerd(),
@@ -137,11 +137,11 @@ class Tenancy:
             costs=await self._accounts.of(found.owners),
         )
 
-    async def _domain(self, of: Holding, name: str, shares: Mapping[str, Share]) -> api.NamespaceDomain:
+    async def _domain(self, of: Holding, name: str, share: Share | None) -> api.NamespaceDomain:
         pid = self._supervisor.pids().get(name, 0)
         report = await self._control.domain_report(name, pid)
         found = await self._namespaces.measure(name)
-        held = [shares[owner] for owner in of.owners if owner in shares]
+        used = share.local if share else 0
         return api.NamespaceDomain(
             name=name,
             own=name in of.own,
@@ -150,8 +150,8 @@ class Tenancy:
             encrypted=found.is_encrypted,
             disk=found.size,
             fetched=report.fetched,
-            used=found.size if name in of.own else sum(share.local for share in held),
-            grants=sum(share.granted for share in held),
+            used=found.size if name in of.own else used,
+            grants=share.granted if share else 0,
             quota=int(self._config.of_namespace(name.removeprefix("ns/")).quota) if name in of.own else 0,
             state=report.state,
         )
