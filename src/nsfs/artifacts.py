@@ -8,18 +8,20 @@ and waits in a directory of its own until all of it is there.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import platform
 import tempfile
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import IO, TYPE_CHECKING, Protocol, TypeAlias
+from typing import IO, TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import trio
 
 from nsfs.core import publish
 from nsfs.core.publish import IndexReport
 from nsfs.errors import NoSpaceError, UnsupportedError
+from nsfs.format.artifact import PACK_TYPE, plan_head
 from nsfs.model.digest import Digest
 from nsfs.model.oci import Platform
 from nsfs.model.report import Data, Part
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     Take: TypeAlias = Callable[[Data | Item | Part], None]
 
 
+_PIECE: Final = 1 << 20
+
+
 class Talk(Protocol):
     """To whom we say how far it is."""
 
@@ -52,6 +57,7 @@ class Parts:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self._names = itertools.count()
         self._open: tuple[Part, IO[bytes]] | None = None
         self._hash = hashlib.sha256()
         self.stored: list[StoredPart] = []
@@ -66,7 +72,7 @@ class Parts:
     def _take(self, event: Data | Item | Part) -> None:
         if isinstance(event, Part):
             self.finish()
-            self._open = event, open(os.path.join(self._directory, str(len(self.stored))), "wb")  # noqa: SIM115
+            self._open = event, open(os.path.join(self._directory, str(next(self._names))), "wb")  # noqa: SIM115
             self._hash = hashlib.sha256()
         elif isinstance(event, Data) and self._open:
             self._open[1].write(event.data)
@@ -83,6 +89,19 @@ class Parts:
         self.stored.append(publish.StoredPart(part.media_type, part.layer, digest, size, file.name))
         self._open = None
 
+    def lead(self) -> None:
+        """Have the pack, if there is one, begin with what a node wants before it."""
+        found = [number for number, part in enumerate(self.stored) if part.media_type == PACK_TYPE]
+        for number in found:
+            head = [self.stored[each] for each in plan_head(part.media_type for part in self.stored)]
+            pieces = self.stored.pop(number)
+            self.take(Part(media_type=PACK_TYPE))
+            for part in (*head, pieces):
+                with open(part.path, "rb") as file:
+                    while data := file.read(_PIECE):
+                        self.take(Data(data))
+            self.finish()
+
 
 def push(
     reference: str, settings: Settings, talk: Talk, export: Callable[[Take], ExportReport]
@@ -93,6 +112,7 @@ def push(
         parts = Parts(directory)
         exported = export(parts.take)
         parts.finish()
+        parts.lead()
 
         async def run() -> ArtifactReport:
             async with _opened(repository, settings) as source:

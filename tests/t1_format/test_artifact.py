@@ -278,12 +278,10 @@ def claimed(name: str) -> ClaimedLayer:
 
 
 SUBJECT = oci.Descriptor(media_type=oci.OCI_MANIFEST, digest=Digest.of(b"image"), size=99)
-ARTIFACT = Artifact(
-    SUBJECT.digest,
-    (claimed("one"), claimed("two")),
-    StartupPack(blob("table", TABLE_TYPE), blob("pack", PACK_TYPE)),
-    "2026-11-21T12:00:00Z",
-)
+LAYERS = (claimed("one"), claimed("two"))
+HEAD = (*(layer.index for layer in LAYERS), blob("table", TABLE_TYPE))
+PACK = msgspec.structs.replace(blob("pack", PACK_TYPE), size=7 * len(HEAD) + 5)
+ARTIFACT = Artifact(SUBJECT.digest, LAYERS, StartupPack(HEAD, PACK), "2026-11-21T12:00:00Z")
 
 
 @pytest.mark.parametrize("artifact", [ARTIFACT, Artifact(SUBJECT.digest, (claimed("one"),))])
@@ -293,6 +291,12 @@ def test_a_manifest_says_what_it_was_rendered_of(artifact: Artifact) -> None:
     document = json.loads(data)
     assert (document["artifactType"], document["subject"]["digest"]) == (ARTIFACT_TYPE, str(SUBJECT.digest))
     assert "null" not in data.decode()
+
+
+def test_a_pack_begins_with_what_is_wanted_before_it() -> None:
+    found = parse_manifest(render_manifest(ARTIFACT, SUBJECT)).pack
+    assert found is not None
+    assert (found.table, found.size) == (HEAD[-1], 5)
 
 
 def test_a_manifest_is_cut_off_nowhere() -> None:
@@ -322,6 +326,8 @@ def _changed(change: Callable[[dict[str, Any]], object]) -> bytes:
         lambda document: document["layers"][0]["annotations"].update({LAYER: "sha256:../../etc"}),
         lambda document: document["layers"][0].update(size=MAX_BLOB + 1),
         lambda document: document["layers"][-2].update(size=MAX_BLOB + 1),
+        lambda document: document["layers"][-1].update(size=7 * len(HEAD) - 1),
+        lambda document: document["layers"][-1].update(mediaType="application/vnd.nsfs.pack.v1"),
         lambda document: document["layers"].extend([document["config"]] * 2100),
         lambda document: document["layers"][0].update(digest="sha256:short"),
     ],

@@ -142,6 +142,9 @@ class FakeStartups:
     def begin(self, image: Image) -> None:
         self.begun.append(image.reference)
 
+    async def take_head(self, image: Image, blob: Digest) -> bytes | None:
+        return None
+
     def ready(self, key: LayerKey) -> None:
         self.known.append(key)
 

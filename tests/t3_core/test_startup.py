@@ -112,13 +112,15 @@ class Site:
         writer = PackWriter([str(blob) for blob in BLOBS])
         pack = b"".join(writer.add(run, DATA[run.start : run.start + run.length]) for run in runs)
         rest, table = writer.finish()
-        named = self.named(pack + rest)
+        head = tuple(self.named(blob) for blob in (b"an index", render_table(table)))
+        whole = b"".join(self.source.blobs[each.digest] for each in head) + pack + rest
+        named = self.named(whole)
         if damaged:
-            self.source.blobs[named.digest] = bytes(len(pack + rest))
+            self.source.blobs[named.digest] = whole[: len(whole) - len(pack + rest)] + bytes(len(pack + rest))
         tables: Any = FakeTable
         blobs = Blobs(FakeSources(self.source), FakeMemory())
         self.startups = Startups(tables, self.pool, blobs, nursery, lambda key: key in self.known)
-        self.image = replace(IMAGE, pack=StartupPack(self.named(render_table(table)), named))
+        self.image = replace(IMAGE, pack=StartupPack(head, named))
 
     def named(self, data: bytes) -> Descriptor:
         self.source.blobs[digest_of(data)] = data
@@ -147,6 +149,36 @@ def test_what_a_start_reads_goes_to_the_layers_that_the_artifact_reads() -> None
             assert all(site.has(run.layer, run.start, run.length) for run in RUNS if run.layer < 2)
             assert len(site.pool.blocks) * BLOCK == 4 << 20
             assert site.awaited(0, 0) is None
+
+    run(body)
+
+
+def test_what_a_pack_begins_with_need_not_be_asked_for() -> None:
+    async def body() -> None:
+        async with open_tasks() as nursery:
+            site = Site(nursery, RUNS, Slow)
+            assert await site.startups.take_head(site.image, digest_of(b"an index")) is None, "nothing is under way"
+            site.startups.begin(site.image)
+            assert await site.startups.take_head(site.image, digest_of(b"an index")) == b"an index"
+            assert await site.startups.take_head(site.image, digest_of(b"another")) is None
+            Slow.let.set()
+            await trio.sleep(1)
+            assert await site.startups.take_head(site.image, digest_of(b"an index")) is None, "it came earlier"
+
+    run(body)
+
+
+def test_a_pack_that_begins_with_something_else_ends(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        caplog.set_level("INFO")
+        async with open_tasks() as nursery:
+            site = Site(nursery, RUNS, Slow)
+            assert site.image.pack is not None
+            site.source.blobs[site.image.pack.pack.digest] = bytes(site.image.pack.pack.size)
+            site.startups.begin(site.image)
+            assert await site.startups.take_head(site.image, digest_of(b"an index")) is None
+            assert site.awaited(0, 0) is None
+            assert "begins with something else than it should" in caplog.text
 
     run(body)
 

@@ -181,8 +181,12 @@ def check_pack(reference: str, artifact: Artifact, made: Image) -> None:
     """It has what was read, in that order, and little else."""
     assert artifact.pack is not None
     assert artifact.pack.pack.media_type == PACK_TYPE
+    assert artifact.pack.head == (*(layer.index for layer in artifact.layers), artifact.pack.table)
+    head = b"".join(blob(reference, each) for each in artifact.pack.head)
     pack = blob(reference, artifact.pack.pack)
-    table = parse_table(blob(reference, artifact.pack.table), len(pack))
+    assert pack.startswith(head)
+    pack = pack.removeprefix(head)
+    table = parse_table(blob(reference, artifact.pack.table), artifact.pack.size)
     at, runs = 0, []
     for piece in table.pieces:
         for run, data in open_piece(piece, pack[at : at + piece.length]):

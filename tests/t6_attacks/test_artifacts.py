@@ -119,7 +119,8 @@ def attach(
         (segment,) = packed[0].segments
         pack = writer.add(Run(0, segment.stream_offset, segment.length), packed[1])
         rest, table = writer.finish()
-        blobs += [(TABLE_TYPE, "", render_table(table)), (PACK_TYPE, "", pack + rest)]
+        head = [blobs[0][2], render_table(table)]
+        blobs += [(TABLE_TYPE, "", head[1]), (PACK_TYPE, "", b"".join([*head, pack, rest]))]
     described = []
     for media_type, about, data in blobs:
         registry.add_blob(data)

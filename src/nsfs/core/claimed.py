@@ -76,6 +76,9 @@ class Startups(Protocol):
     def begin(self, image: Image) -> None:
         """Begin to have it here, for layers as soon as they are ready."""
 
+    async def take_head(self, image: Image, blob: Digest) -> bytes | None:
+        """A blob of the artifact that what comes begins with; None where it does not."""
+
     def ready(self, key: LayerKey) -> None:
         """The layer can take bytes."""
 
@@ -93,8 +96,10 @@ class ClaimedLayers:
     async def index(self, image: Image, layer: Layer, claim: Claim, key: LayerKey) -> LayerMade:
         """Take the layer's index from the artifact, while what a start reads begins to come; raises NsfsError."""
         self._startups.begin(image)
-        source = await self._blobs.source(image.repository, layer.access.owner)
-        data = await source.read_blob(claim.layer.index, MAX_BLOB)
+        data = await self._startups.take_head(image, claim.layer.index.digest)
+        if data is None:
+            source = await self._blobs.source(image.repository, layer.access.owner)
+            data = await source.read_blob(claim.layer.index, MAX_BLOB)
         spans = claim.layer.spans
         await self._blobs.add([spans.digest], image.repository, layer.access)
         args = ClaimArgs(

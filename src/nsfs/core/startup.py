@@ -10,11 +10,11 @@ waits for the table, and for each layer until it can take bytes; pieces are take
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import math
 from bisect import bisect_right
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -25,20 +25,21 @@ from nsfs.core.fetchplan import Window
 from nsfs.core.landing import store_window
 from nsfs.core.tasks import run_all
 from nsfs.errors import CorruptError, NsfsError
-from nsfs.format.artifact import MAX_BLOB
 from nsfs.format.pack import open_piece, parse_table
 from nsfs.model.pool import LayerKey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from nsfs.core.blobs import Blobs
     from nsfs.core.fetchplan import Table
     from nsfs.core.images import Image
     from nsfs.core.landing import Pool
-    from nsfs.core.ports import Blob, Source
+    from nsfs.core.ports import Blob
     from nsfs.format.artifact import StartupPack
     from nsfs.format.pack import PackPiece, PackTable
+    from nsfs.model.digest import Digest
+    from nsfs.model.oci import Descriptor
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +84,14 @@ class Startup:
     keys: Mapping[int, LayerKey]
     """The layers that are to have it, by their numbers in the table."""
     table: PackTable
+    """Of the pieces, which follow the pack's head."""
     coming: dict[LayerKey, _Coming]
     offsets: list[int]
-    """Where each piece begins in the pack."""
+    """Where each piece begins behind the head."""
     stored: list[trio.Event]
     """By piece: it is in the pool, or will not be."""
     received: int = 0
-    """Bytes of the pack so far."""
+    """Bytes of the pieces that were taken from the stream so far."""
 
     @classmethod
     def plan(cls, image: Image, table: PackTable) -> Startup:
@@ -114,6 +116,51 @@ class Startup:
         return None
 
 
+class _Head:
+    """The blobs that a pack begins with, as they come."""
+
+    def __init__(self, blobs: Iterable[Descriptor]) -> None:
+        self._came = {blob.digest: trio.Event() for blob in blobs}
+        self._data: dict[Digest, bytes] = {}
+
+    def put(self, blob: Digest, data: bytes) -> None:
+        """One of them; raises CorruptError."""
+        if hashlib.new(blob.algorithm, data).hexdigest() != blob.hex:
+            raise CorruptError(f"a start-up pack begins with something else than it should: {blob}")
+        self._data[blob] = data
+        self._came[blob].set()
+
+    def end(self) -> None:
+        """No more of them come."""
+        for event in self._came.values():
+            event.set()
+
+    async def take(self, blob: Digest) -> bytes | None:
+        """One of them, once it is here; None where it does not come."""
+        if blob in self._came:
+            await self._came[blob].wait()
+        return self._data.get(blob)
+
+
+class _Parts:
+    """Cuts a stream."""
+
+    def __init__(self, stream: trio.MemoryReceiveChannel[bytes]) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+
+    async def take(self, size: int) -> bytes:
+        """The next `size` bytes; raises CorruptError where there are fewer."""
+        while len(self._buffer) < size:
+            data = await anext(self._stream, b"")
+            if not data:
+                raise CorruptError("a start-up pack ends early")
+            self._buffer += data
+        taken = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        return taken
+
+
 class Startups:
     """The service."""
 
@@ -133,6 +180,8 @@ class Startups:
         """Whether a layer can take bytes."""
         self._running: dict[tuple[str, str], Startup | _Asked] = {}
         """By digest of the pack, and owner."""
+        self._heads: dict[tuple[str, str], _Head] = {}
+        """What those begin with."""
         self._came: dict[tuple[str, str], float] = {}
         """When others ended a moment ago, by trio's clock."""
         self._became_ready = trio.Event()
@@ -143,7 +192,13 @@ class Startups:
             name = _name(image, image.pack)
             if name not in self._running:
                 self._running[name] = asked = _Asked(frozenset(_claimed(image)))
+                self._heads[name] = _Head(image.pack.head)
                 self._nursery.start_soon(self._run, image, image.pack, asked)
+
+    async def take_head(self, image: Image, blob: Digest) -> bytes | None:
+        """A blob that the pack begins with, verified; None where that does not come, or came earlier."""
+        head = self._heads.get(_name(image, image.pack)) if image.pack is not None else None
+        return None if head is None else await head.take(blob)
 
     def is_fresh(self, image: Image) -> bool:
         """Whether the image's pack is under way, or came a moment ago: its start has that, and little else."""
@@ -181,7 +236,7 @@ class Startups:
             await run_all(
                 (
                     partial(_receive, source.blob(pack.pack), send),
-                    partial(self._take, image, pack, source, asked, receive),
+                    partial(self._take, image, pack, asked, receive),
                 )
             )
         except NsfsError as error:
@@ -189,6 +244,7 @@ class Startups:
         except Exception:
             log.exception("a bug: no start-up pack of %s", image.reference)
         finally:
+            self._heads.pop(name).end()
             ended = self._running.pop(name)
             now = trio.current_time()
             self._came = {name: now} | {each: when for each, when in self._came.items() if now - when < _FRESH}
@@ -196,19 +252,21 @@ class Startups:
                 event.set()
 
     async def _take(
-        self, image: Image, pack: StartupPack, source: Source, asked: _Asked, stream: trio.MemoryReceiveChannel[bytes]
+        self, image: Image, pack: StartupPack, asked: _Asked, stream: trio.MemoryReceiveChannel[bytes]
     ) -> None:
-        """Store a pack piece by piece, from when its table is here."""
-        data = await source.read_blob(pack.table, MAX_BLOB)
-        startup = await trio.to_thread.run_sync(Startup.plan, image, parse_table(data, pack.pack.size))
-        self._running[_name(image, pack)] = startup
+        """Give out the head of a pack, and store its pieces."""
+        name, parts = _name(image, pack), _Parts(stream)
+        for blob in pack.head:
+            self._heads[name].put(blob.digest, await parts.take(blob.size))
+        table = parse_table(await self._heads[name].take(pack.table.digest) or b"", pack.size)
+        startup = await trio.to_thread.run_sync(Startup.plan, image, table)
+        self._running[name] = startup
         asked.is_here.set()
-        async with stream, aclosing(_pieces(startup, stream)) as pieces:
-            number = 0
-            async for packed in pieces:
-                await self._store(startup, number, packed)
-                startup.stored[number].set()
-                number += 1
+        for number, piece in enumerate(table.pieces):
+            packed = await parts.take(piece.length)
+            startup.received += piece.length
+            await self._store(startup, number, packed)
+            startup.stored[number].set()
         log.info("a start of %s has what it reads: %d bytes", image.reference, startup.table.size)
 
     async def _store(self, startup: Startup, number: int, packed: bytes) -> None:
@@ -251,20 +309,6 @@ async def _receive(blob: Blob, send: trio.MemorySendChannel[bytes]) -> None:
     async with send, blob.stream() as stream:
         async for data in stream:
             await send.send(data)
-
-
-async def _pieces(startup: Startup, stream: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """The pack's pieces, as they are complete."""
-    buffer = bytearray()
-    for piece in startup.table.pieces:
-        while len(buffer) < piece.length:
-            data = await anext(stream, b"")
-            if not data:
-                raise CorruptError("a start-up pack ends early")
-            buffer += data
-            startup.received += len(data)
-        yield bytes(buffer[: piece.length])
-        del buffer[: piece.length]
 
 
 def _coming(table: PackTable, layer: int) -> _Coming:

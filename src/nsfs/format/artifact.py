@@ -33,7 +33,7 @@ ARTIFACT_TYPE: Final = "application/vnd.nsfs.index.v1"
 INDEX_TYPE: Final = "application/vnd.nsfs.index.layer.v1+zstd"
 SPANS_TYPE: Final = "application/vnd.nsfs.index.spans.v1+zstd"
 TABLE_TYPE: Final = "application/vnd.nsfs.index.pack.v1+zstd"
-PACK_TYPE: Final = "application/vnd.nsfs.pack.v1"
+PACK_TYPE: Final = "application/vnd.nsfs.pack.v2"
 EMPTY: Final = b"{}"
 """An artifact's configuration, which says nothing but, as its media type, what it is: before `artifactType` there was
 (OCI image specification 1.1, "Guidelines for Artifact Usage"), registries' lists were filtered by that."""
@@ -73,8 +73,19 @@ class ClaimedLayer:
 class StartupPack:
     """What a start of the image reads: where each piece of it is in the pack, and the pack."""
 
-    table: Descriptor
+    head: tuple[Descriptor, ...]
+    """Blobs that the pack begins with, as they are: what is wanted before its pieces. The last one is its table."""
     pack: Descriptor
+
+    @property
+    def table(self) -> Descriptor:
+        """Where each piece is."""
+        return self.head[-1]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its pieces."""
+        return self.pack.size - sum(each.size for each in self.head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +167,12 @@ def _artifact(subject: Digest, blobs: Sequence[Descriptor], created: str) -> Art
     return Artifact(subject, layers, _find_pack(blobs), created)
 
 
+def plan_head(media_types: Iterable[str]) -> list[int]:
+    """Which of an artifact's blobs its pack begins with, and in which order: layers' indexes, then its table."""
+    numbered = list(enumerate(media_types))
+    return [number for kind in (INDEX_TYPE, TABLE_TYPE) for number, each in numbered if each == kind]
+
+
 def _by_layer(blobs: Iterable[Descriptor], media_type: str) -> dict[Digest, Descriptor]:
     found: dict[Digest, Descriptor] = {}
     for each in blobs:
@@ -178,7 +195,12 @@ def _find_pack(blobs: Sequence[Descriptor]) -> StartupPack | None:
         raise CorruptError(f"an artifact has {len(packs)} packs, and {len(tables)} tables of such")
     if tables and tables[0].size > MAX_BLOB:
         raise CorruptError(f"the table of a pack is larger than allowed: {tables[0].size} bytes")
-    return StartupPack(tables[0], packs[0]) if tables else None
+    if not tables:
+        return None
+    found = StartupPack(tuple(blobs[number] for number in plan_head(each.media_type for each in blobs)), packs[0])
+    if found.size < 0:
+        raise CorruptError(f"a pack is smaller than what it begins with: {packs[0].size} bytes")
+    return found
 
 
 # A layer's index
