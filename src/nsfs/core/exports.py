@@ -121,7 +121,7 @@ class Exports:
 
     async def _send_runs(self, profile: Profile, layers: Mapping[Digest, LayerKey], owner: str, report: Report) -> None:
         keys = _keys_of(profile, layers)
-        writer = PackWriter([layer.blob for layer in profile.layers])
+        writer = PackWriter([layer.blob for layer in profile.layers], profile.size)
         await report(Part(media_type=PACK_TYPE))
         for part in (part for run in profile.runs if run.layer in keys for part in run.cut(_RUN)):
             data = await self._streams.read_stream(keys[part.layer], owner, part.start, part.length)
