@@ -48,7 +48,7 @@ from nsfs.core.vfs import DomainFs
 from nsfs.core.views import Views
 from nsfs.errors import NotFoundError, NsfsError
 from nsfs.model.oci import Platform
-from nsfs.model.policy import parse_view_name, view_name
+from nsfs.model.policy import parse_view_name
 from nsfs.remote.client import range_connections
 from nsfs.remote.reference import LayoutReference, parse_reference
 from nsfs.remote.source import open_remote
@@ -71,13 +71,14 @@ from nsfs.store.layout import Layout
 from nsfs.store.pool import open_pool
 from nsfs.store.profiles import Profiles
 from nsfs.store.recovery import recover
+from nsfs.store.resident import Resident
 from nsfs.store.sealed import SealedRecords, load_content
 from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from nsfs.core.ports import Content, Source
+    from nsfs.core.ports import Source
     from nsfs.model.pool import LayerKey
     from nsfs.remote.source import Remote
     from nsfs.serve.config import Config
@@ -199,7 +200,8 @@ async def _compose(
     views = Views(index, files.table, blobs, layers, pool, fetcher, recordings, startups)
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
-    shown = ShownTree(index, maps, views)
+    shown = ShownTree(index, maps, views, Resident([layout.index, f"{layout.index}-lock"]))
+    stack.callback(shown.resident.close)
     proofs = Proofs(index, layers, claimed, views, startups)
     completing = Completing(index, proofs, nursery, follows_use=config.fetch.complete)
     prefetches = Prefetches(index, views, nursery)
@@ -237,6 +239,7 @@ async def _serve(
 ) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_flush_often, worker.kept)
+        nursery.start_soon(_keep_in_memory, worker.shown.resident)
         nursery.start_soon(drop_often, pool)
         if params.fuse:
             ready = trio.Event()
@@ -322,6 +325,13 @@ async def _flush_often(pool: KeptPool) -> None:
         await trio.to_thread.run_sync(_flush, pool)
 
 
+async def _keep_in_memory(resident: Resident) -> None:
+    """What we map may grow: jobs write there, too."""
+    while True:
+        await trio.to_thread.run_sync(resident.follow)
+        await trio.sleep(_FLUSH_EVERY)
+
+
 def _flush(pool: KeptPool) -> None:
     """Make durable what was written; what cannot be is absent again, and fetched when it is wanted."""
     try:
@@ -374,13 +384,17 @@ class LayerFiles:
 class ShownTree:
     """What the domain's FUSE filesystem shows, by the names that the daemon gives."""
 
-    def __init__(self, index: DomainIndex, maps: Maps, views: Views) -> None:
+    def __init__(self, index: DomainIndex, maps: Maps, views: Views, resident: Resident) -> None:
         self.files = DomainFs(views.read, {})
+        self.resident = resident
+        """The index, and maps that the kernel reads: what is asked for while the disk fails."""
         self._index = index
         self._maps = maps
         self._views = views
         self._shown: dict[str, frozenset[str]] = {}
         """Names of views, by what shows them: a view itself, or a tree."""
+        self._paths: dict[str, str] = {}
+        """Of the maps of single views."""
 
     def maps(self) -> set[str]:
         """See core.domain_cache.Shown."""
@@ -393,7 +407,9 @@ class ShownTree:
     def show_views(self, names: Sequence[str]) -> None:
         """See core.domain.Shown."""
         for name in names:
-            self.files.add_map(name, self._open_map(name))
+            path = self._paths[name] = self._path_of(name)
+            self.files.add_map(name, self._maps.load(path))
+            self.resident.add(path)
             self._show(name, [name])
 
     def show_again(self, views: Sequence[str], trees: Sequence[worker_api.Tree]) -> None:
@@ -410,6 +426,7 @@ class ShownTree:
         for name in names:
             self.files.remove_map(name)
             self._hide(name)
+            self.resident.drop(self._paths.pop(name, ""))
 
     def _show(self, by: str, views: Sequence[str]) -> None:
         self._shown[by] = frozenset(views)
@@ -420,17 +437,17 @@ class ShownTree:
         gone = self._shown.pop(by, frozenset()).difference(*self._shown.values())
         self._views.close(gone)
 
-    def _open_map(self, view: str) -> Content:
+    def _path_of(self, view: str) -> str:
         map_id = parse_view_name(view).map_id
         record = self._index.map(map_id)
         if record is None:
             raise NotFoundError(f"no such map in this domain: {map_id}")
-        return self._maps.load(record.path)
+        return record.path
 
     def show_tree(self, tree: worker_api.Tree) -> None:
         """See core.domain.Shown."""
         images = [self._maps.open(info.path) for info in tree.maps]
-        views = [view_name(info.id, tree.suffix, info.reader, tree.recording) for info in tree.maps]
+        views = tree.views()
         self.files.add_tree(tree.id, UnionTree(images), views, {"mount.json": partial(self._describe, tree)})
         self._show(f"tree/{tree.id}", views)
 

@@ -16,6 +16,7 @@ from nsfs.model.pool import Extent, GrantRecord, ImageRecord, LayerKey, LayerRec
 from nsfs.store import index as index_module
 from nsfs.store.crypt import DomainKey
 from nsfs.store.index import END_ADDRESS, FIRST_ADDRESS, DomainIndex, open_index
+from panicking import PanickingEnvironment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,6 +153,26 @@ def test_what_is_no_index_is_refused(path: str) -> None:
         file.write(b"x" * 8192)
     with pytest.raises(CorruptError):
         open_index(path)
+
+
+def test_after_a_commit_in_which_the_disk_failed_it_is_opened_anew(
+    index: DomainIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slab = index.reserve()
+    index._environment = PanickingEnvironment(index._environment)  # type: ignore[assignment]
+    with monkeypatch.context() as failing:
+        failing.setattr(index_module, "_open_environment", _refuse)
+        for _ in range(2):
+            with pytest.raises(CorruptError, match="cannot be used"):
+                index.reserved()
+    index.forget_slab(slab)
+    assert index.reserve().address >= slab.address
+    assert len(index.orphan_slabs()) == 1
+
+
+def _refuse(_path: str, *, readonly: bool) -> lmdb.Environment:
+    del readonly
+    raise lmdb.Error("Input/output error")
 
 
 def test_a_full_index_loses_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

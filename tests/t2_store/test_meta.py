@@ -12,6 +12,7 @@ from nsfs.model.mounts import MountRecord
 from nsfs.model.report import Cost
 from nsfs.store import meta
 from nsfs.store.meta import FORMAT, open_meta
+from panicking import PanickingEnvironment
 
 
 def record(number: int) -> MountRecord:
@@ -106,19 +107,6 @@ def test_costs_add_up_and_are_one_owner_s(tmp_path: Path) -> None:
         meta.forget_costs("a")
         assert meta.costs("a") == []
         assert meta.costs("a/b") == [cost("r:1", 5, 50)]
-
-
-class PanickingEnvironment:
-    """As LMDB leaves one in which the disk failed in the middle of a commit: it can be closed, and nothing else."""
-
-    def __init__(self, env: lmdb.Environment) -> None:
-        self._env = env
-
-    def begin(self, **_: object) -> None:
-        raise lmdb.PanicError("mdb_txn_begin: MDB_PANIC")
-
-    def close(self) -> None:
-        self._env.close()
 
 
 def test_after_a_commit_in_which_the_disk_failed_it_is_opened_anew(

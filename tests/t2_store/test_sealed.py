@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.store.crypt import DomainKey
-from nsfs.store.sealed import HEADER_SIZE, SealedRecords, load_content, part_of, store_file
+from nsfs.store.sealed import HEADER_SIZE, SealedRecords, load_content, store_file
 from nsfs.store.spool import PIECE, Spool
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def test_any_part_of_a_file(
     assert len(content) == len(TEXT)
     assert content[start : start + size] == TEXT[start : start + size]
     assert content[:] == TEXT
-    part = part_of(content, min(start, len(TEXT)), len(TEXT))
+    part = content.part(min(start, len(TEXT)), len(TEXT))
     assert part[inner : inner + size] == TEXT[start:][inner : inner + size]
 
 

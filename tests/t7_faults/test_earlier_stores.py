@@ -68,10 +68,16 @@ def make_newer(path: Path) -> None:
         opened.write((9).to_bytes(4, "little"))
 
 
-def test_a_newer_domain_is_refused_and_hinders_no_other(tmp_path: Path) -> None:
-    about = stores.open_store("under-a-key", tmp_path / "daemon")
-    newer = next((tmp_path / "daemon/root").glob("keys/*"))
-    make_newer(newer)
+@pytest.mark.parametrize(
+    "newer", [("under-a-key", "keys/*"), ("before-keys", "domains/*/layers/*/*/segments")], ids=["key", "segments"]
+)
+def test_a_newer_domain_is_refused_and_hinders_no_other(tmp_path: Path, newer: tuple[str, str]) -> None:
+    """Also where only the reads of an image that is known would meet it."""
+    store, pattern = newer
+    about = stores.open_store(store, tmp_path / "daemon")
+    made_newer = list((tmp_path / "daemon/root").glob(pattern))
+    for path in made_newer:
+        make_newer(path)
     target = tmp_path / "mnt"
     target.mkdir()
     with swept(tmp_path), FakeRegistry() as registry, run_daemon(str(tmp_path / "daemon")) as daemon:
@@ -82,4 +88,5 @@ def test_a_newer_domain_is_refused_and_hinders_no_other(tmp_path: Path) -> None:
         reference = publish(registry, Image((gzip_layer([file("a", b"a")]),)), "other")
         with daemon.mounted(reference, str(target), "--namespace", "other"):
             assert (target / "a").read_bytes() == b"a"
-    assert newer.exists()
+    assert made_newer
+    assert all(path.exists() for path in made_newer)

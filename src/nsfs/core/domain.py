@@ -237,6 +237,7 @@ class Domain:
 
     async def _show_views(self, params: worker_api.Views, _report: Report) -> worker_api.Empty:
         self._shown.show_views(params.names)
+        self._views.open(params.names)
         return worker_api.Empty()
 
     async def _hide_views(self, params: worker_api.Views, _report: Report) -> worker_api.Empty:
@@ -246,6 +247,7 @@ class Domain:
 
     async def _show_tree(self, params: worker_api.Tree, _report: Report) -> worker_api.Empty:
         self._shown.show_tree(params)
+        self._views.open(params.views())
         return worker_api.Empty()
 
     async def _hide_tree(self, params: worker_api.TreeGone, _report: Report) -> worker_api.Empty:

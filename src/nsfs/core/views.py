@@ -149,6 +149,11 @@ class Views:
         """Serve views that may have been closed."""
         self._closed.difference_update(names)
 
+    def open(self, names: Iterable[str]) -> None:
+        """Raise now what their first reads would find: a table in a newer format, say, or one that is damaged."""
+        for name in names:
+            self._view(name)
+
     async def make_present(self, name: str, address: int, size: int) -> None:
         """Have these blocks in the pool."""
         opened = self._view(name)

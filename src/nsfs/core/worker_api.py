@@ -85,6 +85,10 @@ class Tree(Struct, kw_only=True):
     info: dict[str, str | int | bool] = field(default_factory=dict)
     """What `.nsfs/mount.json` says beside the usage: `MountRecord.describe`."""
 
+    def views(self) -> list[str]:
+        """Names of the views that it is read by, in the order of its maps."""
+        return [view_name(info.id, self.suffix, info.reader, self.recording) for info in self.maps]
+
 
 class TreeGone(Struct, kw_only=True):
     """Take `trees/<id>` away."""

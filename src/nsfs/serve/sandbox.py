@@ -16,12 +16,14 @@ import os
 import resource
 import stat
 import sysconfig
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
 from nsfs.errors import NsfsError
 from nsfs.serve import landlock, seccomp
+from nsfs.store.resident import MOST
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -46,6 +48,8 @@ _CERTIFICATES: Final = (
 )
 _ZONES: Final = "/usr/share/zoneinfo"
 _NULL: Final = "/dev/null"
+_LOCKED: Final = MOST + (1 << 20)
+"""Bytes that it may have locked in memory: its index."""
 _HOST_OF_USER: Final = ("/etc", "/usr", "/lib", "/lib64", "/proc", "/run/systemd/resolve", "/run/resolvconf")
 """What a user's worker may read beside Python; the user may read all of it anyway."""
 
@@ -134,6 +138,7 @@ def confine(confinement: Confinement) -> None:
         if confinement.stage:
             _take_root(confinement)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _limit_locking()
         os.umask(0o077)
         if confinement.uid is not None:
             _become(confinement.uid)
@@ -143,6 +148,15 @@ def confine(confinement: Confinement) -> None:
         seccomp.deny_calls(_libc)
     except OSError as error:
         raise NsfsError(f"a worker cannot be confined: {error}") from error
+
+
+def _limit_locking() -> None:
+    """As much as an index takes, or what we may have ourselves."""
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    with suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (_LOCKED, _LOCKED))
+        return
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
 
 
 def _join(confinement: Confinement) -> None:

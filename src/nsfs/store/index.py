@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import struct
+import threading
 from contextlib import contextmanager
 from itertools import takewhile
 from operator import itemgetter
@@ -176,8 +177,7 @@ def _open_databases(
     environment: lmdb.Environment, path: str, key: DomainKey | None, *, readonly: bool
 ) -> tuple[_Databases, bytes]:
     environment.reader_check()
-    names = [name.encode() for name in _Databases._fields]
-    about = environment.open_db(names[0], create=not readonly)
+    about = environment.open_db(b"about", create=not readonly)
     with environment.begin(db=about, write=not readonly) as txn:
         found = txn.get(b"version")
         if found is not None:
@@ -186,11 +186,19 @@ def _open_databases(
             txn.put(b"version", str(_version(key)).encode())
             txn.put(b"salt", os.urandom(SALT_SIZE) if key else b"")
         salt = txn.get(b"salt") or b""
-    return _Databases(about, *(environment.open_db(name, create=not readonly) for name in names[1:])), salt
+    return _databases_of(environment, create=not readonly), salt
+
+
+def _databases_of(environment: lmdb.Environment, *, create: bool) -> _Databases:
+    return _Databases(*(environment.open_db(name.encode(), create=create) for name in _Databases._fields))
 
 
 class DomainIndex:
-    """An open `index.lmdb`. `close` it, or use it as a context manager."""
+    """An open `index.lmdb`. `close` it, or use it as a context manager.
+
+    LMDB refuses an environment in which the disk failed in the middle of a commit. It is then opened anew, at the next
+    call that can, and says what was durable before.
+    """
 
     def __init__(
         self, environment: lmdb.Environment, path: str, databases: _Databases, salt: bytes, records: Records
@@ -201,6 +209,8 @@ class DomainIndex:
         self._path = path
         self._db = databases
         self._records = records
+        self._opening = threading.Lock()
+        self._is_usable = True
 
     def __enter__(self) -> Self:
         return self
@@ -214,8 +224,23 @@ class DomainIndex:
 
     @contextmanager
     def _transaction(self, database: _Database, *, write: bool = False) -> Iterator[_Transaction]:
-        with mapped_errors(_NAME, self._path), self._environment.begin(db=database, write=write) as txn:
+        with mapped_errors(_NAME, self._path), self._begin(database, write=write) as txn:
             yield txn
+
+    def _begin(self, database: _Database, *, write: bool) -> _Transaction:
+        known = self._db
+        if self._is_usable:
+            try:
+                return self._environment.begin(db=database, write=write)
+            except lmdb.PanicError:
+                self._is_usable = False
+        with self._opening:
+            if not self._is_usable:
+                self._environment.close()
+                self._environment = _open_environment(self._path, readonly=False)
+                self._db = _databases_of(self._environment, create=True)
+                self._is_usable = True
+        return self._environment.begin(db=self._db[known.index(database)], write=write)
 
     # Addresses
 

@@ -4,8 +4,8 @@ Owns the formats of `index` (msgpack under zstd), `segments` and `spans` (column
 with the counts and a checksum of itself). Refuses files of a newer format, and files whose length is not what their
 header says; what is inside was verified before it was written here, so it is not verified again.
 
-Every file appears whole or not at all, under the domain's key where it has one (`store.sealed`). A `LayerTable` maps
-its files, copies nothing that is plain, and may be used by any number of threads. Tables are never changed in place:
+Every file appears whole or not at all, under the domain's key where it has one (`store.sealed`). A `LayerTable` has its
+columns in memory, and may be used by any number of threads. Tables are never changed in place:
 one that was replaced stays valid for who has it open.
 """
 
@@ -24,13 +24,13 @@ import zstandard
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.layer import Codec, Covers, LayerIndex, Span, Spans
-from nsfs.store.sealed import load_content, part_of, store_file
+from nsfs.store.sealed import load_content, store_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from nsfs.store.crypt import DomainKey
-    from nsfs.store.sealed import SealedContent
+    from nsfs.store.sealed import Content
 
 VERSION = 1
 """Of the formats of `index`, `segments` and `spans`."""
@@ -184,10 +184,9 @@ def store_spans(directory: str, spans: Spans, key: DomainKey | None = None) -> N
 
 
 def open_table(directory: str, key: DomainKey | None = None) -> LayerTable:
-    """Map the tables of a layer; one without spans has `has_spans` False.
+    """Load the tables of a layer, but for the spans' windows; one without spans has `has_spans` False.
 
-    Takes time that does not depend on their size, and no memory; of sealed ones the columns are decrypted: a table of
-    100,000 files takes 2 ms and 4 MB, its windows nothing. Raises NotFoundError, CorruptError, UnsupportedError.
+    Of a layer with 100,000 files that takes 2 ms and 4 MB. Raises NotFoundError, CorruptError, UnsupportedError.
     """
     segments = _SegmentColumns(os.path.join(directory, SEGMENTS_FILE), key)
     try:
@@ -198,7 +197,7 @@ def open_table(directory: str, key: DomainKey | None = None) -> LayerTable:
 
 
 class _Columns:
-    """A mapped file: a header, columns of u64, and raw bytes behind them."""
+    """A file: a header, columns of u64, and raw bytes behind them."""
 
     def __init__(self, path: str, magic: bytes, key: DomainKey | None) -> None:
         if sys.byteorder == "big":
@@ -212,12 +211,12 @@ class _Columns:
         """The next column."""
         return memoryview(self.raw(count * 8)[:]).cast("Q")
 
-    def raw(self, size: int) -> memoryview | SealedContent:
+    def raw(self, size: int) -> Content:
         """The next `size` bytes."""
         if size > len(self._data) - self._at:
             raise CorruptError(f"the file of a layer ends early: {self.path}")
         self._at += size
-        return part_of(self._data, self._at - size, self._at)
+        return self._data.part(self._at - size, self._at)
 
     def finish(self) -> None:
         """Check that nothing is left."""
@@ -265,7 +264,7 @@ class _SpanColumns(_Columns):
 
 
 class LayerTable:
-    """A layer's segments and spans, mapped. Numbers of spans count from 0, by rising stream offset."""
+    """A layer's segments and spans. Numbers of spans count from 0, by rising stream offset."""
 
     def __init__(self, segments: _SegmentColumns, spans: _SpanColumns | None) -> None:
         self._segments = segments

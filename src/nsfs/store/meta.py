@@ -30,6 +30,7 @@ from nsfs.model.mounts import Lower, MountRecord
 from nsfs.model.report import Cost, plan_costs
 from nsfs.model.snapshot import Record
 from nsfs.store.databases import mapped_errors
+from nsfs.store.resident import Resident
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -67,15 +68,18 @@ class Meta:
     def __init__(self, path: str) -> None:
         self._path = path
         self._opening = threading.Lock()
+        self._resident = Resident([os.path.join(path, name) for name in ("data.mdb", "lock.mdb")])
         self._is_usable = True
         self._open()
 
     def close(self) -> None:
         """Nothing may be under way."""
         self._env.close()
+        self._resident.close()
 
     def _open(self) -> None:
         env = self._env = _open_environment(self._path)
+        self._resident.follow()
         self._about = env.open_db(b"about")
         self._domains = env.open_db(b"domains")
         self._mounts = env.open_db(b"mounts")
@@ -88,6 +92,8 @@ class Meta:
     def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[bytes]]:
         with mapped_errors(_NAME, self._path), self._begin(write=write) as txn:
             yield txn
+        if write:
+            self._resident.follow()
 
     def _begin(self, *, write: bool) -> lmdb.Transaction[bytes]:
         if self._is_usable:

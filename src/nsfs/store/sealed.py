@@ -5,12 +5,12 @@ behind it, as long as the plaintext. So a file that is written anew has another 
 alone. And the shape of sealed records: authenticated, each with a nonce of its own, bound to where it belongs; names
 and fixed small values are permuted by the key instead, since they are looked up.
 
-Refuses files and records that are not under the key, or plain where it should be. Any thread; nothing is kept open.
+Refuses files and records that are not under the key, or plain where it should be. Any thread. What is loaded stays
+open, and is read, not mapped: where the disk fails that is an error of one read, and no signal (SIGBUS) that ends all.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 from hashlib import blake2b
@@ -44,11 +44,45 @@ HEADER_SIZE: Final = _HEADER.size
 # Files
 
 
-class SealedContent:
-    """What a sealed file says, decrypted slice by slice; it stays as it was opened."""
+class _File:
+    """An open file."""
 
-    def __init__(self, data: memoryview, stream: Keystream, start: int, stop: int) -> None:
-        self._data = data
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._fd = -1
+            raise NotFoundError(f"there is no such file: {path}: {error.strerror}") from error
+        self.size = os.fstat(self._fd).st_size
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """What lies there; raises CorruptError."""
+        pieces = []
+        while start < stop:
+            try:
+                piece = os.pread(self._fd, stop - start, start)
+            except OSError as error:
+                raise CorruptError(f"the file cannot be read: {self.path}: {error.strerror}") from error
+            if not piece:
+                raise CorruptError(f"the file ends early: {self.path}")
+            pieces.append(piece)
+            start += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class Content:
+    """What a file says, read slice by slice, and decrypted where it is sealed; it stays as it was opened.
+
+    A slice raises CorruptError where the disk fails.
+    """
+
+    def __init__(self, file: _File, stream: Keystream | None, start: int, stop: int) -> None:
+        self._file = file
         self._stream = stream
         self._start = start
         self._stop = stop
@@ -59,11 +93,14 @@ class SealedContent:
     def __getitem__(self, part: slice, /) -> bytes:
         low, high, _ = part.indices(len(self))
         low, high = self._start + low, self._start + max(low, high)
-        return apply_at(self._stream, low, self._data[low // UNIT * UNIT : high])
+        if self._stream is None:
+            return self._file.read(low, high)
+        sealed = self._file.read(HEADER_SIZE + low // UNIT * UNIT, HEADER_SIZE + high)
+        return apply_at(self._stream, low, sealed)
 
-    def part(self, start: int, stop: int) -> SealedContent:
+    def part(self, start: int, stop: int) -> Content:
         """A slice, of which nothing is read yet."""
-        return SealedContent(self._data, self._stream, self._start + start, self._start + stop)
+        return Content(self._file, self._stream, self._start + start, self._start + stop)
 
 
 def apply_at(stream: Keystream, offset: int, data: bytes | memoryview) -> bytes:
@@ -71,31 +108,13 @@ def apply_at(stream: Keystream, offset: int, data: bytes | memoryview) -> bytes:
     return stream.apply(offset // UNIT * UNIT, data)[offset % UNIT :]
 
 
-def load_content(path: str, key: DomainKey | None) -> memoryview | SealedContent:
-    """A file of a domain, mapped. Raises NotFoundError, CorruptError, UnsupportedError."""
-    data = memoryview(_map_file(path))
+def load_content(path: str, key: DomainKey | None) -> Content:
+    """A file of a domain. Raises NotFoundError, CorruptError, UnsupportedError."""
+    file = _File(path)
     if key is None:
-        return data
-    stream = open_stream(bytes(data[:HEADER_SIZE]), key, path)
-    return SealedContent(data[HEADER_SIZE:], stream, 0, len(data) - HEADER_SIZE)
-
-
-def part_of(content: memoryview | SealedContent, start: int, stop: int) -> memoryview | SealedContent:
-    """A slice, of which nothing is read yet."""
-    return content.part(start, stop) if isinstance(content, SealedContent) else content[start:stop]
-
-
-def _map_file(path: str) -> mmap.mmap | bytes:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise NotFoundError(f"there is no such file: {path}: {error.strerror}") from error
-    try:
-        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ) if os.fstat(fd).st_size else b""
-    except OSError as error:
-        raise CorruptError(f"the file cannot be read: {path}: {error.strerror}") from error
-    finally:
-        os.close(fd)
+        return Content(file, None, 0, file.size)
+    stream = open_stream(file.read(0, min(HEADER_SIZE, file.size)), key, path)
+    return Content(file, stream, 0, file.size - HEADER_SIZE)
 
 
 def make_header() -> bytes:
