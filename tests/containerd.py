@@ -4,7 +4,8 @@ Owns: the process, its configuration, root, state and socket, all below a direct
 that it starts. containerd runs as the first process of a pid namespace and in a mount namespace: one SIGKILL ends it
 together with its shims, containers and mounts, in whatever state they are, also when the test dies first. Mounts that
 others make below a `shared_directory` are seen in there. `/run/containerd`, which shims and runc use whatever the
-configuration says, is a tmpfs of its own. Only cgroups are the host's; what is left of them is removed at the end.
+configuration says, is a tmpfs of its own. What it takes for the top of each cgroup hierarchy is a cgroup of its own, so
+that containers of one name may run beside each other; these cgroups are removed at the end.
 
 Containers need nothing more: ctr, unless told otherwise, asks for no seccomp profile, no AppArmor profile and a cgroup
 named /<namespace>/<container>, which runc 1.1.5 makes in every cgroup v1 hierarchy without systemd. gVisor's runsc runs
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -52,6 +55,20 @@ imports = [{imports}]
 """
 _NRI = "io.containerd.nri.v1.nri"
 _CRI = ("io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime")
+
+_CGROUPS = "/sys/fs/cgroup"
+_ENTER = """\
+set -e
+mount -t tmpfs tmpfs /run/containerd
+for top in /sys/fs/cgroup/*; do
+    if [ -d "$top/$0" ]; then
+        echo 0 > "$top/$0/cgroup.procs"
+        mount --bind "$top/$0" "$top"
+    fi
+done
+exec unshare --cgroup "$@"
+"""
+"""$0 is what its cgroups are called, the rest what to execute in them."""
 
 _RUNSC = """\
 #!/bin/sh
@@ -150,13 +167,10 @@ def run_containerd(
     os.makedirs(directory, exist_ok=True)
     with open(f"{directory}/config.toml", "w") as file:
         file.write(_render_config(directory, 2 if version.startswith("1.") else 3, imports, cri=cri) + more)
-    with _started(directory, binaries) as (process, pid):
+    with _cgroups() as cgroups, _started(directory, binaries, cgroups) as (process, pid):
         running = Containerd(binaries, directory, version, pid)
         _wait_until_serving(process, running)
-        try:
-            yield running
-        finally:
-            _end_containers(running)
+        yield running
 
 
 def _render_config(directory: str, version: int, imports: Sequence[str], *, cri: bool) -> str:
@@ -178,11 +192,29 @@ def _version(binaries: str) -> str:
 
 
 @contextlib.contextmanager
-def _started(directory: str, binaries: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def _cgroups() -> Iterator[str]:
+    """The name of a new cgroup in each hierarchy, in which there is nothing any more when the block ends."""
+    name = f"nsfs-{secrets.token_hex(8)}"
+    tops = [f"{_CGROUPS}/{hierarchy}" for hierarchy in os.listdir(_CGROUPS)]
+    tops = [top for top in tops if os.path.isdir(top) and not os.path.islink(top)]
+    try:
+        for top in tops:
+            os.mkdir(f"{top}/{name}")
+        for file in ("cpuset.cpus", "cpuset.mems"):  # a new one has none (cgroup-v1/cpusets.rst)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(f"{_CGROUPS}/cpuset/{file}", f"{_CGROUPS}/cpuset/{name}/{file}")
+        yield name
+    finally:
+        for top in tops:
+            for directory, _, _ in os.walk(f"{top}/{name}", topdown=False):
+                os.rmdir(directory)
+
+
+@contextlib.contextmanager
+def _started(directory: str, binaries: str, cgroups: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     os.makedirs("/run/containerd", exist_ok=True)
-    script = 'mount -t tmpfs tmpfs /run/containerd && exec "$0" "$@"'
     isolated = ["unshare", "--mount", "--propagation=slave", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    command = ["setpriv", "--pdeathsig", "KILL", *isolated, "sh", "-c", script]
+    command = ["setpriv", "--pdeathsig", "KILL", *isolated, "sh", "-c", _ENTER, cgroups]
     with open(f"{directory}/log", "ab") as log:
         process = subprocess.Popen(
             [*command, f"{binaries}/containerd", "--config", f"{directory}/config.toml"],
@@ -229,17 +261,6 @@ def _wait_until_serving(process: subprocess.Popen[bytes], running: Containerd) -
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"containerd does not start: {running.tail()}")
         time.sleep(0.05)
-
-
-def _end_containers(running: Containerd) -> None:
-    """Kill what runs, through the runtime, which removes its cgroups; then those of the namespaces."""
-    namespaces = running.ctr("namespaces", "ls", "-q", check=False).stdout.split()
-    for namespace in namespaces:
-        for container in running.ctr("tasks", "ls", "-q", namespace=namespace, check=False).stdout.split():
-            running.ctr("tasks", "rm", "--force", container, namespace=namespace, check=False)
-        for hierarchy in os.listdir("/sys/fs/cgroup"):
-            with contextlib.suppress(OSError):  # not made there, or another containerd's, too
-                os.rmdir(f"/sys/fs/cgroup/{hierarchy}/{namespace}")
 
 
 @contextlib.contextmanager

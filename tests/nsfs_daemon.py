@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mounting import abort_connection
+from nsfs.errors import UnreachableError
+from nsfs.serve.client import open_control
 from nsfs.store.keys import Keys
 from nsfs.store.layout import Layout
 
@@ -153,10 +155,18 @@ def _render_toml(keys: Mapping[str, Any]) -> str:
 
 def _wait_until_serving(process: subprocess.Popen[bytes], daemon: Daemon) -> None:
     deadline = time.monotonic() + _DEADLINE
-    while not os.path.exists(daemon.socket) or daemon.nsfs("status", check=False).returncode != 0:
+    while not _answers(daemon.socket):
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"nsfs serve does not start: {daemon.tail()}")
         time.sleep(0.02)
+
+
+def _answers(path: str) -> bool:
+    try:
+        with open_control(path):
+            return True
+    except UnreachableError:
+        return False
 
 
 def _end(process: subprocess.Popen[bytes], directory: str, daemon: Daemon) -> None:

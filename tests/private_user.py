@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import mounting
+import prepared
 from users import is_dead, wait_until
 
 if TYPE_CHECKING:
@@ -117,10 +118,10 @@ def _is_fuse(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def private_user() -> Iterator[User]:
-    """A user with an empty home; their mounts and processes end with the block."""
+    """A user with an empty home; their mounts and processes end with the block. One at a time: they share a uid."""
     home = pathlib.Path(tempfile.mkdtemp(prefix="nsfs-user-"))
     try:
-        with _fuse_for_all(), mounting.swept(home):
+        with prepared.alone("user"), _fuse_for_all(), mounting.swept(home):
             for path in (home, home / "runtime"):
                 path.mkdir(mode=0o700, exist_ok=True)
                 os.chown(path, UID, UID)

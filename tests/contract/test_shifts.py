@@ -25,11 +25,14 @@ UIDS, GIDS = "containerd.io/snapshot/uidmapping", "containerd.io/snapshot/gidmap
 RED = {UIDS: "0:100000:65536", GIDS: "0:200000:65536"}
 BLUE = {UIDS: "0:300000:1,1:400000:65535", GIDS: "0:300000:65536"}
 
+PATIENT = {"prepare_wait": "30s"}
+"""However slow the machine, a layer that is offered is read when its Prepare is answered."""
+
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """Of which no start is recorded: that would have views of its own."""
-    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {"containerd": {"profile": "use"}}) as running:
+    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {**PATIENT, "containerd": {"profile": "use"}}) as running:
         yield running
 
 
@@ -182,9 +185,9 @@ def test_labels_that_change_later_do_not_change_who_wrote_what(backend: Backend,
 
 
 def test_a_restart_goes_on_with_the_same_owners(layers: tuple[Image, str], tmp_path: Path) -> None:
-    with run_daemon(str(tmp_path / "d")) as daemon, Backend(daemon.socket) as backend:
+    with run_daemon(str(tmp_path / "d"), PATIENT) as daemon, Backend(daemon.socket) as backend:
         key, _ = prepare(backend, backend.pull("ns", *layers)[-1], RED)
-    with run_daemon(str(tmp_path / "d")) as daemon, Backend(daemon.socket) as backend:
+    with run_daemon(str(tmp_path / "d"), PATIENT) as daemon, Backend(daemon.socket) as backend:
         with mounted(backend.mounts(key), tmp_path / "mnt") as root:
             assert owner(root / "etc/base") == (101000, 201001)
         backend.remove(key)
@@ -193,7 +196,7 @@ def test_a_restart_goes_on_with_the_same_owners(layers: tuple[Image, str], tmp_p
 
 
 def test_the_next_daemon_goes_on_with_views_and_not_with_clones(layers: tuple[Image, str], tmp_path: Path) -> None:
-    with mortal_daemons(str(tmp_path / "d")) as start:
+    with mortal_daemons(str(tmp_path / "d"), PATIENT) as start:
         daemon = start()
         with Backend(daemon.socket) as backend:
             writer, _ = prepare(backend, backend.pull("ns", *layers)[0], {})
@@ -216,7 +219,10 @@ def test_the_next_daemon_goes_on_with_views_and_not_with_clones(layers: tuple[Im
 
 @pytest.mark.parametrize("key", ["idmap", "erofs"])
 def test_where_owners_cannot_be_shifted_nothing_is_made(layers: tuple[Image, str], tmp_path: Path, key: str) -> None:
-    with run_daemon(str(tmp_path / "d"), {"kernel": {key: False}}) as daemon, Backend(daemon.socket) as backend:
+    with (
+        run_daemon(str(tmp_path / "d"), PATIENT | {"kernel": {key: False}}) as daemon,
+        Backend(daemon.socket) as backend,
+    ):
         top = backend.pull("ns", *layers)[-1]
         with refused(grpc.StatusCode.UNIMPLEMENTED, "remap-ids"):
             prepare(backend, top, RED)

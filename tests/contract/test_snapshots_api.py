@@ -5,6 +5,7 @@ A real daemon, workers and mounts; `snapshots_api` plays containerd, the registr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import threading
@@ -27,13 +28,12 @@ if TYPE_CHECKING:
 
     from nsfs_daemon import Daemon
 
-WAIT = 0.7
 MB = 1_000_000
 
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {"prepare_wait": f"{WAIT}s"}) as running:
+    with run_daemon(str(tmp_path_factory.mktemp("daemon")), {"prepare_wait": "20s"}) as running:
         yield running
 
 
@@ -266,9 +266,21 @@ def test_layers_that_containerd_unpacked_stack_with_lazy_ones(
     assert not backend.offer("red", high, labels[3])
 
 
-def test_a_slow_layer_is_pending_and_mounts_wait(
-    registry: FakeRegistry, daemon: Daemon, backend: Backend, tmp_path: Path
-) -> None:
+@contextlib.contextmanager
+def impatient(path: Path, wait: str, registry: FakeRegistry) -> Iterator[tuple[Daemon, Backend]]:
+    """A daemon for which a layer is pending soon, with a worker that is there: a loaded host is slow to start one."""
+    awake = published.publish(registry, image("awake"), "awake")
+    with run_daemon(str(path / "impatient"), {"prepare_wait": wait}) as daemon, Backend(daemon.socket) as backend:
+        daemon.nsfs("ls", f"{awake}:/etc", "--namespace", "red")
+        yield daemon, backend
+
+
+def test_a_slow_layer_is_pending_and_mounts_wait(registry: FakeRegistry, tmp_path: Path) -> None:
+    with impatient(tmp_path, "0.7s", registry) as (daemon, backend):
+        check_slow_layer(registry, daemon, backend, tmp_path)
+
+
+def check_slow_layer(registry: FakeRegistry, daemon: Daemon, backend: Backend, tmp_path: Path) -> None:
     made = image("slow")
     registry.script, registry.faults_on = "H", str(made.layers[0].digest)
     start = time.monotonic()
@@ -305,7 +317,7 @@ def test_the_layers_of_an_image_share_one_wait(tmp_path: Path, registry: FakeReg
     layers = [gzip_layer([file(f"f{number}", sample_content(MB, number))]) for number in range(6)]
     made = Image(layers)
     registry.script, registry.faults_on = "H" * 6, "|".join(str(layer.digest) for layer in layers)
-    with run_daemon(str(tmp_path / "d"), {"prepare_wait": "2s"}) as daemon, Backend(daemon.socket) as backend:
+    with impatient(tmp_path, "2s", registry) as (_, backend):
         start = time.monotonic()
         backend.pull("red", made, published.publish(registry, made, "shared-wait"))
         assert 2 < time.monotonic() - start < 6 * 2
@@ -313,28 +325,29 @@ def test_the_layers_of_an_image_share_one_wait(tmp_path: Path, registry: FakeReg
         empty(backend)
 
 
-def test_a_pending_layer_that_turns_out_wrong_is_fenced_off(registry: FakeRegistry, backend: Backend) -> None:
+def test_a_pending_layer_that_turns_out_wrong_is_fenced_off(registry: FakeRegistry, tmp_path: Path) -> None:
     layer = gzip_layer([file("a", sample_content(MB))])
     forged = Image((Layer(gzip_layer([file("a", b"b")]).tar, layer.blob, layer.media_type),))
     registry.script, registry.faults_on = "H", str(layer.digest)
-    (name,) = backend.pull("red", forged, published.publish(registry, forged, "fenced"))
-    key = backend.name("red", "container")
-    backend.prepare(key, name)
-    waiting = backend.start_mounts(key)
-    registry.go_on.set()
-    assert waiting.exception(timeout=60).code() is grpc.StatusCode.DATA_LOSS
-    with refused(grpc.StatusCode.DATA_LOSS):
-        backend.mounts(key)
-    with refused(grpc.StatusCode.DATA_LOSS):
-        backend.prepare(backend.name("red", "another"), name)
-    labels = offers(forged, f"{registry.host}/fenced:latest")[0]
-    assert not backend.offer("red", "", labels)
+    with impatient(tmp_path, "0.7s", registry) as (_, backend):
+        (name,) = backend.pull("red", forged, published.publish(registry, forged, "fenced"))
+        key = backend.name("red", "container")
+        backend.prepare(key, name)
+        waiting = backend.start_mounts(key)
+        registry.go_on.set()
+        assert waiting.exception(timeout=60).code() is grpc.StatusCode.DATA_LOSS
+        with refused(grpc.StatusCode.DATA_LOSS):
+            backend.mounts(key)
+        with refused(grpc.StatusCode.DATA_LOSS):
+            backend.prepare(backend.name("red", "another"), name)
+        labels = offers(forged, f"{registry.host}/fenced:latest")[0]
+        assert not backend.offer("red", "", labels)
 
 
 def test_a_pending_layer_that_came_damaged_once_is_read_again(tmp_path: Path, registry: FakeRegistry) -> None:
     made = image("damaged")
     registry.script, registry.faults_on = "C", str(made.layers[0].digest)
-    with run_daemon(str(tmp_path / "d"), {"prepare_wait": "0s"}) as daemon, Backend(daemon.socket) as backend:
+    with impatient(tmp_path, "0s", registry) as (daemon, backend):
         names = backend.pull("red", made, published.publish(registry, made, "damaged"))
         assert wait_until(lambda: "is read again" in daemon.tail())
         key = backend.name("red", "c")

@@ -95,10 +95,9 @@ def test_a_daemon_that_fails_shows_its_log(config: Config, tmp_path: Path) -> No
 
 
 def test_a_daemon_that_never_listens_is_ended(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate, "_DEADLINE", 0.3)
-    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    monkeypatch.setattr(locate, "_DEADLINE", 2)
     with pytest.raises(UnreachableError, match="does not answer"):
-        _ensure(config, str(tmp_path / "log"), (sys.executable, "-c", code))
+        _ensure(config, str(tmp_path / "log"), ("sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 60"))
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -79,13 +80,19 @@ def test_a_holder_that_was_killed_is_followed_by_one_that_has_the_same(tmp_path:
         assert look(path) == {"a": b"one", "b": b"two"}
 
 
-def test_a_holder_answers_nobody_but_its_user(tmp_path: Path) -> None:
-    path = str(tmp_path / "holder.sock")
+@pytest.fixture
+def open_directory() -> Iterator[str]:
+    """One that everybody may enter."""
+    with tempfile.TemporaryDirectory(prefix="nsfs-holder-") as path:
+        os.chmod(path, 0o755)
+        yield path
+
+
+def test_a_holder_answers_nobody_but_its_user(open_directory: str) -> None:
+    path = f"{open_directory}/holder.sock"
     store = HolderStore(path)
     store.take()
     store.keep("a", memory(b"one"))
-    for each in (tmp_path, *tmp_path.parents[:2]):
-        os.chmod(each, 0o755)
     os.chmod(path, 0o666)
     with ended(store, "a"):
         os.seteuid(65534)

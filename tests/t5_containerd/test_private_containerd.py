@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -41,22 +42,27 @@ class _OnPurposeError(Exception):
 
 def test_nothing_is_left_of_a_block_that_fails(tmp_path: Path, reference: str) -> None:
     processes: list[str] = []
+    cgroups: list[str] = []
     with pytest.raises(_OnPurposeError):
-        _fail_with_a_running_container(str(tmp_path), reference, processes)
+        _fail_with_a_running_container(str(tmp_path), reference, processes, cgroups)
     assert len(processes) == 3  # containerd, shim, sleep
     assert not any(os.path.exists(f"/proc/{pid}/exe") for pid in processes)
-    assert not os.path.exists("/sys/fs/cgroup/pids/left")
+    assert "/sys/fs/cgroup/pids" in map(os.path.dirname, cgroups)
+    assert not any(os.path.exists(cgroup) for cgroup in cgroups)
     with open("/proc/self/mountinfo") as file:
         assert str(tmp_path) not in file.read()
 
 
-def _fail_with_a_running_container(directory: str, reference: str, processes: list[str]) -> None:
+def _fail_with_a_running_container(directory: str, reference: str, processes: list[str], cgroups: list[str]) -> None:
     with run_containerd(directory) as server:
         server.ctr("images", "pull", "--plain-http", reference, namespace="left")
         server.ctr("run", "--detach", reference, "a", "/bin/sleep", "1000", namespace="left")
         processes += _processes_like(server.pid)
-        with open("/sys/fs/cgroup/pids/left/a/cgroup.procs") as file:
+        with open(server.see("/sys/fs/cgroup/pids/left/a/cgroup.procs")) as file:
             processes += file.read().split()
+        with open(f"/proc/{server.pid}/cgroup") as file:
+            (name,) = {line.rstrip().partition(":/")[2] for line in file}
+        cgroups += glob.glob(f"/sys/fs/cgroup/*/{name}")
         raise _OnPurposeError
 
 
