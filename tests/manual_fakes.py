@@ -139,6 +139,7 @@ class FakeKernel(Kernel):
         self.stacks: defaultdict[str, list[object]] = defaultdict(list)
         self.uppers: set[str] = set()
         self.busy: set[str] = set()
+        self.warmed: list[list[tuple[int, int]]] = []
 
     async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, read_ahead: int = 0) -> None:
         await self.script.play("mount_lowers")
@@ -146,6 +147,10 @@ class FakeKernel(Kernel):
             assert (lower.domain, lower.view) in self.workers.shown, "its files are not there"
             assert path not in self.mounted(), "it hides what is mounted there"
             self.stacks[path].append(lower)
+
+    def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]]) -> None:
+        self.warmed.append(list(extents))
+        assert all(path in self.mounted() for _, path in lowers), "nothing is there"
 
     async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
         sources = [plan.source] if isinstance(plan, Bind) else plan.lowers

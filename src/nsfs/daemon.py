@@ -88,7 +88,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WARM: Final = ["nsfs.worker:warm_up", "nsfs.layer_jobs", "nsfs.front", "nsfs.serve.mounts"]
+_WARM: Final = ["nsfs.worker:warm_up", "nsfs.layer_jobs", "nsfs.front", "nsfs.serve.mounts", "nsfs.serve.warming"]
 _FOR_MOUNTS: Final = {"fuse", "/dev/fuse", "fusermount3"}
 """What a user can do without as long as nothing is mounted; root's workers cannot."""
 _TIDY_EVERY: Final = 1.0
@@ -225,7 +225,9 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
             log.info("nsfs %s serves at %s", __version__, config.socket)
             site.notifier.tell("READY=1")
             beside = [] if private else list(_besides(config, lifecycle, namespaces))
-            followed = [workers.files.follow, cache.watch, mounted.kernel.follow_starts, accounts.follow, *beside]
+            kernel = mounted.kernel
+            starting = [kernel.follow_starts, kernel.warming.follow]
+            followed = [workers.files.follow, cache.watch, *starting, accounts.follow, *beside]
             await _wait_end(ending, mounted.manual, control, followed)
             site.notifier.tell("RELOADING=1" if ending.how is End.REPLACE else "STOPPING=1")
         ends = [mounted.manual.end_all, *([snapshots.end] if snapshots else [])]

@@ -12,7 +12,7 @@ from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
 from nsfs.core.starts import CLOSE_KB, EXACT_KB, NEAR_KB, Begun, Starts
 from nsfs.core.tasks import open_tasks
-from nsfs.errors import NoSpaceError, UnreachableError
+from nsfs.errors import CorruptError, NoSpaceError, UnreachableError
 from nsfs.model.digest import Digest
 from nsfs.model.policy import view_name
 from nsfs.model.pool import Access, LayerKey
@@ -20,7 +20,7 @@ from nsfs.model.profile import WINDOW_LEAST, Profile, ProfiledLayer, ProfileUse,
 from trio_tests import run
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Sequence
+    from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 
     import pytest
 
@@ -179,6 +179,8 @@ class FakeStreams:
 
     dead: Sequence[LayerKey] = ()
     is_whole: bool = False
+    is_of_others: bool = False
+    present_from: int = 0
     asked: list[tuple[LayerKey, list[range]]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
@@ -188,6 +190,16 @@ class FakeStreams:
 
     def leading(self, key: LayerKey, size: int) -> range:
         return range(3 * size)
+
+    def locate(self, parts: Iterable[tuple[LayerKey, range]]) -> Iterator[tuple[int, int]]:
+        for key, part in parts:
+            start = (16 if key == LOW else 32 + 512) * BLOCK + (part.start - 512) // BLOCK * BLOCK
+            yield start, -(-len(part) // BLOCK) * BLOCK
+        if self.is_of_others:
+            raise CorruptError("a part of the stream is in no file")
+
+    def is_present(self, address: int, size: int) -> bool:
+        return self.is_whole and address >= self.present_from
 
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         assert owner == "team"
@@ -313,21 +325,21 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
         store, streams = FakeStore(), FakeStreams()
         async with starts(store, streams, FakeCatalog()) as (service, recordings):
             assert await start(service, ProfileUse.OFF) == await start(service, ProfileUse.USE) == Begun()
-            tag, read_ahead = await start(service, ProfileUse.FIRST, "a")
+            tag, read_ahead, _ = await start(service, ProfileUse.FIRST, "a")
             assert tag
             assert read_ahead == CLOSE_KB
-            assert await start(service, ProfileUse.FIRST, "a") == (tag, CLOSE_KB)
+            assert await start(service, ProfileUse.FIRST, "a") == Begun(tag, CLOSE_KB)
             assert await start(service, ProfileUse.FIRST, "b") == Begun()
             await read(recordings, tag, 32)
             recordings.end([view_name(MAP, "", "", tag)])
             await service.wait_kept()
             assert not streams.asked
-            assert await start(service, ProfileUse.FIRST, "c") == ("", NEAR_KB)
+            assert await start(service, ProfileUse.FIRST, "c") == Begun(read_ahead=NEAR_KB)
             await trio.sleep(1)
             assert streams.asked == [(HIGH, [range(512, 512 + BLOCK)])]
             streams.is_whole = True
-            assert await start(service, ProfileUse.USE) == Begun()
-            tag, read_ahead = await start(service, ProfileUse.RECORD)
+            assert await start(service, ProfileUse.USE) == Begun(warm=[(544 * BLOCK, BLOCK)])
+            tag, read_ahead, _ = await start(service, ProfileUse.RECORD)
             assert tag
             assert read_ahead == EXACT_KB
 
@@ -350,17 +362,54 @@ def test_without_a_profile_the_landmark_of_a_layer_is_one() -> None:
 def test_beside_a_pack_no_more_is_read_than_was_recorded() -> None:
     async def body() -> None:
         async with starts(FakeStore(), FakeStreams(), FakeCatalog(marked=HIGH), packed=True) as (service, _):
-            assert await start(service, ProfileUse.USE) == ("", EXACT_KB)
+            assert await start(service, ProfileUse.USE) == Begun(read_ahead=EXACT_KB)
             assert await start(service, ProfileUse.OFF) == Begun()
 
     run(body)
+
+
+def local(runs: list[Run], streams: FakeStreams) -> list[tuple[int, int]]:
+    """What a start with a profile of `runs` is to have in memory, where all is local, in blocks."""
+
+    async def body() -> None:
+        async with open_tasks() as nursery:
+            service = Prefetches(FakeCatalog(), streams, nursery)
+            profile = Profile(layers=LAYERS, runs=runs)
+            extents = await trio.to_thread.run_sync(service.local, [LOW, HIGH], profile)
+            found.extend((address // BLOCK, size // BLOCK) for address, size in extents)
+
+    found: list[tuple[int, int]] = []
+    run(body)
+    return found
+
+
+def at(layer: int, block: int, blocks: int = 1) -> Run:
+    return Run(layer, 512 + block * BLOCK, blocks * BLOCK)
+
+
+def test_what_is_near_to_what_is_read_first_comes_into_memory_with_it() -> None:
+    whole = FakeStreams(is_whole=True)
+    assert local([at(1, 100), at(0, 3), at(1, 90, 2), at(1, 100)], whole) == [(634, 11), (19, 1)]
+    assert local([at(1, 100), at(1, 83), at(1, 117)], whole) == [(627, 35)]
+    assert local([at(1, 100), at(1, 82), at(1, 118)], whole) == [(644, 1), (626, 1), (662, 1)]
+    assert local([at(0, 0, 1024), at(0, 2000, 3), at(0, 1025)], whole) == [(16, 1024), (2016, 3), (1041, 1)]
+
+
+def test_what_is_not_local_or_of_no_file_is_not_brought_into_memory() -> None:
+    assert local([at(1, 0), at(0, 3)], FakeStreams(is_whole=True, present_from=100 * BLOCK)) == [(544, 1)]
+    assert local([at(1, 0), at(0, 3)], FakeStreams(is_whole=True, is_of_others=True)) == []
+
+
+def test_no_more_than_so_much_is_brought_into_memory() -> None:
+    assert len(local([at(0, 100 * number) for number in range(5000)], FakeStreams(is_whole=True))) == 4096
+    assert sum(size for _, size in local([at(0, 0, 1 << 20)], FakeStreams(is_whole=True))) == 1 << 15
 
 
 def test_a_start_that_reads_what_is_not_the_images_says_so() -> None:
     async def body() -> None:
         store, image = FakeStore(), FakeImage()
         async with starts(store, FakeStreams(), FakeCatalog()) as (service, recordings):
-            tag, _ = await service.begin(ProfileUse.FIRST, cast("Any", image), [LOW, HIGH], "another's layer")
+            tag, *_ = await service.begin(ProfileUse.FIRST, cast("Any", image), [LOW, HIGH], "another's layer")
             await read(recordings, tag, 32)
             recordings.end([view_name(MAP, "", "", tag)])
             await service.wait_kept()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import random
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from images import Image, file, gzip_layer
 from meter import Meter, Served
 from nsfs_daemon import Daemon, run_daemon
+from page_cache import cached_pages
 from users import noise, push, read, wait_until
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 DRIVERS = ("erofs", "fuse")
 SIZE = 600_000
 FILES = 12
+PAGES = 49
+"""Of a third of it."""
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,40 @@ def test_a_profile_stays_in_its_namespace_and_ends_with_it(
     assert logged(daemon, "prefetched") == before
     daemon.nsfs("ns", "rm", "red")
     assert "ns%2Fred" not in {path.parent.parent.name for path in profiles(daemon)}
+
+
+def test_what_a_start_is_known_to_read_comes_into_memory(
+    daemon: Daemon, registry: Registry, arena: Path, tmp_path: Path
+) -> None:
+    """Where all is local, by itself, and nothing else does; also when its files are known already."""
+    files = {
+        f"d{layer}/{number}": noise(SIZE // 3, 70_000 + 10 * layer + number) for layer in (0, 1) for number in range(5)
+    }
+    layers = [[file(*item) for item in files.items() if item[0].startswith(f"d{layer}")] for layer in (0, 1)]
+    push(Image(tuple(map(gzip_layer, layers))), registry, tmp_path, "warm")
+    reference, target, first = f"{registry.host}/warm", str(arena / "mnt"), ["d0/3", "d1/4", "d0/0"]
+    with daemon.mounted(reference, target, "--profile", "record"):
+        assert [read(f"{target}/{name}") for name in first] == [files[name] for name in first]
+    for _ in range(2):
+        wait_until(lambda: is_made_warm(daemon, reference, target, first), "a start that finds its files in memory", 60)
+
+
+def is_made_warm(daemon: Daemon, reference: str, target: str, first: list[str]) -> bool:
+    """Whether these files, and no others, come into memory with a mount; others may drop all caches any time."""
+    with daemon.mounted(reference, target):
+        deadline = time.monotonic() + 10
+        while not all(cached(daemon, name) == PAGES for name in first):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        assert not any(cached(daemon, name) for name in ("d0/1", "d1/0", "d1/2"))
+        return True
+
+
+def cached(daemon: Daemon, name: str) -> int:
+    """Pages of a file of some layer that are in memory, as its view has it."""
+    (path,) = pathlib.Path(daemon.run).glob(f"l/*/{name}")
+    return cached_pages(str(path), 0, SIZE)
 
 
 def covers(one: Served, number: int) -> bool:

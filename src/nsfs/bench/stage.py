@@ -96,14 +96,15 @@ class Stage:
         self.local.complete(self.named, NAMESPACE)
         if Way.OVERLAY in self.wish.ways:
             self.stacks.append(self._stack())
+        if Way.LOCAL in self.wish.ways:
+            self._record(LazyRoot(self.local, self.named, profile="record"))
         if self.indexed is not None and (Way.PROFILE in self.wish.ways or self.wish.publish):
-            self._record()
+            self._record(self._lazy_root("record"))
         if self.indexed is not None and self.wish.publish:
             self.indexed.publish(self.named)
 
-    def _record(self) -> None:
-        """Have the node without contents know what a start reads, none of which is in memory."""
-        root = self._lazy_root("record")
+    def _record(self, root: LazyRoot) -> None:
+        """Have a node know what a start reads, none of which is in memory."""
         root.prepare()
         self.forget(root)
         root.mount(self.target)

@@ -133,6 +133,7 @@ class Domain:
             config=image.config.config,
             recording=begun.recording,
             read_ahead=begun.read_ahead,
+            warm=list(begun.warm),
         )
 
     def _info(self, record: MapRecord, image: Image) -> worker_api.MapInfo:

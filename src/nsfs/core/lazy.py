@@ -182,9 +182,7 @@ class LazyLayers:
         infos = iter(reversed(answer.maps))
         maps = [None if layer is None else next(infos) for layer in layers]
         views = [None if info is None else self._lower(domain, info, recording) for info in maps]
-        paths = await self._mount(
-            domain, [view for view in dict.fromkeys(views) if view], snapshot, shift, read_ahead=answer.read_ahead
-        )
+        paths = await self._mount(domain, [view for view in dict.fromkeys(views) if view], snapshot, shift, answer)
         stacked = [
             None if info is None or view is None else Stacked(paths[view], info.marks, info.opaque)
             for info, view in zip(maps, views, strict=True)
@@ -196,12 +194,12 @@ class LazyLayers:
         return least_use(profile, self._config.profile, ProfileUse.USE if domain.transient else ProfileUse.FIRST)
 
     async def _mount(
-        self, domain: Domain, views: Sequence[Lower], snapshot: int, shift: Shift | None, *, read_ahead: int
+        self, domain: Domain, views: Sequence[Lower], snapshot: int, shift: Shift | None, answer: worker_api.Stacked
     ) -> dict[Lower, str]:
         """Where each view, or its clone, is mounted for the snapshot."""
         async with self._lowers.locks[domain.name]:
             self._domains[snapshot] = domain
-            mounted = await self._lowers.acquire(views, _user(snapshot), read_ahead=read_ahead)
+            mounted = await self._lowers.acquire(views, _user(snapshot), read_ahead=answer.read_ahead, warm=answer.warm)
             paths = dict(zip(views, mounted, strict=True))
             return paths if shift is None else await self._clones.acquire(paths, shift, snapshot)
 

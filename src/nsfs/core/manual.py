@@ -106,6 +106,9 @@ class Kernel(Protocol):
     async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, read_ahead: int = 0) -> None:
         """Mount each view at its path; for a while the kernel reads no more than so many KiB ahead, if it is not 0."""
 
+    def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]]) -> None:
+        """Begin to bring what lies at addresses (and has that size) into the memory of mounted views, top first."""
+
     async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
         """Put the tree at `target`."""
 
@@ -213,10 +216,13 @@ class Lowers:
         """What a user stacks."""
         return [lower for lower, users in self._users.items() if user in users]
 
-    async def acquire(self, lowers: Sequence[Lower], user: str, *, read_ahead: int = 0) -> list[str]:
+    async def acquire(
+        self, lowers: Sequence[Lower], user: str, *, read_ahead: int = 0, warm: Sequence[tuple[int, int]] = ()
+    ) -> list[str]:
         """Mount what is not mounted yet; gives the paths in the order of `lowers`, distinct ones of one domain.
 
         Of what is mounted now the kernel reads no more than so many KiB ahead for a while, if `read_ahead` is not 0.
+        The extents `warm`, address and size, are then brought into memory, and not waited for.
         """
         fresh = [lower for lower in lowers if lower not in self._names]
         self._names |= zip(fresh, self._free_names(), strict=False)
@@ -229,6 +235,8 @@ class Lowers:
             with trio.move_on_after(_UNDO_DEADLINE, shield=True):
                 await self._hide(fresh)
             raise
+        if fresh and warm:
+            self._kernel.warm([(lower, self._path(lower)) for lower in lowers], warm)
         known = self.held(user)
         for lower in lowers:
             self._users[lower].add(user)
@@ -383,7 +391,7 @@ class ManualMounts:
         if not self._host.root:
             await self._kernel.mount_front(record, maps)
         else:
-            lowers = await self._show(record, maps, undo, read_ahead=image.read_ahead)
+            lowers = await self._show(record, maps, undo, image)
             marks = record.driver != Driver.FUSE and any(info.marks for info in maps)
             upper = await self._make_upper(record, undo) if record.writable else None
             plan = plan_rootfs(lowers, marks=marks, empty=self._kernel.empty, upper=upper)
@@ -391,11 +399,12 @@ class ManualMounts:
         _push_undo(undo, partial(self._kernel.unmount, [record.target], force=True))
 
     async def _show(
-        self, record: MountRecord, maps: list[worker_api.MapInfo], undo: AsyncExitStack, *, read_ahead: int
+        self, record: MountRecord, maps: list[worker_api.MapInfo], undo: AsyncExitStack, image: worker_api.Prepared
     ) -> list[str]:
         """Have the kernel see the image's layers; where they are, top first."""
         if record.driver != Driver.FUSE:
-            paths = await self._lowers.acquire(_lowers_of(record), record.id, read_ahead=read_ahead)
+            lowers = _lowers_of(record)
+            paths = await self._lowers.acquire(lowers, record.id, read_ahead=image.read_ahead, warm=image.warm)
             _push_undo(undo, partial(self._lowers.release, record.id))
             return paths
         _push_undo(undo, partial(self._hide_tree, record))

@@ -117,7 +117,9 @@ class Pinned:
         readers = [self._readers.reader_of(record, owner) for record in maps]
         infos = await trio.to_thread.run_sync(lambda: list(map(self._info, maps, readers)))
         begun = await self._begin_start(params, images, layers)
-        return worker_api.Stacked(maps=infos, recording=begun.recording, read_ahead=begun.read_ahead)
+        return worker_api.Stacked(
+            maps=infos, recording=begun.recording, read_ahead=begun.read_ahead, warm=list(begun.warm)
+        )
 
     async def _begin_start(
         self, params: worker_api.Stack, images: Mapping[str, Image], layers: Sequence[Layer | None]

@@ -22,7 +22,7 @@ from nsfs.errors import NsfsError
 from nsfs.model.profile import Profile, ProfiledLayer, Run, plan_windows, stream_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from nsfs.model.digest import Digest
     from nsfs.model.pool import LayerKey, LayerRecord
@@ -31,6 +31,13 @@ log = logging.getLogger(__name__)
 
 _OUTSTANDING: Final = 2
 """Windows of a profile."""
+_WARM: Final = 128 << 20
+"""Bytes that are brought into memory for a start."""
+_WARM_EXTENTS: Final = 4096
+_TOGETHER: Final = 4 << 20
+"""Bytes of a profile of which what is near becomes one."""
+_NEAR: Final = 64 << 10
+"""What is read sooner in one piece, with what lies between, than in two."""
 
 
 class Catalog(Protocol):
@@ -45,6 +52,12 @@ class Streams(Protocol):
 
     def are_local(self, keys: Collection[LayerKey]) -> bool:
         """Whether all of these layers' contents are in the pool."""
+
+    def locate(self, parts: Iterable[tuple[LayerKey, range]]) -> Iterator[tuple[int, int]]:
+        """Where these parts of layers' streams lie in the pool: address and size, in whole blocks."""
+
+    def is_present(self, address: int, size: int) -> bool:
+        """Whether these blocks are in the pool."""
 
     def leading(self, key: LayerKey, size: int) -> range:
         """The part of a layer's stream that so many bytes at the beginning of its blob are."""
@@ -79,6 +92,21 @@ class Prefetches:
             prefetch = self._running[image, owner] = _Prefetch(frozenset(layers))
             self._nursery.start_soon(self._run, image, owner, layers, profile, prefetch)
         return True
+
+    def local(self, layers: Sequence[LayerKey], profile: Profile) -> list[tuple[int, int]]:
+        """Where what of the profile is in the pool lies there, in its order: address and size, in whole blocks.
+
+        Of long profiles the beginning. Blocks; any thread.
+        """
+        keys = self._known(profile, layers)
+        runs = (part for run in profile.runs if run.layer in keys for part in run.cut(_TOGETHER))
+        parts = ((keys[run.layer], run.stream) for run in runs)
+        try:
+            extents = plan_extents(self._streams.locate(parts))
+        except NsfsError as error:
+            log.info("a profile is not of its layers: %s", error)
+            return []
+        return [extent for extent in extents if self._streams.is_present(*extent)]
 
     def end(self, layers: Collection[LayerKey]) -> None:
         """Fetch nothing more for images that have one of these layers."""
@@ -125,10 +153,47 @@ class Prefetches:
 
     def _served(self, profile: Profile, layers: Sequence[LayerKey]) -> dict[int, LayerKey]:
         """The profile's layers that can be fetched by ranges, by their numbers there."""
+        return {number: key for number, key in self._known(profile, layers).items() if self._has_spans(key)}
+
+    def _known(self, profile: Profile, layers: Sequence[LayerKey]) -> dict[int, LayerKey]:
+        """The profile's layers that are read by the stream which was recorded, by their numbers there."""
         known = {(str(key.blob), stream_of(key.index)): key for key in layers}
-        found = {number: known.get((layer.blob, layer.stream)) for number, layer in enumerate(profile.layers)}
-        return {number: key for number, key in found.items() if key is not None and self._has_spans(key)}
+        found = ((number, known.get((layer.blob, layer.stream))) for number, layer in enumerate(profile.layers))
+        return {number: key for number, key in found if key is not None}
 
     def _has_spans(self, key: LayerKey) -> bool:
         record = self._catalog.layer(key)
         return record is not None and record.has_spans
+
+
+def plan_extents(found: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What to bring into memory of extents, in whole blocks, that are read in this order.
+
+    Those that are near to each other and are read soon after each other become one, with what lies between.
+    """
+    rest, extents = iter(found), []
+    size = 0
+    while size < _WARM and (together := list(_take(rest, _TOGETHER))):
+        extents += _join_near(together)
+        size += sum(length for _, length in together)
+    return extents[:_WARM_EXTENTS]
+
+
+def _take(extents: Iterator[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """The first of them, of so many bytes or a little more."""
+    while size > 0 and (extent := next(extents, None)):
+        size -= extent[1]
+        yield extent
+
+
+def _join_near(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """In the order of what each has of the first."""
+    joined: list[tuple[int, int, int]] = []
+    for address, size, number in sorted((*extent, number) for number, extent in enumerate(extents)):
+        end = address + size
+        if joined and address - joined[-1][1] <= _NEAR:
+            start, last, first = joined[-1]
+            joined[-1] = start, max(last, end), min(first, number)
+        else:
+            joined.append((address, end, number))
+    return [(start, end - start) for start, end, _ in sorted(joined, key=lambda each: each[2])]

@@ -1,10 +1,10 @@
 """Starts: what is done with an image's profile when somebody begins to use the image.
 
 Owns the choice between recording and fetching: without a profile the first start of an image is recorded, and only one
-at a time; what is known of it, by a profile or by its layers themselves, is fetched meanwhile or instead. And how far
-the kernel may read beyond what a start asks for.
+at a time; what is known of it, by a profile or by its layers themselves, is fetched meanwhile or instead, and where all
+is local, said, so that it can be brought into memory. And how far the kernel may read beyond what a start asks for.
 
-Concurrency: one event loop; a profile is read in a thread.
+Concurrency: one event loop; a profile is read, and looked up, in a thread.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Begun(NamedTuple):
     """The tag of their names; empty where nothing is recorded."""
     read_ahead: int = 0
     """KiB that the kernel may read beyond what it is asked for, at first; 0 for as many as ever."""
+    warm: Sequence[tuple[int, int]] = ()
+    """What is known to be read and is local, in the order of first use: address and size."""
 
 
 class Starts:
@@ -92,7 +94,9 @@ class Starts:
             return Begun(tag, EXACT_KB)
         if tag:
             return Begun(tag, CLOSE_KB)
-        return Begun(read_ahead=NEAR_KB if is_fetched else 0)
+        if is_fetched or profile is None:
+            return Begun(read_ahead=NEAR_KB if is_fetched else 0)
+        return Begun(warm=await trio.to_thread.run_sync(self._prefetches.local, layers, profile))
 
     async def wait_kept(self) -> None:
         """Return when the profiles of starts that are over are kept."""

@@ -9,7 +9,7 @@ from one that was killed serves every view at once.
 from __future__ import annotations
 
 from bisect import bisect_left
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
@@ -27,7 +27,7 @@ from nsfs.model.policy import Patience, ViewName, parse_view_name, view_name
 from nsfs.model.pool import Access
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from nsfs.core.blobs import Blobs
     from nsfs.core.fetcher import Fetcher
@@ -221,6 +221,19 @@ class Views:
         table = self._open_table(key)
         first_beyond = bisect_left(range(len(table)), size, key=lambda number: table.span(number).offset)
         return range(table.stream_range(range(first_beyond))[1] if first_beyond else 0)
+
+    def locate(self, parts: Iterable[tuple[LayerKey, range]]) -> Iterator[tuple[int, int]]:
+        """Where these parts of layers' streams lie in the pool, or would: address and size, in whole blocks.
+
+        Looks at memory maps alone; any thread.
+        """
+        open_table = cache(self._open_table)
+        for key, part in parts:
+            yield from join_blocks(stream_pieces(open_table(key), part))
+
+    def is_present(self, address: int, size: int) -> bool:
+        """Whether these blocks are in the pool; any thread."""
+        return not self._pool.missing(address, size)
 
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         """Have these parts of a layer's stream in the pool; raises as its registry does, and NoSpaceError."""

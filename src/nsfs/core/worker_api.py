@@ -67,6 +67,8 @@ class Prepared(Struct, kw_only=True):
     """What is to be in the names of views that are recorded."""
     read_ahead: Count = 0
     """KiB that the kernel may read beyond what it is asked for of its views, at first; 0 for as many as ever."""
+    warm: list[tuple[Count, Count]] = field(default_factory=list)
+    """What of a start's reads is local: address and size, in the order of first use."""
 
 
 class Views(Struct, kw_only=True):
@@ -216,7 +218,8 @@ class Stacked(Struct, kw_only=True):
     recording: str = ""
     """What is to be in the names of views that are recorded."""
     read_ahead: Count = 0
-    """As of `Prepared`."""
+    warm: list[tuple[Count, Count]] = field(default_factory=list)
+    """Both as of `Prepared`."""
 
 
 def check_maps(answer: Prepared | Stacked, owner: str) -> None:

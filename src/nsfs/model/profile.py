@@ -96,6 +96,11 @@ class Run(Struct, frozen=True, gc=False, array_like=True):
     """Stream offset, bytes."""
     length: int
 
+    @property
+    def stream(self) -> range:
+        """The part of the layer's stream that it is."""
+        return range(self.start, self.start + self.length)
+
     def cut(self, size: int) -> Iterator[Run]:
         """Its parts of at most `size` bytes, in order."""
         for start in range(self.start, self.start + self.length, size):

@@ -24,6 +24,7 @@ from nsfs.model.mounts import Bind, Driver, Lower
 from nsfs.model.shift import render_map
 from nsfs.serve import mounts
 from nsfs.serve.fronts import FrontArgs, Fronts
+from nsfs.serve.warming import Warming, WarmView
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -55,6 +56,7 @@ class HostKernel(Kernel):
         self._layout = layout
         self._host = host
         self._server = server
+        self.warming = Warming(server)
         self._checks = trio.CapacityLimiter(_CHECKS)
         self._starting: deque[tuple[float, str]] = deque()
         """When which views are read far ahead again: trio's time, name as a bdi."""
@@ -138,6 +140,16 @@ class HostKernel(Kernel):
             due = trio.current_time() + _START
             self._starting += [(due, name) for result in results for name in result.read_ahead_of]
 
+    def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]]) -> None:
+        """See Kernel. Layers without EROFS are left alone: their maps are not what is mounted."""
+        views = [
+            WarmView(path, self._layout.domain_run(lower.domain).fuse_map(lower.view))
+            for lower, path in lowers
+            if lower.driver is not Driver.FUSE
+        ]
+        if views:
+            self.warming.begin(views, extents)
+
     async def follow_starts(self) -> None:
         """Have views read far ahead again that were mounted for a start a while ago, also by an earlier daemon."""
         for low in (EXACT_KB, CLOSE_KB, NEAR_KB):
@@ -203,6 +215,7 @@ class HostKernel(Kernel):
     async def unmount(self, paths: Sequence[str], *, force: bool) -> None:
         """See Kernel."""
         if paths:
+            self.warming.end(paths)
             await self._carry_out(tuple(mounts.Umount(target=path, detach=force) for path in paths))
 
     async def _carry_out(self, steps: tuple[mounts.Step, ...]) -> list[mounts.StepResult]:
