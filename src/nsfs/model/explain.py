@@ -19,7 +19,7 @@ _FOLLOWS: dict[Isolation, dict[str, str]] = {
         "disk": "one pool, with one copy of what any of its namespaces reads",
         "memory": "one page cache: what one namespace read is quick for all",
         "process": "one worker, with a uid of its own and no privileges, and one fuse connection for all of them",
-        "seen": "by timing, its namespaces can tell what others of them have read",
+        "seen": "by timing, who may have an image can tell what others of them have read of it",
         "ends": "with nobody: it stays until it is evicted or deleted",
     },
     Isolation.ISOLATED: {

@@ -13,7 +13,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from nsfs.errors import NotFoundError, NsfsError, UnsupportedError, UsageError
+from nsfs.errors import DeniedError, NotFoundError, NsfsError, UnsupportedError, UsageError
 from nsfs.remote.client import Connections, Get, Meter, Server
 from nsfs.remote.credentials import HUB_KEY, key_of, load_config, plan_helper
 from nsfs.remote.reference import Reference, parse_reference
@@ -47,6 +47,8 @@ async def try_login(registry: str, credential: Credential, hosts: Hosts, timeout
     try:
         async with Server(own[0], registry, connections, _Only(credential)).open(_PING, Meter()) as answer:
             await answer.read(1 << 20, "login")
+    except DeniedError as error:
+        raise DeniedError(error.message, hint="check username and password; nothing was kept") from error
     finally:
         await connections.aclose()
 

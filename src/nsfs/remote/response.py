@@ -26,6 +26,7 @@ STALE = frozenset({400, 401, 403, 404, 410})
 """What stores answer to a signed URL that expired (S3 403, Google 400, others 401, 404 and 410)."""
 LONGEST_WAIT = 86_400.0
 
+_DENIED = "nsfs login -n NAMESPACE REGISTRY, or check the name: it may not exist"
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -106,7 +107,7 @@ def refusal(status: int, headers: Mapping[str, str], what: str, body: bytes, now
     reason = parse_reason(body)
     said = f"{what}: {reason}" if reason else what
     if status in {401, 403, 451}:
-        return DeniedError(f"the registry denies access: {said}", hint="log in, or check the name: it may not exist")
+        return DeniedError(f"the registry denies access: {said}", hint=_DENIED)
     if status in {404, 410}:
         return NotFoundError(f"the registry has no such thing: {said}")
     if status in {408, 425, 429} or status >= 500:
