@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
 from contextlib import suppress
 from typing import Final
@@ -27,6 +26,7 @@ from nsfs.serve.mounts import load_mounts
 from nsfs.store.domains import Domains
 from nsfs.store.keys import Keys
 from nsfs.store.layout import Layout
+from nsfs.store.trees import delete_tree
 
 _DEADLINE: Final = 60.0
 """Seconds for a daemon to take everything away."""
@@ -52,7 +52,8 @@ def uninstall(session: Session, path: str | None, *, purge: bool, force: bool, y
     _refuse_mounted(layout)
     if purge:
         _purge(layout)
-    shutil.rmtree(layout.run, ignore_errors=True)
+    with suppress(OSError):
+        delete_tree(layout.run)
     session.talk.note(f"nsfs is gone from this host{'' if purge else f', but for {layout.root}'}")
 
 
@@ -101,4 +102,4 @@ def _purge(layout: Layout) -> None:
     domains = Domains(layout, Keys(layout, None), Encrypt.OFF)
     for name in domains.names():
         domains.delete(name)  # its key first
-    shutil.rmtree(layout.root)
+    delete_tree(layout.root)

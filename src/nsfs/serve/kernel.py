@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from nsfs.model.shift import render_map
 from nsfs.serve import mounts
 from nsfs.serve.fronts import FrontArgs, Fronts
 from nsfs.serve.warming import Warming, WarmView
+from nsfs.store.trees import delete_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -84,7 +85,8 @@ class HostKernel(Kernel):
     async def drop_upper(self, mount_id: str) -> None:
         """See Kernel."""
         top = os.path.dirname(self._layout.upper(mount_id))
-        await trio.to_thread.run_sync(partial(shutil.rmtree, top, ignore_errors=True))
+        with suppress(OSError):
+            await trio.to_thread.run_sync(delete_tree, top)
 
     def mounted(self) -> set[str]:
         """See Kernel. What others have mounted over or under ours has another type, mostly."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import unquote
@@ -18,6 +17,7 @@ from nsfs.errors import CorruptError, NsfsError
 from nsfs.model.encryption import KeyPlace, plan_key
 from nsfs.store.crypt import DomainKey, make_key_file
 from nsfs.store.pool import create_bitmap, is_encrypted
+from nsfs.store.trees import delete_tree, visit
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -98,11 +98,7 @@ class Domains:
             return self._measure(layout)
 
     def _measure(self, layout: DomainLayout) -> Footprint:
-        size = 0
-        for directory, _, files in os.walk(layout.path):
-            for file in files:
-                with suppress(FileNotFoundError):
-                    size += os.lstat(os.path.join(directory, file)).st_blocks * _BLOCK
+        size = sum(found.status.st_blocks for found in visit(layout.path) if not found.is_directory) * _BLOCK
         with suppress(FileNotFoundError):
             return Footprint(size, os.lstat(layout.path).st_uid, _is_encrypted(layout))
         return Footprint(0, os.geteuid(), is_encrypted=False)
@@ -120,7 +116,8 @@ class Domains:
     def delete(self, name: str) -> None:
         """Delete all that a domain has on disk, its key first."""
         self.destroy_key(name)
-        shutil.rmtree(self._layout.domain(name).path, ignore_errors=True)
+        with suppress(OSError):
+            delete_tree(self._layout.domain(name).path)
 
     def drop_lost(self, keep: Collection[str]) -> None:
         """Delete the domains of pods, and those whose deletion was interrupted; not those that go on (`keep`)."""

@@ -9,18 +9,18 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
+from nsfs.store.trees import visit
+
 
 def give_to(directory: str, uid: int) -> None:
     """Have `directory` and everything in it belong to `uid` and the group of that number, and to nobody else.
 
     The directory itself is the last, so that it does not look done while it is not; done twice, it does no harm.
     """
-    for _, directories, files, fd in os.fwalk(directory, follow_symlinks=False):
-        for name in (*directories, *files):
+    for found in visit(directory):
+        if (found.status.st_uid, found.status.st_gid) != (uid, uid):
             with suppress(FileNotFoundError):
-                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                if (status.st_uid, status.st_gid) != (uid, uid):
-                    os.chown(name, uid, uid, dir_fd=fd, follow_symlinks=False)
+                os.chown(found.name, uid, uid, dir_fd=found.directory, follow_symlinks=False)
     os.chown(directory, uid, uid, follow_symlinks=False)
     os.chmod(directory, 0o700)
 

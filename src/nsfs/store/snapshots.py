@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
-import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from nsfs.errors import NoSpaceError, NotFoundError, NsfsError
+from nsfs.store.trees import delete_tree, visit
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection
 
 _BLOCK = 512
 """Unit of st_blocks (stat(2))."""
@@ -49,8 +48,8 @@ class SnapshotDirs:
     def make(self, number: int, owner: tuple[int, int]) -> None:
         """Make the directories of a new snapshot, empty; they belong to `owner`."""
         upper, work = self.upper(number)
-        shutil.rmtree(os.path.dirname(upper), ignore_errors=True)
         try:
+            delete_tree(os.path.dirname(upper))
             os.mkdir(os.path.dirname(upper), 0o700)
             for path in (upper, work):
                 os.mkdir(path)
@@ -87,13 +86,12 @@ class SnapshotDirs:
 
     def measure(self, number: int) -> Usage:
         """Walk a snapshot's tree; what goes away meanwhile does not count."""
-        seen: set[tuple[int, int]] = set()
-        size = 0
-        for found in _walk(self.upper(number)[0]):
-            if (found.st_dev, found.st_ino) not in seen:
-                seen.add((found.st_dev, found.st_ino))
-                size += found.st_blocks * _BLOCK
-        return Usage(size, len(seen))
+        upper, _ = self.upper(number)
+        blocks = {(found.status.st_dev, found.status.st_ino): found.status.st_blocks for found in visit(upper)}
+        with suppress(FileNotFoundError):
+            top = os.lstat(upper)
+            blocks[top.st_dev, top.st_ino] = top.st_blocks
+        return Usage(sum(blocks.values()) * _BLOCK, len(blocks))
 
     def sweep(self, keep: Collection[int], below: int) -> int:
         """Delete what belongs to none of `keep`, of all numbers lower than `below`; how many directories that was."""
@@ -103,19 +101,6 @@ class SnapshotDirs:
             with suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._links, f"s{number:x}"))
             self._linked.discard(number)
-            shutil.rmtree(os.path.join(self._path, str(number)), ignore_errors=True)
+            with suppress(OSError):
+                delete_tree(os.path.join(self._path, str(number)))
         return len(gone)
-
-
-def _walk(top: str) -> Iterator[os.stat_result]:
-    with suppress(FileNotFoundError):
-        yield os.lstat(top)
-    pending = [top]
-    while pending:
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):
-                    found = entry.stat(follow_symlinks=False)
-                    yield found
-                    if stat.S_ISDIR(found.st_mode):
-                        pending.append(entry.path)
