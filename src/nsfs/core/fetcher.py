@@ -421,7 +421,7 @@ class Fetcher:
         start = min(piece.stream for piece in plan.pieces if piece.layer == layer)
         last = max(group.spans.stop for group in plan.groups if group.layer == layer) - 1
         end = view.sources[layer].table.stream_range(range(last, last + 1))[1]
-        head = view.missed(layer, start, end, is_small=sum(size for _, size in plan.runs) <= BLOCK)
+        head = view.missed(layer, start, end)
         if head is not None:
             self._begin_read_ahead(view, head)
 
@@ -433,9 +433,11 @@ class Fetcher:
         self._nursery.start_soon(self._read_ahead, source, head, stream)
 
     async def _read_ahead(self, source: LayerSource, head: Head, stream: range) -> None:
+        window = head.window
+
         def plan() -> tuple[list[Group], int]:
             table = source.table
-            middle = address_of(table, stream.start + len(stream) // 2)
+            middle = address_of(table, stream.stop - window // 2)
             return plan_ahead(table, head.layer, stream, self._pool.missing), middle
 
         try:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 _SLACK = 256 << 10
 """Bytes of stream that a sequence of reads may leave out, or read twice."""
+_BEHIND = 512 << 10
+"""Bytes of stream before a sequence's first miss that come with its first step: who reads one file of a directory reads
+others, in any order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +88,7 @@ class View:
         self.name = name
         self.sources = tuple(sources)
         self.limiter = trio.CapacityLimiter(waiting)
-        self.heads: deque[Head] = deque(maxlen=4)
+        self.heads: deque[Head] = deque(maxlen=16)
         """Its sequences of reads, the latest last."""
 
     def passed(self, address: int, size: int) -> Head | None:
@@ -96,21 +99,21 @@ class View:
                 return head
         return None
 
-    def missed(self, layer: int, start: int, end: int, *, is_small: bool) -> Head | None:
+    def missed(self, layer: int, start: int, end: int) -> Head | None:
         """The sequence that is to be fetched further ahead now that a miss lacks the stream from `start`.
 
-        The miss brings the stream up to `end`. None while enough is under way, and for the first miss of a sequence
-        where it `is_small`, so that the kernel reads nothing around it, or where those before it ended at their first:
-        there reads jump about.
+        The miss brings the stream up to `end`. None where no sequence lately went on after its first miss: there reads
+        jump about.
         """
         for head in self.heads:
-            if head.layer == layer and head.start - _SLACK <= start <= head.end + _SLACK:
+            if head.layer == layer and head.start <= start <= head.end + _SLACK:
                 head.goes_on = True
-                head.end = max(end, head.end)
-                return head if head.end - end <= head.window // 2 else None
+                if start >= head.end - _SLACK // 2:
+                    head.end = max(end, head.end)
+                    return head
         jumps = len(self.heads) == self.heads.maxlen and not any(head.goes_on for head in self.heads)
-        self.heads.append(Head(layer, start, end))
-        return None if jumps or is_small else self.heads[-1]
+        self.heads.append(Head(layer, max(0, start - _BEHIND), end))
+        return None if jumps else self.heads[-1]
 
 
 @dataclass(eq=False, slots=True)
@@ -123,15 +126,22 @@ class Head:
     end: int
     """Up to here it is fetched, or on its way."""
     window: int = 0
+    """Bytes of the last step."""
+    steps: int = 0
     mark: int = -1
     """Who reads this address has come so far that more is to be fetched."""
     goes_on: bool = False
     """More of it was read than its first miss."""
 
     def advance(self, config: FetchConfig, under_way: int) -> range:
-        """The stream's next part, twice as long as the last; the first one suits what the route has `under_way`."""
+        """The stream's next part; from the third on it is twice as long as the last.
+
+        The first one suits what the route has `under_way`, and has what lies around the miss, too.
+        """
         first = max(config.read_ahead_least, min(under_way, config.read_ahead_first))
-        self.window = min(max(self.window * 2, first), config.read_ahead_most)
+        self.start = self.end if self.steps else self.start
+        self.window = min(first if self.steps < 2 else self.window * 2, config.read_ahead_most)
+        self.steps += 1
         self.mark = -1
-        self.start, self.end = self.end, self.end + self.window
+        self.end += self.window
         return range(self.start, self.end)

@@ -341,7 +341,7 @@ class PlainInflater:
 
 
 class PlainScanner:
-    """The spans (Codec.NONE) of a blob that is not compressed: 1 MiB each."""
+    """The spans (Codec.NONE) of a blob that is not compressed: `SPACING` bytes each."""
 
     def __init__(self) -> None:
         self._held = bytearray()
