@@ -200,7 +200,7 @@ async def _compose(
     views = Views(index, files.table, blobs, layers, pool, fetcher, recordings, startups)
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
-    shown = ShownTree(index, maps, views, Resident([layout.index, f"{layout.index}-lock"]))
+    shown = ShownTree(index, maps, views, Resident([layout.index]))
     stack.callback(shown.resident.close)
     proofs = Proofs(index, layers, claimed, views, startups)
     completing = Completing(index, proofs, nursery, follows_use=config.fetch.complete)

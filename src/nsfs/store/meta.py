@@ -68,7 +68,7 @@ class Meta:
     def __init__(self, path: str) -> None:
         self._path = path
         self._opening = threading.Lock()
-        self._resident = Resident([os.path.join(path, name) for name in ("data.mdb", "lock.mdb")])
+        self._resident = Resident([os.path.join(path, "data.mdb")])
         self._is_usable = True
         self._open()
 

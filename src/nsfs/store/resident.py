@@ -5,6 +5,7 @@ is resident here is locked (mlock(2)) for as long as this process lives, whoever
 take: the kernel drops no locked page. Refuses more than `MOST`, for the host's sake, and where the process may not lock
 so much, goes on without.
 
+Not for LMDB's lock files: closing any descriptor of one ends the locks that the process has on it (fcntl_locking(2)).
 Blocks where a page is not in memory yet; call it in a thread where that may be. Any number of threads.
 """
 
