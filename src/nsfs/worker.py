@@ -40,7 +40,7 @@ from nsfs.core.pinned import Pinned
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.proving import Proofs
 from nsfs.core.recording import Recordings
-from nsfs.core.starts import Starts
+from nsfs.core.starts import Starts, usage_of
 from nsfs.core.startup import Startups
 from nsfs.core.tasks import open_tasks
 from nsfs.core.union import UnionTree
@@ -200,16 +200,16 @@ async def _compose(
     views = Views(index, files.table, blobs, layers, pool, fetcher, recordings, startups)
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
-    shown = ShownTree(index, maps, views, Resident([layout.index]))
+    prefetches = Prefetches(index, views, nursery)
+    starts = Starts(profiles, recordings, prefetches, startups)
+    shown = ShownTree(index, maps, views, starts, Resident([layout.index]))
     stack.callback(shown.resident.close)
     proofs = Proofs(index, layers, claimed, views, startups)
     completing = Completing(index, proofs, nursery, follows_use=config.fetch.complete)
-    prefetches = Prefetches(index, views, nursery)
     uses = Uses(index, shown, completing, prefetches, nursery)
     cache = DomainCache(index, images, layers, views, looking, uses, kept, completing)
     bugs = stack.enter_context(counted_bugs())
     noted = NotedUse(shown, uses.note)
-    starts = Starts(profiles, recordings, prefetches, startups)
     domain = Domain(images, layers, blobs, views, looking, noted, lambda: Health(bugs.count, kept.trouble), starts)
     pinned = Pinned(images, layers, maps, index, views, starts)
     exports = Exports(images, layers, looking, profiles, views)
@@ -384,13 +384,14 @@ class LayerFiles:
 class ShownTree:
     """What the domain's FUSE filesystem shows, by the names that the daemon gives."""
 
-    def __init__(self, index: DomainIndex, maps: Maps, views: Views, resident: Resident) -> None:
+    def __init__(self, index: DomainIndex, maps: Maps, views: Views, starts: Starts, resident: Resident) -> None:
         self.files = DomainFs(views.read, {})
         self.resident = resident
         """The index, and maps that the kernel reads: what is asked for while the disk fails."""
         self._index = index
         self._maps = maps
         self._views = views
+        self._starts = starts
         self._shown: dict[str, frozenset[str]] = {}
         """Names of views, by what shows them: a view itself, or a tree."""
         self._paths: dict[str, str] = {}
@@ -452,7 +453,7 @@ class ShownTree:
         self._show(f"tree/{tree.id}", views)
 
     def _describe(self, tree: worker_api.Tree) -> bytes:
-        return worker_api.render_mount(tree.info, self._views.usage([info.id for info in tree.maps]))
+        return worker_api.render_mount(tree.info, usage_of([info.id for info in tree.maps], self._views, self._starts))
 
     def hide_tree(self, tree_id: str) -> None:
         """See core.domain.Shown."""

@@ -54,6 +54,9 @@ def snapshot(number: int, kind: Kind) -> Record:
     )
 
 
+STARTS = {"profiles": 6, "recorded": 1, "prefetched": 1 << 20}
+
+
 def figures(**fields: Any) -> Figures:
     holding = Holding(namespace="team", own={"ns/team", "ns/team/a"})
     holding.mounts = [mount(0, "ns/team"), mount(1, "ns/team"), mount(2, "pod/m2"), mount(3, "pod/m3", "fuse")]
@@ -63,7 +66,7 @@ def figures(**fields: Any) -> Figures:
         "holdings": {"team": holding},
         "costs": {"team": [Cost(server='reg"istry:443', requests=3, received=1 << 40)]},
         "workers": {
-            "ns/team": status(layers=7, fetched=99, waiting=2, longest=12.5, bugs=4, unkept="disk full"),
+            "ns/team": status(layers=7, fetched=99, waiting=2, longest=12.5, bugs=4, unkept="disk full", **STARTS),
             "shared": None,
             "pod/m2": status(waiting=1, longest=3, fetched=5),
             "pod/m3": status(waiting=4, longest=9, fetched=6),
@@ -112,6 +115,11 @@ def test_every_figure_has_its_name() -> None:
         ("nsfs_worker_restarts_total", "shared"): 0,
         ("nsfs_fetched_bytes_total", "ns/team"): 99,
         ("nsfs_worker_bugs_total", "ns/team"): 4,
+        ("nsfs_profiles", "ns/team"): 6,
+        ("nsfs_profiles", "pod"): 0,
+        ("nsfs_recordings", "ns/team"): 1,
+        ("nsfs_recordings", "pod"): 0,
+        ("nsfs_prefetched_bytes_total", "ns/team"): 1 << 20,
         ("nsfs_waiting_reads", "ns/team"): 2,
         ("nsfs_waiting_reads", "pod"): 5,
         ("nsfs_longest_wait_seconds", "ns/team"): 12.5,

@@ -10,8 +10,9 @@ import trio
 
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
-from nsfs.core.starts import CLOSE_KB, EXACT_KB, NEAR_KB, Begun, Starts
+from nsfs.core.starts import CLOSE_KB, EXACT_KB, NEAR_KB, Begun, Starts, StartsReport
 from nsfs.core.tasks import open_tasks
+from nsfs.core.worker_api import StartReport
 from nsfs.errors import CorruptError, NoSpaceError, UnreachableError
 from nsfs.model.digest import Digest
 from nsfs.model.policy import view_name
@@ -84,6 +85,9 @@ class FakeStore:
     def get(self, image: Digest, owner: str) -> Profile | None:
         return self.profiles[-1] if self.profiles and (image, owner) == (IMAGE, "team") else None
 
+    def count(self) -> int:
+        return len(self.profiles)
+
 
 @asynccontextmanager
 async def recordings(store: FakeStore) -> AsyncIterator[Recordings]:
@@ -154,6 +158,22 @@ def test_a_recording_that_lasts_too_long_says_that_it_may_lack_something() -> No
             assert service.of(tag) is None
             assert store.profiles[0].flaw == "it was ended after 300 s"
             assert store.profiles[0].size == 14 * BLOCK
+
+    run(body)
+
+
+def test_a_recording_lasts_from_its_first_read() -> None:
+    async def body() -> None:
+        store = FakeStore()
+        async with recordings(store) as service:
+            tag, idle = (service.begin(IMAGE, "team", layers) for layers in ([LOW, HIGH], [LOW]))
+            await trio.sleep(250)
+            for number in range(10):
+                await read(service, tag, 32 + number, seconds=9)
+            await trio.sleep(11)
+            assert service.of(tag) is service.of(idle) is None
+            assert store.profiles[0].is_complete
+            assert store.profiles[0].size == 10 * BLOCK
 
     run(body)
 
@@ -302,6 +322,9 @@ class FakePacks:
     def is_fresh(self, image: Any) -> bool:
         return self.are_fresh
 
+    def progress(self, layers: Collection[LayerKey]) -> tuple[int, int] | None:
+        return (100, 1000) if self.are_fresh else None
+
 
 @asynccontextmanager
 async def starts(
@@ -342,6 +365,53 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
             tag, read_ahead, _ = await start(service, ProfileUse.RECORD)
             assert tag
             assert read_ahead == EXACT_KB
+
+    run(body)
+
+
+def test_what_was_prepared_and_not_started_keeps_nobody_from_being_recorded() -> None:
+    async def body() -> None:
+        store, streams = FakeStore(), FakeStreams()
+        async with starts(store, streams, FakeCatalog()) as (service, recordings):
+            never, *_ = await start(service, ProfileUse.FIRST, "a")
+            assert recordings.are_running()
+            assert await start(service, ProfileUse.FIRST, "b") == Begun()
+            await trio.sleep(11)
+            assert not recordings.are_running()
+            tag, *_ = await start(service, ProfileUse.FIRST, "b")
+            assert tag not in {"", never}
+            await trio.sleep(1)
+            assert recordings.of(never) is None
+            await read(recordings, tag, 32)
+            await trio.sleep(30)
+            assert len(store.profiles) == 1
+
+    run(body)
+
+
+def test_what_is_done_for_a_start_is_said() -> None:
+    async def body() -> None:
+        store, streams, layers = FakeStore(), FakeStreams(), [HIGH, LOW]
+        image: Any = FakeImage()
+        async with starts(store, streams, FakeCatalog()) as (service, recordings):
+            assert service.under_way(layers) is None
+            assert await service.known(image) is None
+            tag, *_ = await start(service, ProfileUse.FIRST)
+            await read(recordings, tag, 32, blocks=2)
+            assert service.under_way([HIGH]) is None
+            assert service.under_way(layers) == StartReport(how="recorded", done=2 * BLOCK)
+            assert (await service.report()).recorded == 1
+            await trio.sleep(20)
+            known = await service.known(image)
+            assert known is not None
+            assert (known.runs, known.size, known.flaw) == (1, 2 * BLOCK, "")
+            await start(service, ProfileUse.FIRST)
+            assert service.under_way(layers) == StartReport(how="prefetched", done=0, total=2 * BLOCK)
+            await trio.sleep(2)
+            assert service.under_way(layers) is None
+            assert await service.report() == StartsReport(1, 0, 0, 2 * BLOCK)
+        async with starts(store, streams, FakeCatalog(), packed=True) as (service, _):
+            assert service.under_way(layers) == StartReport(how="pack", done=100, total=1000)
 
     run(body)
 

@@ -78,6 +78,23 @@ def test_what_a_recorded_start_read_is_prefetched(
             assert len(first) * SIZE <= local(daemon) < whole
 
 
+def test_what_is_known_of_a_start_is_shown(daemon: Daemon, registry: Registry, arena: Path, tmp_path: Path) -> None:
+    push(Image((gzip_layer([file("one", noise(SIZE, 2))]),)), registry, tmp_path, "shown")
+    reference, target = f"{registry.host}/shown", str(arena / "mnt")
+    assert daemon.json("inspect", reference)["profile"] is None
+    assert "not recorded" in daemon.nsfs("inspect", reference).stdout
+    with daemon.mounted(reference, target, "--profile", "record"):
+        read(f"{target}/one")
+        (mount,) = daemon.json("status")["mounts"]
+        assert mount["start"]["how"] == "recorded"
+        assert mount["start"]["done"] >= SIZE
+        assert "its start is recorded: " in daemon.nsfs("status").stdout
+    known = daemon.json("inspect", reference)["profile"]
+    assert known["size"] >= SIZE
+    assert (known["flaw"], known["runs"]) == ("", 1)
+    assert "; complete" in daemon.nsfs("inspect", reference).stdout
+
+
 def test_a_profile_stays_in_its_namespace_and_ends_with_it(
     daemon: Daemon, registry: Registry, arena: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -90,9 +91,9 @@ class Stage:
     def make_ready(self) -> None:
         """Have, over a free line, all of the image on one node, and whatever else the ways begin with."""
         self.line.shape = FREE
-        for node in (self.local, self.indexed):
-            if node is not None:
-                node.index(self.named, NAMESPACE)
+        nodes = [node for node in (self.local, self.indexed) if node is not None]
+        with ThreadPoolExecutor(len(nodes)) as pool:
+            list(pool.map(lambda node: node.index(self.named, NAMESPACE), nodes))
         self.local.complete(self.named, NAMESPACE)
         if Way.OVERLAY in self.wish.ways:
             self.stacks.append(self._stack())

@@ -18,7 +18,8 @@ from nsfs.model.report import render_count, render_size
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from nsfs.model.report import EntryReport, ImageReport, LayerReport
+    from nsfs.core.worker_api import StartReport
+    from nsfs.model.report import EntryReport, ImageReport, LayerReport, ProfileReport
     from nsfs.serve import api
     from nsfs.serve.config import Duration, Size
 
@@ -150,11 +151,20 @@ def render_image(report: ImageReport) -> list[str]:
         ("platform", report.platform),
         ("size", f"{render_size(report.size)} in {render_count(len(report.layers), 'layer')}"),
         ("domain", report.domain),
+        ("start", _profile(report.profile)),
     ]
     lines = render_columns(head)
     for number, layer in enumerate(report.layers):
         lines += ["", f"layer {number}  {layer.digest}", *(f"  {line}" for line in render_columns(_layer_rows(layer)))]
     return lines
+
+
+def _profile(profile: ProfileReport | None) -> str:
+    if profile is None:
+        return "not recorded"
+    read = f"{render_size(profile.size)} in {render_count(profile.runs, 'piece')}, within {profile.seconds:.1f} s"
+    whole = f"may lack something: {profile.flaw}" if profile.flaw else "complete"
+    return f"read {read}, as recorded {_moment(int(profile.recorded * 1e9), '%Y-%m-%d %H:%M:%S')} UTC; {whole}"
 
 
 def _layer_rows(layer: LayerReport) -> list[tuple[str, str]]:
@@ -199,8 +209,19 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], nothing: str, rig
 def _mount_row(mount: api.MountReport) -> tuple[str, ...]:
     driver = f"{mount.driver},rw" if mount.writable else mount.driver
     sizes = (str(mount.files), render_size(mount.size), render_size(mount.local), render_size(mount.fetched))
-    state = f"{mount.state}, completing" if mount.completing else mount.state
+    state = ", ".join(filter(None, (mount.state, _start_state(mount.start), "completing" if mount.completing else "")))
     return (mount.target, mount.reference, mount.namespace, mount.domain, driver, *sizes, state)
+
+
+def _start_state(start: StartReport | None) -> str:
+    """What is done for a start, and how far that is."""
+    if start is None:
+        return ""
+    done = render_size(start.done)
+    if start.how == "recorded":
+        return f"its start is recorded: {done}"
+    how = "by an artifact's pack" if start.how == "pack" else "by its profile"
+    return f"fetched ahead {how}: {done} of {render_size(start.total)}"
 
 
 def _domain_row(domain: api.DomainReport) -> tuple[str, ...]:
@@ -209,7 +230,13 @@ def _domain_row(domain: api.DomainReport) -> tuple[str, ...]:
 
 
 def _domain_state(domain: api.DomainReport) -> str:
-    return f"{domain.state}; keeps nothing more: {domain.unkept}" if domain.unkept else domain.state
+    parts = (
+        domain.state,
+        f"{render_count(domain.recorded, 'start')} recorded now" if domain.recorded else "",
+        f"{render_count(domain.prefetching, 'start')} fetched ahead now" if domain.prefetching else "",
+        f"keeps nothing more: {domain.unkept}" if domain.unkept else "",
+    )
+    return "; ".join(filter(None, parts))
 
 
 def render_json(report: msgspec.Struct, indent: int | None = 2) -> str:

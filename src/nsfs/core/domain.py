@@ -15,6 +15,7 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.core.layers import PLAIN, short
+from nsfs.core.starts import Starts, usage_of
 from nsfs.core.tasks import run_all, running
 from nsfs.errors import NsfsError
 from nsfs.model.profile import ProfileUse
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from nsfs.core.images import Image, Images, Layer
     from nsfs.core.layers import Layers
     from nsfs.core.looking import Looking
-    from nsfs.core.starts import Starts
     from nsfs.core.views import Views
     from nsfs.model.pool import LayerRecord, MapRecord
 
@@ -168,12 +168,12 @@ class Domain:
         async with self._opened(params, report) as image:
             layers = {layer.digest: layer for layer in image.layers}.values()
             await run_all(partial(index, layer) for layer in layers)
-        return self._image_report(image)
+        return await self._image_report(image)
 
     async def _inspect(self, params: worker_api.Name, report: Report) -> ImageReport:
-        return self._image_report(await self._resolve(params, report))
+        return await self._image_report(await self._resolve(params, report))
 
-    def _image_report(self, image: Image) -> ImageReport:
+    async def _image_report(self, image: Image) -> ImageReport:
         return ImageReport(
             reference=image.reference,
             digest=str(image.digest),
@@ -182,6 +182,7 @@ class Domain:
             domain="",
             layers=[self._layer_report(layer) for layer in image.layers],
             config=image.config.config,
+            profile=await self._starts.known(image),
         )
 
     def _layer_report(self, layer: Layer) -> LayerReport:
@@ -222,10 +223,11 @@ class Domain:
         return worker_api.Empty()
 
     async def _usage(self, params: worker_api.Usage, _report: Report) -> worker_api.UsageReport:
-        return self._views.usage(params.maps)
+        return usage_of(params.maps, self._views, self._starts)
 
     async def _status(self, params: worker_api.StatusRequest, _report: Report) -> worker_api.WorkerStatus:
         records, waits, health = self._layers.records(), self._views.waits(None), self._health()
+        starts = await self._starts.report()
         return worker_api.WorkerStatus(
             layers=len(records),
             local=self._views.local_bytes([record.key for record in records]) if params.measured else 0,
@@ -233,6 +235,10 @@ class Domain:
             state=self._views.state(None),
             bugs=health.bugs,
             unkept=health.unkept,
+            profiles=starts.profiles,
+            recorded=starts.recorded,
+            prefetching=starts.prefetching,
+            prefetched=starts.prefetched,
             **msgspec.structs.asdict(waits),
         )
 

@@ -66,11 +66,15 @@ class Streams(Protocol):
         """Have parts of a layer's stream in the pool; raises NsfsError."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Prefetch:
+@dataclass(eq=False, slots=True)
+class Prefetch:
     """One that runs."""
 
     layers: frozenset[LayerKey]
+    total: int
+    """Bytes that a start is known to read."""
+    done: int = 0
+    """Bytes of them that are here."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
@@ -81,7 +85,9 @@ class Prefetches:
         self._catalog = catalog
         self._streams = streams
         self._nursery = nursery
-        self._running: dict[tuple[Digest, str], _Prefetch] = {}
+        self._running: dict[tuple[Digest, str], Prefetch] = {}
+        self.fetched = 0
+        """Bytes that were asked for ahead, by all of them."""
 
     def begin(self, image: Digest, owner: str, layers: Sequence[LayerKey], profile: Profile | None) -> bool:
         """Begin to fetch what the image's profile, or else a landmark, has of these layers; whether there is any."""
@@ -89,7 +95,7 @@ class Prefetches:
         if not profile.runs or self._streams.are_local(layers):
             return False
         if (image, owner) not in self._running:
-            prefetch = self._running[image, owner] = _Prefetch(frozenset(layers))
+            prefetch = self._running[image, owner] = Prefetch(frozenset(layers), profile.size)
             self._nursery.start_soon(self._run, image, owner, layers, profile, prefetch)
         return True
 
@@ -107,6 +113,14 @@ class Prefetches:
             log.info("a profile is not of its layers: %s", error)
             return []
         return [extent for extent in extents if self._streams.is_present(*extent)]
+
+    def about(self, layers: Collection[LayerKey]) -> Prefetch | None:
+        """The one of exactly these layers."""
+        return next((each for each in self._running.values() if each.layers == set(layers)), None)
+
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._running)
 
     def end(self, layers: Collection[LayerKey]) -> None:
         """Fetch nothing more for images that have one of these layers."""
@@ -126,11 +140,11 @@ class Prefetches:
         return self._streams.leading(key, size) if size else range(0)
 
     async def _run(
-        self, image: Digest, owner: str, layers: Sequence[LayerKey], profile: Profile, prefetch: _Prefetch
+        self, image: Digest, owner: str, layers: Sequence[LayerKey], profile: Profile, prefetch: Prefetch
     ) -> None:
         try:
             with prefetch.scope:
-                await self._fetch(profile, owner, layers)
+                await self._fetch(profile, owner, layers, prefetch)
                 log.info("prefetched what a start of %s reads: %d bytes", image, profile.size)
         except NsfsError as error:
             log.info("a prefetch of %s ends: %s", image, error)
@@ -139,7 +153,7 @@ class Prefetches:
         finally:
             del self._running[image, owner]
 
-    async def _fetch(self, profile: Profile, owner: str, layers: Sequence[LayerKey]) -> None:
+    async def _fetch(self, profile: Profile, owner: str, layers: Sequence[LayerKey], prefetch: Prefetch) -> None:
         keys = self._served(profile, layers)
         windows = plan_windows(run for run in profile.runs if run.layer in keys)
 
@@ -148,6 +162,9 @@ class Prefetches:
                 await run_all(
                     partial(self._streams.prefetch, keys[layer], owner, parts) for layer, parts in window.items()
                 )
+                size = sum(len(part) for parts in window.values() for part in parts)
+                prefetch.done += size
+                self.fetched += size
 
         await run_all([partial(fetch_each, windows)] * _OUTSTANDING)
 

@@ -1,9 +1,9 @@
 """Recordings: what the views of a mount read, in the order of first use, until the start that they belong to is over.
 
 Owns the recordings that run, each by the tag that its views have in their names, and the way from addresses to the
-streams that every domain has in common. A recording is over when nothing new was read for a while, when its views go,
-or when it has lasted too long; then its profile is kept. One that its worker does not survive is lost, and its views
-are served all the same.
+streams that every domain has in common. A recording begins with the first read. It is over when nothing new was read
+for a while, when its views go, or when it has lasted too long; then its profile is kept. One that its worker does not
+survive is lost, and its views are served all the same.
 
 Concurrency: one event loop; what was noted is translated and kept in a thread, when nothing is noted any more.
 """
@@ -24,7 +24,7 @@ from nsfs.model.policy import parse_view_name
 from nsfs.model.profile import MAX_RUNS, ProfiledLayer, Run, plan_profile, stream_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from nsfs.core.fetchplan import Table
     from nsfs.model.digest import Digest
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 QUIET: Final = 10.0
 """Seconds without anything new, after which a start is over."""
 LONGEST: Final = 300.0
-"""Seconds of a recording, from its beginning."""
+"""Seconds of a recording, from its first read; and of waiting for that."""
 
 
 class Catalog(Protocol):
@@ -56,7 +56,9 @@ class Store(Protocol):
 class Recording:
     """One that runs, or did."""
 
-    def __init__(self, image: Digest, owner: str, layers: Sequence[LayerKey], flaw: str, quiet: float) -> None:
+    def __init__(
+        self, image: Digest, owner: str, layers: Sequence[LayerKey], flaw: str, quiet: float, *, begun: float = 0.0
+    ) -> None:
         self.image = image
         self.owner = owner
         self.layers = tuple(dict.fromkeys(layers))
@@ -69,6 +71,7 @@ class Recording:
         self.kept = trio.Event()
         """Set when all is done, whether or not there was anything to keep."""
         self._quiet = quiet
+        self._begun = begun
         self._over = trio.Event()
         self._under_way = 0
         self._first = self._last = 0.0
@@ -77,6 +80,16 @@ class Recording:
     def is_over(self) -> bool:
         """Whether nothing is noted any more."""
         return self._over.is_set()
+
+    @property
+    def noted(self) -> int:
+        """Bytes that were read so far."""
+        return sum(size for _, _, size in self.uses)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether its start reads, or is to be expected to: what was prepared long ago may never start."""
+        return bool(self.uses) or trio.current_time() - self._begun < self._quiet
 
     @property
     def seconds(self) -> float:
@@ -110,12 +123,11 @@ class Recording:
         self._over.set()
 
     async def wait_over(self, longest: float) -> None:
-        """Return when the start is over, at the latest in so many seconds."""
-        with trio.move_on_after(longest) as limit:
-            while not self.is_over and (rest := self._rest()) > 0:
-                with trio.move_on_after(rest):
-                    await self._over.wait()
-        if limit.cancelled_caught:
+        """Return when the start is over, at the latest so many seconds after its first read."""
+        while not self.is_over and (rest := min(self._rest(), self._left(longest))) > 0:
+            with trio.move_on_after(rest):
+                await self._over.wait()
+        if not self.is_over and self._left(longest) <= 0:
             self.flaw = f"it was ended after {longest:g} s"
         self.end()
 
@@ -124,6 +136,10 @@ class Recording:
         if not self.uses or self._under_way:
             return self._quiet
         return self._last + self._quiet - trio.current_time()
+
+    def _left(self, longest: float) -> float:
+        """Seconds until it is over at the latest."""
+        return (self._first if self.uses else self._begun) + longest - trio.current_time()
 
 
 class Recordings:
@@ -154,24 +170,39 @@ class Recordings:
         else is read, too.
         """
         tag = secrets.token_hex(4)
-        recording = self._running[tag] = Recording(image, owner, layers, flaw, self._quiet)
+        recording = self._running[tag] = Recording(image, owner, layers, flaw, self._quiet, begun=trio.current_time())
         recording.starter = starter
         self._nursery.start_soon(self._run, tag, recording)
         return tag
 
     def are_running(self) -> bool:
-        """Whether a start is being recorded."""
-        return bool(self._running)
+        """Whether a start is being recorded, or about to be."""
+        return self.count() > 0
+
+    def about(self, layers: Collection[LayerKey]) -> Recording | None:
+        """The one that notes what is read of exactly these layers, or is about to."""
+        return next((each for each in self._running.values() if set(each.layers) == set(layers)), None)
+
+    def count(self) -> int:
+        """How many there are."""
+        return sum(recording.is_under_way for recording in self._running.values())
 
     def of(self, tag: str) -> Recording | None:
         """The recording with this tag, while it runs."""
         return self._running.get(tag)
 
     def begin_first(self, image: Digest, owner: str, layers: Sequence[LayerKey], flaw: str, starter: str) -> str:
-        """As `begin`; but "" while somebody else's start of it is recorded, and the same tag for who asks again."""
+        """As `begin`; but "" while somebody else's start of it is recorded, and the same tag for who asks again.
+
+        What was prepared and is not started keeps nobody else from being recorded.
+        """
         for tag, running in self._running.items():
             if (running.image, running.owner) == (image, owner):
-                return tag if running.starter == starter and not running.is_over else ""
+                if running.starter == starter and not running.is_over:
+                    return tag
+                if running.is_under_way or running.is_over:
+                    return ""
+                running.end()
         return self.begin(image, owner, layers, flaw, starter)
 
     def end(self, views: Iterable[str]) -> None:

@@ -12,11 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
+from msgspec import structs
 
+from nsfs.core.worker_api import StartReport, UsageReport
 from nsfs.model.profile import ProfileUse
+from nsfs.model.report import ProfileReport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from nsfs.core.images import Image
     from nsfs.core.prefetch import Prefetches
@@ -44,12 +47,18 @@ class Store(Protocol):
     def get(self, image: Digest, owner: str) -> Profile | None:
         """The one of an image, if there is one."""
 
+    def count(self) -> int:
+        """How many are kept."""
+
 
 class Packs(Protocol):
     """Start-up packs."""
 
     def is_fresh(self, image: Image) -> bool:
         """Whether the image's is under way, or came a moment ago."""
+
+    def progress(self, layers: Collection[LayerKey]) -> tuple[int, int] | None:
+        """Bytes that came, and that are to come, of one for one of these layers."""
 
 
 class Begun(NamedTuple):
@@ -61,6 +70,28 @@ class Begun(NamedTuple):
     """KiB that the kernel may read beyond what it is asked for, at first; 0 for as many as ever."""
     warm: Sequence[tuple[int, int]] = ()
     """What is known to be read and is local, in the order of first use: address and size."""
+
+
+class MountedViews(Protocol):
+    """What mounts read."""
+
+    def usage(self, maps: Collection[str]) -> UsageReport:
+        """What of these maps is local, and what that cost."""
+
+    def layers_of(self, maps: Iterable[str]) -> set[LayerKey]:
+        """Whose maps these are."""
+
+
+class StartsReport(NamedTuple):
+    """What is known and done in a domain."""
+
+    profiles: int
+    recorded: int
+    """Starts, now."""
+    prefetching: int
+    """The same."""
+    prefetched: int
+    """Bytes, so far."""
 
 
 class Starts:
@@ -98,6 +129,36 @@ class Starts:
             return Begun(read_ahead=NEAR_KB if is_fetched else 0)
         return Begun(warm=await trio.to_thread.run_sync(self._prefetches.local, layers, profile))
 
+    def under_way(self, layers: Collection[LayerKey]) -> StartReport | None:
+        """What is done now for a start from these layers."""
+        if (recording := self._recordings.about(layers)) is not None and recording.is_under_way:
+            return StartReport(how="recorded", done=recording.noted)
+        if (prefetch := self._prefetches.about(layers)) is not None:
+            return StartReport(how="prefetched", done=prefetch.done, total=prefetch.total)
+        if (progress := self._packs.progress(layers)) is not None:
+            return StartReport(how="pack", done=progress[0], total=progress[1])
+        return None
+
+    async def known(self, image: Image) -> ProfileReport | None:
+        """The image's profile."""
+        profile = await trio.to_thread.run_sync(self._store.get, image.digest, image.access.owner)
+        if profile is None:
+            return None
+        size, runs = profile.size, len(profile.runs)
+        return ProfileReport(
+            recorded=profile.recorded, seconds=profile.seconds, runs=runs, size=size, flaw=profile.flaw
+        )
+
+    async def report(self) -> StartsReport:
+        """How they stand."""
+        kept = await trio.to_thread.run_sync(self._store.count)
+        return StartsReport(kept, self._recordings.count(), self._prefetches.count(), self._prefetches.fetched)
+
     async def wait_kept(self) -> None:
         """Return when the profiles of starts that are over are kept."""
         await self._recordings.wait_kept()
+
+
+def usage_of(maps: Collection[str], views: MountedViews, starts: Starts) -> UsageReport:
+    """What a mount of these maps has of its image now, and what is done for a start of it."""
+    return structs.replace(views.usage(maps), start=starts.under_way(views.layers_of(maps)))

@@ -29,7 +29,7 @@ from nsfs.format.pack import open_piece, parse_table
 from nsfs.model.pool import LayerKey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from nsfs.core.blobs import Blobs
     from nsfs.core.fetchplan import Table
@@ -206,6 +206,13 @@ class Startups:
             return False
         name = _name(image, image.pack)
         return name in self._running or trio.current_time() - self._came.get(name, -math.inf) < _FRESH
+
+    def progress(self, layers: Collection[LayerKey]) -> tuple[int, int] | None:
+        """Bytes that came, and that are to come, of a pack for one of these layers; None where none is under way."""
+        for startup in self._running.values():
+            if isinstance(startup, Startup) and not startup.coming.keys().isdisjoint(layers):
+                return startup.received, startup.offsets[-1]
+        return None
 
     def ready(self, key: LayerKey) -> None:
         """The layer can take bytes."""

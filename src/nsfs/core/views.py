@@ -266,6 +266,10 @@ class Views:
             **msgspec.structs.asdict(waits),
         )
 
+    def layers_of(self, maps: Iterable[str]) -> set[LayerKey]:
+        """Whose maps these are."""
+        return {record.key for map_id in maps if (record := self._catalog.map(map_id))}
+
     def waits(self, maps: Collection[str] | None, *, beyond: float = 0.0) -> Waits:
         """How many readers of these maps (None: of any) wait now, and have for `beyond` seconds or more."""
         waiting = [

@@ -123,6 +123,17 @@ class Waits(Struct, kw_only=True):
     """For what."""
 
 
+class StartReport(Struct, kw_only=True):
+    """What is done now for a start of an image."""
+
+    how: str
+    """recorded, prefetched (by its profile), pack (by the artifact beside it)."""
+    done: Count
+    """Bytes that were read, or are here."""
+    total: Count = 0
+    """Of so many; 0 where nobody knows."""
+
+
 class UsageReport(Waits, kw_only=True):
     """What is local of some maps, and what that cost."""
 
@@ -134,6 +145,8 @@ class UsageReport(Waits, kw_only=True):
     """ready, or what their readers wait for."""
     completing: bool = False
     """What is absent of one of their layers is being fetched in the background."""
+    start: StartReport | None = None
+    """Of an image with exactly these maps' layers; None where nothing is done."""
 
 
 def render_mount(info: Mapping[str, str | int | bool], usage: UsageReport) -> bytes:
@@ -160,6 +173,14 @@ class WorkerStatus(Waits, kw_only=True):
     """That its log tells of since the worker started."""
     unkept: str = ""
     """Why what is fetched is not kept; empty where it is."""
+    profiles: Count = 0
+    """Of images' starts, that are kept."""
+    recorded: Count = 0
+    """Starts that are recorded now."""
+    prefetching: Count = 0
+    """Starts whose profile is being fetched now."""
+    prefetched: Count = 0
+    """Bytes of profiles that were fetched ahead since the worker started."""
 
 
 class Name(Struct, kw_only=True):

@@ -151,6 +151,20 @@ class LayerReport(Struct, kw_only=True):
     """Bytes of its content that are in the pool."""
 
 
+class ProfileReport(Struct, kw_only=True):
+    """What is known of an image's starts."""
+
+    recorded: float
+    """When, in seconds since the epoch."""
+    seconds: float
+    """That the start took which was recorded."""
+    runs: Count
+    size: Count
+    """Bytes that it read."""
+    flaw: str = ""
+    """Why something may be missing; empty where nothing is."""
+
+
 class ImageReport(Struct, kw_only=True):
     """`nsfs inspect`."""
 
@@ -165,3 +179,5 @@ class ImageReport(Struct, kw_only=True):
     layers: list[LayerReport]
     config: dict[str, Any] = field(default_factory=dict)
     """The image configuration's `config` object: Env, Cmd, Entrypoint, …"""
+    profile: ProfileReport | None = None
+    """None where no start was recorded."""

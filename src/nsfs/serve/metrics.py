@@ -184,6 +184,12 @@ def _worker_families(figures: Figures) -> Iterator[Metric]:
     yield _by_domain("nsfs_layers", "Layers that are indexed.", layers)
     unkept = {domain: bool(status.unkept) for domain, status in answers.items()}
     yield _by_domain("nsfs_unkept", "1 where what is fetched cannot be kept.", unkept)
+    profiles = {domain: status.profiles for domain, status in answers.items()}
+    yield _by_domain("nsfs_profiles", "Images of which it is known what a start reads.", profiles)
+    recorded = {domain: status.recorded for domain, status in answers.items()}
+    yield _by_domain("nsfs_recordings", "Starts that are recorded now.", recorded)
+    prefetched = {domain: status.prefetched for domain, status in answers.items()}
+    yield _lasting("nsfs_prefetched_bytes", "Bytes of profiles fetched ahead since the worker started.", prefetched)
     yield _lasting("nsfs_worker_restarts", "Workers that were started again.", figures.restarts)
     yield _lasting("nsfs_fetched_bytes", "Bytes of layers fetched since the worker started.", fetched)
     yield _lasting("nsfs_worker_bugs", "Errors since the worker started that were bugs.", bugs)

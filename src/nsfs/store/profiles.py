@@ -54,6 +54,13 @@ class Profiles:
         store_file(self._layout.profile(image, owner), [render_profile(profile)], self._layout.key)
         self._drop_oldest()
 
+    def count(self) -> int:
+        """How many are kept."""
+        try:
+            return len(os.listdir(self._layout.profiles))
+        except OSError:
+            return 0
+
     def _drop_oldest(self) -> None:
         with os.scandir(self._layout.profiles) as entries:
             files = sorted((entry.stat().st_mtime_ns, entry.path) for entry in entries)
