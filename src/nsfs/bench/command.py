@@ -85,11 +85,11 @@ def rehearse() -> None:
         run_command(root, Command(("true",)), timeout=_GRACE)
 
 
-def run_command(root: str, command: Command, *, timeout: float) -> float:
+def run_command(root: str, command: Command, *, timeout: float, linger: float = 0.0) -> float:
     """Run it in the writable tree at `root`; time.monotonic() of the moment at which it was up.
 
-    Blocks until it has ended, or until it is up and was killed. Raises NsfsError with what it said where it fails, or
-    is not up within `timeout` seconds.
+    Blocks until it has ended, or until it is up and was killed, `linger` seconds later. Raises NsfsError with what it
+    said where it fails, or is not up within `timeout` seconds.
     """
     inside = ["unshare", f"--root={root}", f"--wd={command.directory}", *_identity(root, command.user)]
     words = ["sh", "-ec", _SETUP, "sh", root, "env", "-i", *command.environment, *_found(inside), *command.words]
@@ -102,7 +102,9 @@ def run_command(root: str, command: Command, *, timeout: float) -> float:
         start_new_session=True,
     ) as process:
         try:
-            return _watch(process, command, timeout)
+            up = _watch(process, command, timeout)
+            time.sleep(max(0.0, up + linger - time.monotonic()))
+            return up
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

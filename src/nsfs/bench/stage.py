@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _WITHOUT_CONTENTS = {Way.INDEXED, Way.PROFILE}
 """Ways that begin on a node that has the index and no contents."""
+_LINGER = 1.0
+"""Seconds for which a start is recorded after its first output: a server goes on to read until it is killed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +112,7 @@ class Stage:
         self.forget(root)
         root.mount(self.target)
         try:
-            run_command(self.target, self.command, timeout=self.wish.timeout)
+            run_command(self.target, self.command, timeout=self.wish.timeout, linger=_LINGER)
         finally:
             root.umount(self.target)
 
