@@ -177,20 +177,35 @@ def _open_databases(
     environment: lmdb.Environment, path: str, key: DomainKey | None, *, readonly: bool
 ) -> tuple[_Databases, bytes]:
     environment.reader_check()
-    about = environment.open_db(b"about", create=not readonly)
-    with environment.begin(db=about, write=not readonly) as txn:
-        found = txn.get(b"version")
-        if found is not None:
-            _check_version(found, path, key)
-        elif not readonly:
-            txn.put(b"version", str(_version(key)).encode())
-            txn.put(b"salt", os.urandom(SALT_SIZE) if key else b"")
-        salt = txn.get(b"salt") or b""
-    return _databases_of(environment, create=not readonly), salt
+    if not readonly:
+        _make_databases(environment, path, key)
+    databases = _databases_of(environment)
+    with environment.begin(db=databases.about) as txn:
+        _check_about(txn, databases.about, path, key)
+        return databases, txn.get(b"salt") or b""
 
 
-def _databases_of(environment: lmdb.Environment, *, create: bool) -> _Databases:
-    return _Databases(*(environment.open_db(name.encode(), create=create) for name in _Databases._fields))
+def _make_databases(environment: lmdb.Environment, path: str, key: DomainKey | None) -> None:
+    """What is missing, in one transaction: each that makes something waits for the disk. Nothing in a newer format."""
+    with environment.begin(write=True) as txn:
+        about = environment.open_db(b"about", txn)
+        if not _check_about(txn, about, path, key):
+            txn.put(b"version", str(_version(key)).encode(), db=about)
+            txn.put(b"salt", os.urandom(SALT_SIZE) if key else b"", db=about)
+        for name in _Databases._fields:
+            environment.open_db(name.encode(), txn)
+
+
+def _check_about(txn: _Transaction, about: _Database, path: str, key: DomainKey | None) -> bool:
+    """Whether there is a version; raises where it is not ours."""
+    found = txn.get(b"version", db=about)
+    if found is not None:
+        _check_version(found, path, key)
+    return found is not None
+
+
+def _databases_of(environment: lmdb.Environment) -> _Databases:
+    return _Databases(*(environment.open_db(name.encode(), create=False) for name in _Databases._fields))
 
 
 class DomainIndex:
@@ -238,7 +253,7 @@ class DomainIndex:
             if not self._is_usable:
                 self._environment.close()
                 self._environment = _open_environment(self._path, readonly=False)
-                self._db = _databases_of(self._environment, create=True)
+                self._db = _databases_of(self._environment)
                 self._is_usable = True
         return self._environment.begin(db=self._db[known.index(database)], write=write)
 
