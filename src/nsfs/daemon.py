@@ -221,7 +221,10 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         services = [control_service(handlers), *([snapshots_service(snapshots)] if snapshots else [])]
         metrics = Metrics(workers.supervisor, namespaces, accounts, cache, stack.enter_context(counted_bugs()))
         entrance = listening(config.socket, os.environ, lambda: ending.how is End.REPLACE)
-        async with serve_scrapes(config.metrics.listen, metrics.render), serve_rpc(entrance, services):
+        async with (
+            serve_scrapes(config.metrics.listen, metrics.render),
+            serve_rpc(entrance, services, lambda: ending.patience),
+        ):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             site.notifier.tell("READY=1")
             beside = [] if private else list(_besides(config, lifecycle, namespaces))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nsfs.store import resident
+from nsfs.store.index import open_index
 from nsfs.store.resident import Resident
 
 SIZE = 16 * mmap.PAGESIZE
@@ -86,3 +87,16 @@ def test_what_may_not_be_locked_is_said_once(
     assert [each.getMessage() for each in caplog.records] == [
         f"what is mapped may have to be read again: {file}: Resource temporarily unavailable"
     ]
+
+
+def test_the_locks_by_which_lmdb_knows_who_has_an_environment_open_stay(tmp_path: Path) -> None:
+    """They are of a process, and end when it closes any descriptor of the lock file."""
+    path = str(tmp_path / "index.lmdb")
+    with open_index(path):
+        inode = f":{os.stat(f'{path}-lock').st_ino} "
+        held = [line.split()[4:] for line in Path("/proc/locks").read_text().splitlines() if inode in line]
+        kept = Resident([path])
+        kept.follow()
+        kept.close()
+        assert held
+        assert [line.split()[4:] for line in Path("/proc/locks").read_text().splitlines() if inode in line] == held

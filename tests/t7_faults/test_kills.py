@@ -17,7 +17,7 @@ import pytest
 
 import nsfs
 from fakes import FakeRegistry
-from images import Image, file
+from images import Image, file, gzip_layer
 from mounting import swept
 from nodes import wait_until
 from nsfs.serve.client import probe
@@ -227,6 +227,26 @@ def test_an_upgrade_to_the_same_code_ends_once_the_next_daemon_serves_and_shuts_
         assert said["was"] == said["build"]
         assert knocking.result() > 0
     assert len(site.daemon.json("status")["mounts"]) == len(DRIVERS)
+    site.take_away()
+
+
+def test_a_mount_that_is_under_way_at_an_upgrade_is_made(site: Site) -> None:
+    """It is waited for; or, where that would take long, asked of the next daemon."""
+    site.mount()
+    layer = gzip_layer([file("late", b"late" * 10_000)])
+    reference = publish(site.registry, Image((layer,)), "late")
+    site.registry.faults_on, site.registry.script = layer.digest.hex, "H"
+    target = Path(site.top, "late")
+    target.mkdir()
+    with site.daemon.started("mount", reference, str(target)) as mounting:
+        assert wait_until(lambda: site.registry.script == "")
+        with site.daemon.started("upgrade") as upgrading:
+            assert wait_until(lambda: "calls that are under way are waited for" in site.daemon.tail(), 60)
+            site.registry.go_on.set()
+            assert mounting.wait(60) == 0, mounting.communicate()
+            assert upgrading.wait(60) == 0, upgrading.communicate()
+    assert (target / "late").read_bytes() == b"late" * 10_000
+    site.daemon.nsfs("umount", str(target))
     site.take_away()
 
 

@@ -2,7 +2,7 @@
 
 Translates only: requests to messages, events to values, gRPC statuses back to the NsfsError that the daemon raised. Not
 for trio; a call blocks its thread, and whatever ends it early (Ctrl-C, an exception of `listen`) cancels it on the
-daemon, too.
+daemon, too. A call that is cut off because a daemon gave its place to another is asked of that one, where it may be.
 """
 
 from __future__ import annotations
@@ -37,8 +37,16 @@ _OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
 ]
+_FOLLOWS = 60.0
+"""Seconds for another daemon to serve, once it listens."""
+_ONCE = frozenset({"Umount", "List", "Tree", "Read", "Export", "EndNamespace", "Drain", "Upgrade", "Login", "Logout"})
+"""What is not asked again: part of the answer was given already, or another one would be."""
 _decode_event = msgspec.msgpack.Decoder(api.Event).decode
 _decode_failure = msgspec.json.Decoder(api.Failure).decode
+
+
+class _LostError(UnreachableError):
+    """Nobody said how the call ended."""
 
 
 class Control:
@@ -55,6 +63,23 @@ class Control:
         Raises what the daemon raised, UnreachableError when the connection breaks, UnsupportedError when the daemon
         does not know the method.
         """
+        try:
+            return self._ask(method, request, kind, listen)
+        except _LostError:
+            if method in _ONCE or not self._is_followed():
+                raise
+        return self._ask(method, request, kind, listen)
+
+    def _is_followed(self) -> bool:
+        """Whether another daemon answers where ours did: it inherits the socket, and so can be connected to at once."""
+        try:
+            probe(self.path)
+            grpc.channel_ready_future(self._channel).result(_FOLLOWS)
+        except (NsfsError, grpc.FutureTimeoutError):
+            return False
+        return True
+
+    def _ask(self, method: str, request: msgspec.Struct, kind: type[R], listen: Listener | None) -> R:
         start: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{api.SERVICE}/{method}")
         stream = start(msgspec.msgpack.encode(request))
         try:
@@ -70,7 +95,7 @@ class Control:
             raise UnsupportedError(f"the daemon's answer is not understood: {error}", hint=_RESTART) from None
         finally:
             stream.cancel()
-        raise UnreachableError(f"the daemon ended a call without a result: {self.path}")
+        raise _LostError(f"the daemon ended a call without a result: {self.path}")
 
 
 @contextmanager
@@ -128,5 +153,5 @@ def _translate_plain(code: str, details: str, method: str, path: str) -> NsfsErr
     if code == "UNIMPLEMENTED":
         return UnsupportedError(f"the daemon does not know this call: {method}", hint=_RESTART)
     if code in {"UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED"}:
-        return UnreachableError(f"the connection to the daemon broke: {path}", hint="its log says why")
+        return _LostError(f"the connection to the daemon broke: {path}", hint="its log says why")
     return NsfsError(f"the call failed: {method}: {code}: {details[:200]}")

@@ -33,6 +33,8 @@ print(identify())
 """
 _DEADLINE: Final = 60.0
 """Seconds for what is installed to say that it can be started."""
+_FINISHING: Final = 10.0
+"""Seconds for calls to come to an end before the daemon does."""
 _NAMED: Final = 5
 """Users that a refusal names."""
 
@@ -53,6 +55,11 @@ class Ending:
     def __init__(self) -> None:
         self.asked = trio.Event()
         self.how = End.TAKE_AWAY
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which calls that run are waited for: where another daemon follows, nobody shall notice."""
+        return 0.0 if self.how is End.TAKE_AWAY else _FINISHING
 
     def ask(self, how: End) -> None:
         """End; nothing happens where somebody has asked before."""

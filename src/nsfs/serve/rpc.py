@@ -2,7 +2,7 @@
 
 Each call occupies one thread for as long as it runs. Threads are made when they are needed, and calls that may wait
 long (`Bridge.wait`) are refused before they could take the last ones, so that a quick call finds one at all times. A
-client that goes away cancels its work.
+client that goes away cancels its work. Who ends the server may have it wait for a moment at which no call runs.
 """
 
 from __future__ import annotations
@@ -65,11 +65,37 @@ class Bridge:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self.token = trio.lowlevel.current_trio_token()
+        self._running = 0
+        self._idle = trio.Event()
         self._waiting = threading.Semaphore(_PATIENT)
 
     def start(self, work: Callable[[], Awaitable[None]]) -> None:
         """Begin `work` in a task."""
-        trio.from_thread.run_sync(self._nursery.start_soon, work, trio_token=self.token)
+        trio.from_thread.run_sync(self._begin, work, trio_token=self.token)
+
+    def _begin(self, work: Callable[[], Awaitable[None]]) -> None:
+        self._running += 1
+        self._nursery.start_soon(self._run, work)
+
+    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+                self._idle = trio.Event()
+
+    async def finish(self) -> None:
+        """As `wait_idle`, and say so."""
+        if self._running:
+            log.info("calls that are under way are waited for: %d", self._running)
+        await self.wait_idle()
+
+    async def wait_idle(self) -> None:
+        """Until no call runs; for trio."""
+        while self._running:
+            await self._idle.wait()
 
     def soon(self, what: Callable[[], None]) -> None:
         """Have `what` done in trio, if that still runs."""
@@ -104,11 +130,14 @@ class Bridge:
 
 @asynccontextmanager
 async def serve_rpc(
-    entrance: AbstractContextManager[socket.socket], services: Sequence[Callable[[Bridge], grpc.GenericRpcHandler]]
+    entrance: AbstractContextManager[socket.socket],
+    services: Sequence[Callable[[Bridge], grpc.GenericRpcHandler]],
+    patience: Callable[[], float] = lambda: 0.0,
 ) -> AsyncIterator[None]:
-    """Answer on the unix socket `entrance` (0600) until the block ends; calls still running are cancelled.
+    """Answer on the unix socket `entrance` (0600) until the block ends.
 
-    Only root and the user that we run as are let in.
+    While calls run then, it goes on for up to `patience` seconds; those that run still are cancelled. Only root and the
+    user that we run as are let in.
     """
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="rpc")
     async with trio.open_nursery() as outside, trio.open_nursery() as nursery:
@@ -119,9 +148,13 @@ async def serve_rpc(
             outside.start_soon(Door(listener, inside, {0, os.geteuid()}).serve)
             try:
                 yield
+                with trio.move_on_after(patience()):
+                    await bridge.finish()
             finally:
-                nursery.cancel_scope.cancel()
                 stopped = server.stop(grace=_GRACE)
+                with trio.move_on_after(_GRACE if patience() else 0.0, shield=True):
+                    await bridge.wait_idle()
+                nursery.cancel_scope.cancel()
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(stopped.wait)
                 threads.shutdown(wait=False)
