@@ -99,7 +99,7 @@ def test_a_first_pass_into_a_full_disk_is_no_space_and_goes_on_by_range(
     target.mkdir()
     with run_daemon(str(small_disk / "d"), SETTINGS) as daemon:
         daemon.nsfs("inspect", reference)
-        with filled(small_disk, 28 << 20):
+        with filled(small_disk, 20 << 20):  # less than the blob
             refused = daemon.nsfs("mount", reference, str(target), check=False)
             assert refused.returncode == NO_SPACE, refused.stderr
             assert "No space left" in refused.stderr

@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_the_pass_to_the_worker(daemon: Daemon, passing: Passing) 
     mount = start_mount(daemon, passing)
     mount.send_signal(signal.SIGINT)
     status, said = finish(mount)
-    assert status == 130
+    assert status == 130, said
     assert "Traceback" not in said
     passing.registry.go_on.set()
     with daemon.mounted(passing.reference, passing.target):
