@@ -7,14 +7,19 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import attacks
 import nsfs
 from attacks import ATTACKS, Prey
+from fakes import FakeRegistry
+from images import Image, file, gzip_layer
 from mounting import arena
 from nsfs_daemon import run_daemon
+from published import publish
 
 if TYPE_CHECKING:
     import pytest
@@ -94,3 +99,46 @@ def said_by(daemon: Daemon) -> str:
             return found[1]
         time.sleep(0.05)
     raise AssertionError(daemon.tail())
+
+
+def test_it_inherits_nothing_of_its_daemon_also_of_one_that_was_replaced(arena: Path) -> None:
+    """No listening socket, no record, and no file of another domain, in workers and what they fork."""
+    image = Image((gzip_layer([file("f", b"x" * 5_000)]),))
+    with FakeRegistry() as registry, run_daemon(str(arena / "d")) as daemon:
+        reference = publish(registry, image, "x")
+        daemon.nsfs("stat", f"{reference}:/f", "-n", "before")
+        daemon.nsfs("upgrade")
+        daemon.nsfs("stat", f"{reference}:/f", "-n", "after")
+        assert {what for what, _ in foreign(daemon, daemon.pid, "ns/none")} == {"listens", "has"}
+        for domain, pid in daemon.workers().items():
+            processes = [pid, *same_user(pid)]
+            assert len(processes) > 1, "the worker has a fork server for its jobs"
+            assert [each for process in processes for each in foreign(daemon, process, domain)] == []
+
+
+def same_user(pid: int) -> list[int]:
+    """The other processes of a process's user, who has nothing else."""
+    everybody = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != pid]
+    user = os.stat(f"/proc/{pid}").st_uid
+    found = []
+    for each in everybody:
+        with suppress(FileNotFoundError):
+            if os.stat(f"/proc/{each}").st_uid == user:
+                found.append(each)
+    return found
+
+
+def foreign(daemon: Daemon, pid: int, domain: str) -> list[tuple[str, str]]:
+    """Descriptors of a process that are no business of its domain."""
+    with open("/proc/net/unix") as sockets:  # proc_pid_net(5): flags in the fourth field, __SO_ACCEPTCON is 0x10000
+        listening = {f"socket:[{line.split()[6]}]" for line in sockets if line.split()[3] == "00010000"}
+    own = f"{daemon.root}/domains/{quote(domain, safe='')}/"
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            what = os.readlink(f"/proc/{pid}/fd/{name}")
+            if what in listening:
+                found.append(("listens", what))
+            elif what.startswith((f"{daemon.root}/", f"{daemon.run}/")) and not what.startswith(own):
+                found.append(("has", what))
+    return found
