@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +33,25 @@ class FakeContents:
         self.begun: list[tuple[float, InUse]] = []
         self.done: list[InUse] = []
         self.last_wait = trio.current_time()
-        self.at_once = 0
+        self.owners: Counter[str] = Counter()
+        self.layers: Counter[LayerKey] = Counter()
+        self.drips = ""
+        """Of this owner nothing ends."""
+
+    @property
+    def at_once(self) -> int:
+        return self.owners.total()
 
     async def complete(self, key: LayerKey, owner: str) -> None:
         self.begun.append((trio.current_time(), InUse(key, owner)))
-        self.at_once += 1
-        assert self.at_once == 1
+        self.owners[owner] += 1
+        self.layers[key] += 1
+        assert self.owners[owner] == self.layers[key] == 1
         try:
-            await trio.sleep(LAYER_TIME)
+            await trio.sleep(math.inf if self.drips and owner == self.drips else LAYER_TIME)
         finally:
-            self.at_once -= 1
+            self.owners[owner] -= 1
+            self.layers[key] -= 1
         if self.errors:
             raise self.errors.pop(0)
         self.done.append(InUse(key, owner))
@@ -71,6 +82,32 @@ def test_what_is_in_use_is_completed_when_nobody_waited_for_a_while() -> None:
             completing.follow([used(1), used(3)])
             await trio.sleep(100)
             assert contents.done[2:] == [used(3)]
+
+    run(test)
+
+
+def test_an_owner_whose_registry_drips_keeps_others_waiting_for_that_layer_alone() -> None:
+    async def test() -> None:
+        async with site() as (completing, contents):
+            contents.drips = "b"
+            completing.follow([used(1, "b"), used(2, "b"), used(2, "a"), used(3, "a"), used(1, "c"), used(4, "c")])
+            await trio.sleep(100)
+            assert contents.done == [used(2, "a"), used(3, "a")]
+            assert contents.owners == {"a": 0, "b": 1}
+            completing.follow([used(1, "c"), used(4, "c")])
+            await trio.sleep(100)
+            assert contents.done[2:] == [used(1, "c"), used(4, "c")]
+
+    run(test)
+
+
+def test_one_whom_a_registry_refuses_ends_nothing_of_others() -> None:
+    async def test() -> None:
+        async with site() as (completing, contents):
+            contents.errors = [DeniedError("not for b")]
+            completing.follow([used(1, "b"), used(1, "a")])
+            await trio.sleep(100)
+            assert contents.done == [used(1, "a")]
 
     run(test)
 

@@ -4,13 +4,17 @@ Owns what is to be completed, and when: a pinned image at once, until all of it 
 waited for a byte for a while, and no longer than it is in use. Refuses to fetch again what was given up while it is in
 use (evicted, not to be had, or without room): its next use may.
 
-Concurrency: tasks in the worker's nursery, one layer at a time. They fetch at the lowest priority, so that reads pass.
-Nothing of it is kept: a successor of the worker is told anew what is pinned and in use.
+Concurrency: tasks in the worker's nursery, one layer at a time for each owner: one whose registry drips keeps others
+waiting for that layer alone. They fetch at the lowest priority, so that reads pass. Nothing of it is kept: a successor
+of the worker is told anew what is pinned and in use.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
@@ -19,7 +23,7 @@ from nsfs.errors import NoSpaceError, NsfsError
 from nsfs.model import oci
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from nsfs.model.digest import Digest
     from nsfs.model.pool import ImageRecord, LayerKey, LayerRecord
@@ -37,6 +41,17 @@ class InUse(NamedTuple):
 
     key: LayerKey
     owner: str
+
+
+@dataclass(eq=False, slots=True)
+class _Turn:
+    """One owner's."""
+
+    limiter: trio.CapacityLimiter = field(default_factory=partial(trio.CapacityLimiter, 1))
+    current: tuple[InUse, trio.CancelScope] | None = None
+    """What is being completed of what that owner uses."""
+    is_running: bool = False
+    """What that owner uses is looked after."""
 
 
 class Records(Protocol):
@@ -64,13 +79,12 @@ class Completing:
         self._contents = contents
         self._nursery = nursery
         self._follows_use = follows_use
-        self._turn = trio.CapacityLimiter(1)
+        self._turns: defaultdict[str, _Turn] = defaultdict(_Turn)
+        self._locks: defaultdict[LayerKey, trio.Lock] = defaultdict(trio.Lock)
         self._pins: dict[str, trio.CancelScope] = {}
         self._used: dict[InUse, None] = {}
-        self._settled: set[LayerKey] = set()
+        self._settled: set[InUse] = set()
         """Of those in use: complete, or not to be had."""
-        self._current: tuple[InUse, trio.CancelScope] | None = None
-        self._is_running = False
 
     # Pinned images
 
@@ -90,7 +104,7 @@ class Completing:
         with scope:
             for pause in _pauses():
                 try:
-                    async with self._turn:
+                    async with self._turns[pin.owner].limiter:
                         await self._complete_image(pin)
                     break
                 except NsfsError as error:
@@ -104,7 +118,11 @@ class Completing:
         blobs = blobs_of(pin)
         for record in self._records.layers():
             if record.blob in blobs:
-                await self._contents.complete(record.key, pin.owner)
+                await self._complete(record.key, pin.owner)
+
+    async def _complete(self, key: LayerKey, owner: str) -> None:
+        async with self._locks[key]:
+            await self._contents.complete(key, owner)
 
     # What is in use
 
@@ -113,43 +131,47 @@ class Completing:
         if not self._follows_use:
             return
         self._used = dict.fromkeys(used)
-        self._settled &= {each.key for each in used}
-        if self._current is not None and self._current[0] not in self._used:
-            self._current[1].cancel()
-        if not self._is_running and self._next() is not None:
-            self._is_running = True
-            self._nursery.start_soon(self._complete_used)
+        self._settled &= self._used.keys()
+        self._stop(lambda each: each not in self._used)
+        for owner in dict.fromkeys(each.owner for each in used):
+            if not self._turns[owner].is_running and self._next(owner) is not None:
+                self._turns[owner].is_running = True
+                self._nursery.start_soon(self._complete_used, owner, self._turns[owner])
 
     def give_up(self, keys: Collection[LayerKey]) -> None:
         """Fetch nothing more of these while they are in use: their contents are to go."""
-        self._settled |= {each.key for each in self._used} & set(keys)
-        if self._current is not None and self._current[0].key in keys:
-            self._current[1].cancel()
+        self._settled |= {each for each in self._used if each.key in keys}
+        self._stop(lambda each: each.key in keys)
 
-    def _next(self) -> InUse | None:
-        return next((each for each in self._used if each.key not in self._settled), None)
+    def _stop(self, is_meant: Callable[[InUse], bool]) -> None:
+        for turn in self._turns.values():
+            if turn.current is not None and is_meant(turn.current[0]):
+                turn.current[1].cancel()
 
-    async def _complete_used(self) -> None:
+    def _next(self, owner: str) -> InUse | None:
+        return next((each for each in self._used if each.owner == owner and each not in self._settled), None)
+
+    async def _complete_used(self, owner: str, turn: _Turn) -> None:
         pauses = _pauses()
-        while (used := self._next()) is not None:
+        while (used := self._next(owner)) is not None:
             if (left := _QUIET - self._contents.quiet_for()) > 0:
                 await trio.sleep(left)
                 continue
             with trio.CancelScope() as scope:
-                self._current = used, scope
+                turn.current = used, scope
                 try:
-                    async with self._turn:
-                        await self._contents.complete(used.key, used.owner)
-                    self._settled.add(used.key)
+                    async with turn.limiter:
+                        await self._complete(used.key, used.owner)
+                    self._settled.add(used)
                     pauses = _pauses()
                 except NsfsError as error:
                     log.info("layer %s is not complete: %s", used.key.blob, error)
                     if not error.transient or isinstance(error, NoSpaceError):
-                        self._settled.add(used.key)
+                        self._settled.add(used)
                     else:
                         await trio.sleep(next(pauses))
-            self._current = None
-        self._is_running = False
+            turn.current = None
+        turn.is_running = False
 
 
 def _pauses() -> Iterator[float]:
