@@ -17,7 +17,8 @@ from nsfs.bench.pages import drop_caches
 from nsfs.store.crypt import SALT_SIZE, DomainKey
 from nsfs.store.index import FIRST_ADDRESS
 from nsfs.store.layout import DomainLayout
-from nsfs.store.pool import create_bitmap, open_pool
+from nsfs.store.pool import open_pool
+from nsfs.store.poolfiles import create_bitmap
 from nsfs_daemon import run_daemon
 from registry import push_layout
 

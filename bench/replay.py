@@ -23,7 +23,8 @@ from nsfs.model.digest import Digest
 from nsfs.model.route import RouteMeter
 from nsfs.store.layers import open_table
 from nsfs.store.layout import DomainLayout
-from nsfs.store.pool import Pool, create_bitmap, open_pool
+from nsfs.store.pool import Pool, open_pool
+from nsfs.store.poolfiles import create_bitmap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

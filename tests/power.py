@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nsfs.store import files
+from nsfs.store import files, poolfiles
 from nsfs.store import pool as pool_module
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Disk:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(pool_module, "os", self)
+        patch.setattr(poolfiles, "os", self)
         patch.setattr(files, "os", self)
         patch.setattr(pool_module, "_libc", self)
 

@@ -37,7 +37,8 @@ from nsfs.store import layers as files
 from nsfs.store.crypt import load_key
 from nsfs.store.index import END_ADDRESS, open_index
 from nsfs.store.layout import DomainLayout
-from nsfs.store.pool import BLOCK, open_pool
+from nsfs.store.pool import open_pool
+from nsfs.store.poolfiles import BLOCK
 from nsfs.store.recovery import working
 from nsfs.store.sealed import load_content, store_file
 from nsfs.store.spool import Spool

@@ -14,7 +14,7 @@ from nsfs.cli.app import nsfs
 from nsfs.cli.exits import EXITS
 from nsfs.serve.config import known_keys
 from nsfs.serve.doctor import FEATURES
-from nsfs.store import crypt, index, keys, layers, layout, pool, sealed
+from nsfs.store import crypt, index, keys, layers, layout, poolfiles, sealed
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCE = REPOSITORY / "src/nsfs"
@@ -209,19 +209,19 @@ def test_the_index_is_described() -> None:
 
 
 def test_headers_are_described() -> None:
-    magics = (pool._DISK_MAGIC, pool._BITS_MAGIC, layers._INDEX_MAGIC, layers._SEGMENTS_MAGIC, layers._SPANS_MAGIC)
-    for magic in (*magics, sealed._MAGIC):
+    magics = (poolfiles._DISK_MAGIC, poolfiles._BITS_MAGIC, layers._INDEX_MAGIC, layers._SEGMENTS_MAGIC)
+    for magic in (*magics, layers._SPANS_MAGIC, sealed._MAGIC):
         assert f"`{magic.decode()}`" in ON_DISK
     assert f"header of {layers._HEADER.size} bytes" in ON_DISK
     assert f"begin with {sealed.HEADER_SIZE} bytes" in ON_DISK
     assert f"up to {keys._FILE:,} bytes" in ON_DISK
     ends = [int(offset) + int(size) for offset, size, *_ in _rows(ON_DISK, "offset")]
-    assert ends[-1] == pool._CHECK_AT + crypt.CHECK_SIZE
+    assert ends[-1] == poolfiles._CHECK_AT + crypt.CHECK_SIZE
     for name in layers._COLUMNS:
         assert f"*{name}*" in ON_DISK
 
 
 def test_versions_are_described() -> None:
-    assert {pool.PLAIN_VERSION, layers.VERSION, index.PLAIN_VERSION, keys.VERSION, sealed.VERSION} == {1}
-    assert {pool.VERSION, index.VERSION} == {2}
+    assert {poolfiles.PLAIN_VERSION, layers.VERSION, index.PLAIN_VERSION, keys.VERSION, sealed.VERSION} == {1}
+    assert {poolfiles.VERSION, index.VERSION} == {2}
     assert "a format version: 1, and 2 of a disk and an index under a key" in ON_DISK

@@ -17,7 +17,8 @@ from nsfs.errors import CorruptError, NoSpaceError, UnsupportedError
 from nsfs.store import pool as pool_module
 from nsfs.store.crypt import DomainKey
 from nsfs.store.layout import DomainLayout, Layout
-from nsfs.store.pool import BITMAP_SIZE, DISK_SIZE, Pool, create_bitmap, open_pool
+from nsfs.store.pool import Pool, open_pool
+from nsfs.store.poolfiles import BITMAP_SIZE, DISK_SIZE, create_bitmap
 from page_cache import cached_pages
 
 if TYPE_CHECKING:

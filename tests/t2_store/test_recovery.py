@@ -11,7 +11,8 @@ from nsfs.model.digest import Digest
 from nsfs.model.pool import LayerKey, LayerRecord, Slab
 from nsfs.store.index import DomainIndex, open_index
 from nsfs.store.layout import DomainLayout
-from nsfs.store.pool import Pool, create_bitmap, open_pool
+from nsfs.store.pool import Pool, open_pool
+from nsfs.store.poolfiles import create_bitmap
 from nsfs.store.recovery import recover, working
 
 if TYPE_CHECKING:

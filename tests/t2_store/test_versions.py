@@ -16,7 +16,7 @@ from nsfs.store.keys import Keys
 from nsfs.store.layers import load_index, open_table
 from nsfs.store.layout import DomainLayout, Layout
 from nsfs.store.meta import open_meta
-from nsfs.store.pool import create_bitmap
+from nsfs.store.poolfiles import create_bitmap
 
 if TYPE_CHECKING:
     from collections.abc import Callable

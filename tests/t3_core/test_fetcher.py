@@ -21,12 +21,13 @@ from nsfs.core.runway import Priority, plan_delay
 from nsfs.errors import CorruptError, DeniedError, NoSpaceError, UnreachableError
 from nsfs.model.layer import Codec
 from nsfs.store.layout import Layout as Paths
-from nsfs.store.pool import Pool, create_bitmap
+from nsfs.store.poolfiles import create_bitmap
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from nsfs.store.layers import LayerTable
+    from nsfs.store.pool import Pool
 
 T = TypeVar("T")
 

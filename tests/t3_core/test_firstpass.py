@@ -47,12 +47,14 @@ from nsfs.model.pool import Extent, LayerKey
 from nsfs.store import layers
 from nsfs.store.index import DomainIndex, open_index
 from nsfs.store.layout import DomainLayout
-from nsfs.store.pool import Pool, create_bitmap
+from nsfs.store.poolfiles import create_bitmap
 from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from nsfs.store.pool import Pool
 
 BLOCK = 4096
 LARGE = sample_content(3 << 20, 1)

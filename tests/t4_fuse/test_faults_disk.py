@@ -22,7 +22,8 @@ from nodes import wait_until
 from nsfs.model.pool import LayerKey
 from nsfs.store.index import open_index
 from nsfs.store.layers import open_table
-from nsfs.store.pool import create_bitmap, open_pool
+from nsfs.store.pool import open_pool
+from nsfs.store.poolfiles import create_bitmap
 from nsfs.store.spool import Spool
 from nsfs_daemon import Daemon, mortal_daemons, run_daemon, stored_domain
 from published import publish

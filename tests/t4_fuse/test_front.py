@@ -18,7 +18,8 @@ from nsfs.serve import mounts, wire
 from nsfs.serve.forkserver import ForkServer, launch_server, open_fork_server
 from nsfs.serve.fronts import FrontArgs
 from nsfs.store.layout import Layout
-from nsfs.store.pool import Pool, create_bitmap, open_pool
+from nsfs.store.pool import Pool, open_pool
+from nsfs.store.poolfiles import create_bitmap
 
 __all__ = ["arena"]
 ADDRESS = 1 << 30

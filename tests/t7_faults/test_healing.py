@@ -19,7 +19,7 @@ from images import Image, file, gzip_layer
 from mounting import swept
 from nodes import wait_until
 from nsfs.store.index import FIRST_ADDRESS
-from nsfs.store.pool import BLOCK
+from nsfs.store.poolfiles import BLOCK
 from nsfs_daemon import mortal_daemons, sweep
 from published import estargz_layer, publish
 from snapshots_api import Backend, mounted

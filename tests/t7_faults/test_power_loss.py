@@ -14,7 +14,8 @@ import pytest
 from nsfs.model.pool import Slab
 from nsfs.store.crypt import DomainKey
 from nsfs.store.layout import Layout
-from nsfs.store.pool import BLOCK, Pool, create_bitmap, open_pool
+from nsfs.store.pool import Pool, open_pool
+from nsfs.store.poolfiles import BLOCK, create_bitmap
 from nsfs.store.recovery import recover
 from power import Disk, Found, Killed, Punch, Sync
 

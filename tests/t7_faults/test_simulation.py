@@ -27,12 +27,13 @@ from nsfs.model.digest import Digest
 from nsfs.model.layer import Codec
 from nsfs.model.route import Route
 from nsfs.store.layout import Layout as Paths
-from nsfs.store.pool import Pool, create_bitmap
+from nsfs.store.poolfiles import create_bitmap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nsfs.store.layers import LayerTable
+    from nsfs.store.pool import Pool
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from nsfs.errors import CorruptError, NsfsError
 from nsfs.model.encryption import KeyPlace, plan_key
 from nsfs.store.crypt import DomainKey, make_key_file
-from nsfs.store.pool import create_bitmap, is_encrypted
+from nsfs.store.poolfiles import create_bitmap, is_encrypted
 from nsfs.store.trees import delete_tree, visit
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, UnsupportedError
 from nsfs.store.crypt import KEY_SIZE, DomainKey
 from nsfs.store.files import overwrite, replace_file, sync_directory
-from nsfs.store.pool import is_encrypted
+from nsfs.store.poolfiles import is_encrypted
 
 if TYPE_CHECKING:
     from nsfs.store.layout import Layout
