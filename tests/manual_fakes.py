@@ -15,7 +15,7 @@ from nsfs.core import worker_api
 from nsfs.core.manual import Kernel, Lowers, ManualMounts, Wish
 from nsfs.core.scopes import Scopes
 from nsfs.errors import BusyError, NotFoundError, UnreachableError
-from nsfs.model.mounts import Bind, Host, Lower, MountRecord, Overlay
+from nsfs.model.mounts import Bind, Host, Lower, MountRecord, Overlay, Rootfs
 from nsfs.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -141,8 +141,21 @@ class FakeKernel(Kernel):
         self.busy: set[str] = set()
         self.warmed: list[list[tuple[int, int]]] = []
 
-    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, read_ahead: int = 0) -> None:
-        await self.script.play("mount_lowers")
+    async def mount(
+        self, lowers: Sequence[tuple[Lower, str]], rootfs: Rootfs | None = None, *, read_ahead: int = 0
+    ) -> None:
+        await self._mount_lowers(lowers)
+        try:
+            if rootfs is not None:
+                await self._mount_rootfs(*rootfs)
+        except BaseException:
+            for _, path in lowers:
+                self.stacks[path].pop()
+            raise
+
+    async def _mount_lowers(self, lowers: Sequence[tuple[Lower, str]]) -> None:
+        if lowers:
+            await self.script.play("mount_lowers")
         for lower, path in lowers:
             assert (lower.domain, lower.view) in self.workers.shown, "its files are not there"
             assert path not in self.mounted(), "it hides what is mounted there"
@@ -152,7 +165,7 @@ class FakeKernel(Kernel):
         self.warmed.append(list(extents))
         assert all(path in self.mounted() for _, path in lowers), "nothing is there"
 
-    async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
+    async def _mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
         sources = [plan.source] if isinstance(plan, Bind) else plan.lowers
         await self.script.play("mount_rootfs")
         for path in sources:

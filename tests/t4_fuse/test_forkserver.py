@@ -239,6 +239,54 @@ def test_a_child_can_be_a_server_and_ends_with_its_client() -> None:
     with_server(body)
 
 
+def children_of(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return [int(child) for child in file.read().split()]
+
+
+async def spare_of(process: ServerProcess) -> int:
+    """The child that waits for its request, once there is one."""
+    while not (found := children_of(process.pid)):  # noqa: ASYNC110 - the server tells nobody of it
+        await trio.sleep(0.01)
+    return found[0]
+
+
+def test_a_spare_is_the_next_child_and_another_follows() -> None:
+    process = forkserver.launch_server([ME])
+
+    async def body(server: ForkServer) -> None:
+        assert await server.run(f"{ME}:nothing", None) == 0  # what it starts on its way up is over
+        spare = await spare_of(process)
+        child = await server.spawn(f"{ME}:seven", None)
+        assert child.pid == spare
+        assert await child.wait() == 7
+        child.close()
+        assert await spare_of(process) != spare
+
+    with_server(body, process)
+    assert not os.path.exists(f"/proc/{process.pid}")
+
+
+def test_a_spare_that_is_killed_is_missed_by_nobody_and_none_outlives_its_server() -> None:
+    process, spares = forkserver.launch_server([ME]), []
+
+    async def body(server: ForkServer) -> None:
+        assert await server.run(f"{ME}:nothing", None) == 0
+        for _ in range(3):
+            spares.append(await spare_of(process))
+            os.kill(spares[-1], signal.SIGKILL)
+            while spares[-1] in children_of(process.pid):  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            assert await server.run(f"{ME}:seven", None) == 7
+        spares.append(await spare_of(process))
+
+    with_server(body, process)
+    deadline = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{pid}") for pid in spares):
+        assert time.monotonic() < deadline, "a spare is left"
+        time.sleep(0.01)
+
+
 def test_requests_that_are_too_large_are_refused() -> None:
     async def body(server: ForkServer) -> None:
         with pytest.raises(ValueError, match="too large"):

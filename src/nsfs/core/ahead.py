@@ -34,9 +34,10 @@ class _Outcome(Generic[T]):
 
 
 class Ahead:
-    """The threads of one pipeline; a context manager."""
+    """The threads of one pipeline, or none where it is not worth them; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, threaded: bool = True) -> None:
+        self._threaded = threaded
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -55,6 +56,8 @@ class Ahead:
 
     def run(self, source: Generator[T, None, None]) -> Iterator[T]:
         """Start `source` in a thread; returns its items."""
+        if not self._threaded:
+            return source
         passed: Queue[_Outcome[T]] = Queue(DEPTH)
         thread = threading.Thread(target=self._produce, args=(source, passed), daemon=True)
         self._threads.append(thread)

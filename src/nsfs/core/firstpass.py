@@ -4,9 +4,9 @@ Owns the pipeline of the first pass: the blob is spooled and hashed, inflated an
 and written to its addresses, all at once and only once. Refuses a layer whose blob digest or diff ID is not what was
 claimed, one that is larger than allowed, and all that its formats refuse.
 
-Concurrency: one job process, four threads (`core.ahead`); hashing, inflating and writing run without the interpreter
-lock. Invariants: nothing is committed before both digests are right; until then every address that was written is one
-that this job reserved, and a job that fails clears them all.
+Concurrency: one job process, four threads (`core.ahead`), or one for a small layer; hashing, inflating and writing run
+without the interpreter lock. Invariants: nothing is committed before both digests are right; until then every address
+that was written is one that this job reserved, and a job that fails clears them all.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ _LEAST: Final = 256 << 10
 """Bytes of blob that are gathered before they are passed on: a pipe gives them in drops."""
 MAX_ADDRESSES: Final = 1 << 40
 """Of one layer: a domain has 16 TiB of them, and gives none back."""
+_SMALL: Final = 4 << 20
+"""Bytes of a blob that one thread does as soon as several, which wait for each other."""
 _PROGRESS_EVERY: Final = 0.25
 _POLL_MS: Final = 100
 
@@ -181,7 +183,7 @@ def _read_layer(job: FirstPassJob, source_fd: int, placer: Placer, progress: Cal
     blob, stream = _Hashed(job.blob), _Hashed(job.diff_id)
     parser = TarParser()
     refused = threading.Event()
-    with Ahead() as ahead:
+    with Ahead(threaded=job.blob_size > _SMALL) as ahead:
         received = _spooled(job.spool, job.blob_size, _received(source_fd, ahead))
         compressed = ahead.run(_reported(blob.through(_exactly(received, job.blob_size)), progress))
         inflated = _at_most(_inflated(_INFLATERS[job.compression](), compressed, refused), job.max_stream)

@@ -173,9 +173,13 @@ class Jobs:
 async def _attend(
     process: Process, channel: trio.socket.SocketType, report: Callable[[int], Awaitable[None]] | None
 ) -> tuple[Raw | None, int]:
-    """Wait for the result and the end of a job. Leaves nothing that still writes: one that is given up is killed."""
+    """Wait for the result of a job, or for its end without one: who has given it has only to go.
+
+    Leaves nothing that still writes: one that is given up is killed.
+    """
     try:
-        return await _follow(channel, report), await process.wait()
+        packed = await _follow(channel, report)
+        return packed, 0 if packed is not None else await process.wait()
     except BaseException:
         process.kill()
         with trio.move_on_after(_DEATH) as scope, suppress(UnreachableError):

@@ -25,7 +25,7 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UsageError
-from nsfs.model.mounts import Bind, Driver, Host, Lower, MountRecord, Overlay, choose_driver, plan_rootfs, unique_maps
+from nsfs.model.mounts import Driver, Host, Lower, MountRecord, Rootfs, choose_driver, plan_rootfs, unique_maps
 from nsfs.model.policy import Domain, Isolation, ScopeRequest, domain_named, parse_patience
 from nsfs.model.profile import ProfileUse, parse_profile_use
 
@@ -103,14 +103,16 @@ class Kernel(Protocol):
     What mounts leaves nothing mounted where it fails or is cancelled.
     """
 
-    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, read_ahead: int = 0) -> None:
-        """Mount each view at its path; for a while the kernel reads no more than so many KiB ahead, if it is not 0."""
+    async def mount(
+        self, lowers: Sequence[tuple[Lower, str]], rootfs: Rootfs | None = None, *, read_ahead: int = 0
+    ) -> None:
+        """Mount each view at its path, then the tree where it belongs.
+
+        For a while the kernel reads no more than so many KiB ahead of the views, if it is not 0.
+        """
 
     def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]]) -> None:
         """Begin to bring what lies at addresses (and has that size) into the memory of mounted views, top first."""
-
-    async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
-        """Put the tree at `target`."""
 
     async def mount_front(self, record: MountRecord, maps: Sequence[worker_api.MapInfo]) -> None:
         """Serve the tree at `record.target` from a process of its own, without root."""
@@ -217,18 +219,27 @@ class Lowers:
         return [lower for lower, users in self._users.items() if user in users]
 
     async def acquire(
-        self, lowers: Sequence[Lower], user: str, *, read_ahead: int = 0, warm: Sequence[tuple[int, int]] = ()
+        self,
+        lowers: Sequence[Lower],
+        user: str,
+        *,
+        read_ahead: int = 0,
+        warm: Sequence[tuple[int, int]] = (),
+        stack: Callable[[list[str]], Rootfs] | None = None,
     ) -> list[str]:
         """Mount what is not mounted yet; gives the paths in the order of `lowers`, distinct ones of one domain.
 
-        Of what is mounted now the kernel reads no more than so many KiB ahead for a while, if `read_ahead` is not 0.
-        The extents `warm`, address and size, are then brought into memory, and not waited for.
+        Then what `stack` makes of the paths, in one go. Of what is mounted now the kernel reads no more than so many
+        KiB ahead for a while, if `read_ahead` is not 0. The extents `warm`, address and size, are then brought into
+        memory, and not waited for.
         """
         fresh = [lower for lower in lowers if lower not in self._names]
         self._names |= zip(fresh, self._free_names(), strict=False)
+        paths = [self._path(lower) for lower in lowers]
+        rootfs = stack(paths) if stack is not None else None
         try:
             await self._tell("ShowViews", fresh)
-            await self._kernel.mount_lowers([(lower, self._path(lower)) for lower in fresh], read_ahead=read_ahead)
+            await self._kernel.mount([(lower, self._path(lower)) for lower in fresh], rootfs, read_ahead=read_ahead)
         except BaseException:
             for lower in fresh:
                 del self._names[lower]
@@ -242,7 +253,7 @@ class Lowers:
             self._users[lower].add(user)
         if not set(lowers) <= set(known):
             self._remember(user, list(dict.fromkeys([*known, *lowers])))
-        return [self._path(lower) for lower in lowers]
+        return paths
 
     def _remember(self, user: str, lowers: Sequence[Lower]) -> None:
         """For the next daemon; where that cannot be written, it is of use until then."""
@@ -391,28 +402,32 @@ class ManualMounts:
         if not self._host.root:
             await self._kernel.mount_front(record, maps)
         else:
-            lowers = await self._show(record, maps, undo, image)
             marks = record.driver != Driver.FUSE and any(info.marks for info in maps)
             upper = await self._make_upper(record, undo) if record.writable else None
-            plan = plan_rootfs(lowers, marks=marks, empty=self._kernel.empty, upper=upper)
-            await self._kernel.mount_rootfs(record.target, plan)
+            plan = partial(plan_rootfs, marks=marks, empty=self._kernel.empty, upper=upper)
+            await self._show(record, maps, lambda lowers: Rootfs(record.target, plan(lowers)), undo, image)
         _push_undo(undo, partial(self._kernel.unmount, [record.target], force=True))
 
     async def _show(
-        self, record: MountRecord, maps: list[worker_api.MapInfo], undo: AsyncExitStack, image: worker_api.Prepared
-    ) -> list[str]:
-        """Have the kernel see the image's layers; where they are, top first."""
+        self,
+        record: MountRecord,
+        maps: list[worker_api.MapInfo],
+        stack: Callable[[list[str]], Rootfs],
+        undo: AsyncExitStack,
+        image: worker_api.Prepared,
+    ) -> None:
+        """Have the kernel see the image's layers, and what `stack` makes of where they are, top first."""
         if record.driver != Driver.FUSE:
-            lowers = _lowers_of(record)
-            paths = await self._lowers.acquire(lowers, record.id, read_ahead=image.read_ahead, warm=image.warm)
+            ahead, warm = image.read_ahead, image.warm
+            await self._lowers.acquire(_lowers_of(record), record.id, read_ahead=ahead, warm=warm, stack=stack)
             _push_undo(undo, partial(self._lowers.release, record.id))
-            return paths
+            return
         _push_undo(undo, partial(self._hide_tree, record))
         tree = worker_api.Tree(
             id=record.id, maps=maps, suffix=record.suffix, recording=record.recording, info=record.describe()
         )
         await self._workers.call(self.domain_of(record), "ShowTree", tree, worker_api.Empty)
-        return [self._kernel.tree_path(record.domain, record.id)]
+        await self._kernel.mount([], stack([self._kernel.tree_path(record.domain, record.id)]))
 
     async def _make_upper(self, record: MountRecord, undo: AsyncExitStack) -> tuple[str, str]:
         _push_undo(undo, partial(self._kernel.drop_upper, record.id))

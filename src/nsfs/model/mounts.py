@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from msgspec import Struct
 
@@ -95,6 +95,13 @@ class Overlay:
     lowers: tuple[str, ...]
     upper: str | None = None
     work: str | None = None
+
+
+class Rootfs(NamedTuple):
+    """A tree, and where it is to be."""
+
+    target: str
+    plan: Bind | Overlay
 
 
 def plan_rootfs(lowers: Sequence[str], *, marks: bool, empty: str, upper: tuple[str, str] | None) -> Bind | Overlay:

@@ -6,10 +6,10 @@ stderr of the server, default signals, an empty signal mask, and what it is conf
 (args, fds) and exits with what that returns: an int, None for 0, an NsfsError's exit code, 1 and a traceback for
 anything else.
 
-The server is single-threaded, imports its modules and warms up once, freezes the collector's generations, and ends when
-its client's end of the socket is closed. `launch_server` execs one; a child of one may be one
-(`serve`). The client's side is trio. Invariants: every child that a client knows is
-reaped by the server and reported once; a child whose spawner was cancelled before it got to know it is killed.
+The server is single-threaded, imports and warms up once, freezes the collector's generations, and ends when its
+client's end is closed. A child of one may be one (`serve`); one that was launched has a spare while nothing is asked of
+it: a child that is forked already. The client's side is trio. Invariants: every child that a client knows is reaped by
+the server and reported once; a child whose spawner was cancelled before it knew it is killed.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ Entry: TypeAlias = Callable[[bytes, list[int]], int | None]
 """What a child runs: the msgpack of its arguments, and its descriptors in the order they were given."""
 
 _PR_SET_PDEATHSIG: Final = 1
+_PAUSE_MS: Final = 20
+"""Milliseconds without a request until a spare is forked, behind what was asked for last."""
 _DEATH: Final = 2.0
 """Seconds that a killed child may take to be gone."""
 _RELAUNCH_PAUSE: Final = 0.5
@@ -117,6 +119,11 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def outlive_parent() -> None:
+    """Go on when the parent ends, whatever was asked of `die_with_parent`."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+
+
 def close_others(keep: Sequence[int]) -> None:
     """Close every descriptor over 2 that is not in `keep`."""
     low = 3
@@ -131,13 +138,6 @@ def _reset_signals() -> None:
         with suppress(OSError):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-
-def _null_stdin() -> None:
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    if null != 0:
-        os.close(null)
 
 
 def _confine(request: Spawn, server: int) -> None:
@@ -163,11 +163,27 @@ def _call_entry(request: Spawn, fds: list[int], server: int) -> int:
         return 1
 
 
+def _run_spare(sock: socket.socket, server: int) -> NoReturn:
+    """Wait for a request, and be its child."""
+    try:
+        die_with_parent(server)
+        close_others([sock.fileno()])
+        data, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE + 4096, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        if data:
+            request = _request_decoder.decode(data)
+            assert isinstance(request, Spawn), "a spare is told what to be, and nothing else"
+            _run_child(request, fds, server)
+    finally:
+        os._exit(0)
+
+
 def _run_child(request: Spawn, fds: list[int], server: int) -> NoReturn:
     status = 1
     try:
         if request.tied:
             die_with_parent(server)
+        else:
+            outlive_parent()
         close_others(fds)
         _reset_signals()
         if request.session:
@@ -191,9 +207,31 @@ def _open_pidfd(pid: int) -> int:
         raise
 
 
+def _refuse_lost(flags: int) -> None:
+    """Raise where descriptors did not come with their message, for want of room for them."""
+    if flags & socket.MSG_CTRUNC:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+class _Spare(NamedTuple):
+    """A child that waits for its request."""
+
+    pid: int
+    pidfd: int
+    sock: socket.socket
+    """The request is sent here; what waits ends where this is closed."""
+
+    def end(self) -> None:
+        self.sock.close()
+        os.close(self.pidfd)
+        os.waitpid(self.pid, 0)
+
+
 class _Server:
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, keeps_spare: bool) -> None:
         self._sock = sock
+        self._keeps_spare = keeps_spare
+        self._spare: _Spare | None = None
         self._poll = select.poll()
         self._poll.register(sock.fileno(), select.POLLIN)
         self._children: dict[int, tuple[int, int]] = {}
@@ -201,11 +239,40 @@ class _Server:
 
     def run(self) -> None:
         while True:
-            for fd, _ in self._poll.poll():
-                if fd in self._children:
-                    self._reap(fd)
-                elif not self._take():
-                    return
+            lacks_spare = self._keeps_spare and self._spare is None
+            ready = {fd for fd, _ in self._poll.poll(_PAUSE_MS if lacks_spare else None)}
+            if not ready:
+                self._fork_spare()
+            self._bury(ready)  # first: a request makes descriptors, which may have the numbers of these
+            if self._sock.fileno() in ready and not self._take():
+                return
+
+    def _bury(self, ready: set[int]) -> None:
+        if self._spare is not None and self._spare.pidfd in ready:
+            self._take_spare().end()
+        for pidfd in ready & self._children.keys():
+            self._reap(pidfd)
+
+    def end(self) -> None:
+        """Leave no spare."""
+        if self._spare is not None:
+            self._take_spare().end()
+
+    def _fork_spare(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            server = os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                _run_spare(theirs, server)
+        self._spare = _Spare(pid, _open_pidfd(pid), ours)
+        self._poll.register(self._spare.pidfd, select.POLLIN)
+
+    def _take_spare(self) -> _Spare:
+        spare, self._spare = self._spare, None
+        assert spare is not None, "whoever takes it has looked"
+        self._poll.unregister(spare.pidfd)
+        return spare
 
     def _take(self) -> bool:
         try:
@@ -219,7 +286,8 @@ class _Server:
             self._kill(request)
             return True
         try:
-            self._fork(request, fds, lost=bool(flags & socket.MSG_CTRUNC))
+            _refuse_lost(flags)
+            self._know(request.id, *(self._employ_spare(data, fds) or self._fork(request, fds)))
         except OSError as error:
             self._reply(Failed(request.id, str(error)))
         finally:
@@ -233,17 +301,30 @@ class _Server:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, request.number)
 
-    def _fork(self, request: Spawn, fds: list[int], *, lost: bool) -> None:
-        if lost:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    def _employ_spare(self, data: bytes, fds: list[int]) -> tuple[int, int] | None:
+        """Give the request to the spare; its pid and pidfd, or None where there is none that takes it."""
+        if self._spare is None:
+            return None
+        spare = self._take_spare()
+        try:
+            socket.send_fds(spare.sock, [data], fds)
+        except OSError:
+            spare.end()
+            return None
+        spare.sock.close()
+        return spare.pid, spare.pidfd
+
+    def _fork(self, request: Spawn, fds: list[int]) -> tuple[int, int]:
         server = os.getpid()
         pid = os.fork()
         if pid == 0:
             _run_child(request, fds, server)
-        pidfd = _open_pidfd(pid)
-        self._children[pidfd] = request.id, pid
+        return pid, _open_pidfd(pid)
+
+    def _know(self, request: int, pid: int, pidfd: int) -> None:
+        self._children[pidfd] = request, pid
         self._poll.register(pidfd, select.POLLIN)
-        self._reply(Spawned(request.id, pid), pidfd)
+        self._reply(Spawned(request, pid), pidfd)
 
     def _reap(self, pidfd: int) -> None:
         request, pid = self._children.pop(pidfd)
@@ -257,7 +338,7 @@ class _Server:
             socket.send_fds(self._sock, [msgspec.msgpack.encode(reply)], fds)
 
 
-def serve(sock: socket.socket) -> None:
+def serve(sock: socket.socket, *, keeps_spare: bool = False) -> None:
     """Be a fork server on `sock` until the other end is closed. Whatever is to be warm is imported already."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -265,7 +346,11 @@ def serve(sock: socket.socket) -> None:
     gc.disable()
     gc.collect()
     gc.freeze()
-    _Server(sock).run()
+    server = _Server(sock, keeps_spare=keeps_spare)
+    try:
+        server.run()
+    finally:
+        server.end()
 
 
 class ServerProcess(NamedTuple):
@@ -291,7 +376,7 @@ def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
     for name in sys.argv[2:]:
         _warm(name)
-    serve(sock)
+    serve(sock, keeps_spare=True)
 
 
 def _warm(name: str) -> None:
@@ -436,14 +521,16 @@ class ForkServer:
             raise UnreachableError(f"cannot start a process: {pending.reason}")
         return pending.child
 
-    async def run(self, entry: str, args: Struct | None, fds: Sequence[int] = ()) -> int:
-        """Spawn, wait, and give the exit status. A cancelled caller's child is killed, and gone when this returns.
+    @asynccontextmanager
+    async def running(self, entry: str, args: Struct | None, fds: Sequence[int] = ()) -> AsyncIterator[Child]:
+        """Spawn a child; a block that fails or is cancelled kills it, and it is gone when that is over.
 
-        Unless it cannot be killed for two seconds, because a disk or a kernel does not answer.
+        Unless it cannot be killed for two seconds, because a disk or a kernel does not answer. Where the block returns
+        the child goes on, to its end.
         """
         child = await self.spawn(entry, args, fds)
         try:
-            return await child.wait()
+            yield child
         except BaseException:
             child.kill()
             with trio.move_on_after(_DEATH, shield=True), suppress(UnreachableError):
@@ -451,6 +538,11 @@ class ForkServer:
             raise
         finally:
             child.close()
+
+    async def run(self, entry: str, args: Struct | None, fds: Sequence[int] = ()) -> int:
+        """The exit status of a child, as by `running`."""
+        async with self.running(entry, args, fds) as child:
+            return await child.wait()
 
     async def talk(self, sock: trio.socket.SocketType, task_status: trio.TaskStatus[None]) -> None:
         """Have `sock`'s other end as the server until it is gone; run by `open_fork_server`."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from nsfs.core import worker_api
-    from nsfs.model.mounts import Host, MountRecord, Overlay
+    from nsfs.model.mounts import Host, MountRecord, Overlay, Rootfs
     from nsfs.model.shift import Shift
     from nsfs.serve.forkserver import ForkServer
     from nsfs.store.layout import Layout
@@ -129,15 +129,14 @@ class HostKernel(Kernel):
         stale = [target for target in mounted if target.startswith(ours) and target not in keep]
         await self.unmount(stale[::-1], force=True)
 
-    async def mount_lowers(self, lowers: Sequence[tuple[Lower, str]], *, read_ahead: int = 0) -> None:
+    async def mount(
+        self, lowers: Sequence[tuple[Lower, str]], rootfs: Rootfs | None = None, *, read_ahead: int = 0
+    ) -> None:
         """See Kernel."""
-        if not lowers:
-            return
         for _, path in lowers:
             os.makedirs(path, 0o755, exist_ok=True)
-        results = await self._mount(
-            tuple(self._step(lower, path, read_ahead or READ_AHEAD_KB) for lower, path in lowers)
-        )
+        steps = [self._step(lower, path, read_ahead or READ_AHEAD_KB) for lower, path in lowers]
+        results = await self._mount(tuple(steps if rootfs is None else [*steps, self._rootfs_step(*rootfs)]))
         if read_ahead:
             due = trio.current_time() + _START
             self._starting += [(due, name) for result in results for name in result.read_ahead_of]
@@ -188,18 +187,17 @@ class HostKernel(Kernel):
                 await self.unmount([path for _, path in clones], force=True)
             raise
 
-    async def mount_rootfs(self, target: str, plan: Bind | Overlay) -> None:
-        """See Kernel."""
+    def _rootfs_step(self, target: str, plan: Bind | Overlay) -> mounts.Step:
         if isinstance(plan, Bind):
-            await self._mount((mounts.Bind(target=target, source=plan.source, guarded=True),))
-            return
+            return mounts.Bind(target=target, source=plan.source, guarded=True)
         base = self._layout.lowers
         lowers = tuple(path.removeprefix(base + "/") for path in plan.lowers)
-        step = mounts.Overlay(target=target, base=base, lowers=lowers, upper=plan.upper, work=plan.work, guarded=True)
-        await self._mount((step,))
+        return mounts.Overlay(target=target, base=base, lowers=lowers, upper=plan.upper, work=plan.work, guarded=True)
 
     async def _mount(self, steps: tuple[mounts.Step, ...]) -> list[mounts.StepResult]:
         """Carry out all of `steps` or none; what was mounted at their targets before stays."""
+        if not steps:
+            return []
         before = {mount.id for mount in mounts.load_mounts()}
         try:
             return await self._carry_out(steps)

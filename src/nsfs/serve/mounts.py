@@ -23,8 +23,7 @@ import struct
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn, TypeAlias
 
 import msgspec
 import trio
@@ -46,7 +45,7 @@ from nsfs.serve.idmap import attach, cloned, user_namespace
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from nsfs.serve.forkserver import ForkServer
+    from nsfs.serve.forkserver import Child, ForkServer
 
 FUSE_TYPE: Final = "fuse.nsfs"
 MAX_OPTIONS: Final = 4095
@@ -188,6 +187,7 @@ def run_mounts(args: bytes, fds: list[int]) -> int:
             break
         results.append(StepResult(seconds=time.monotonic() - begin, read_ahead_of=names))
     os.write(fds[0], msgspec.msgpack.encode(results))
+    os.close(fds[0])  # who reads it need not wait until we are gone
     return 0
 
 
@@ -200,24 +200,24 @@ async def carry_out(
     it is not known how far it got: unmount with `detach` what it may have mounted.
     """
     read, write = os.pipe2(os.O_CLOEXEC)
-    with ExitStack() as stack:
-        stack.callback(os.close, read)
-        with trio.move_on_after(deadline):
-            try:
-                status = await server.run("nsfs.serve.mounts:run_mounts", plan, [write, *fds])
-            finally:
-                os.close(write)
-            return _read_results(read, status)
+    async with trio.lowlevel.FdStream(read) as told:
+        with trio.move_on_after(deadline), ExitStack() as ours:
+            ours.callback(os.close, write)
+            async with server.running("nsfs.serve.mounts:run_mounts", plan, [write, *fds]) as child:
+                ours.close()
+                data = b"".join([bytes(piece) async for piece in told])
+                return _parse_results(data) if data else await _fail_as(child)
     raise UnreachableError(
         f"mounting took longer than {deadline:g} s: {plan.steps[-1].target}",
         hint="the image's registry may be unreachable: see nsfs status",
     )
 
 
-def _read_results(fd: int, status: int) -> list[StepResult]:
-    data = os.read(fd, 1 << 16)
-    if not data:
-        raise NsfsError(f"the mounting process ended without a word: exit status {status}")
+async def _fail_as(child: Child) -> NoReturn:
+    raise NsfsError(f"the mounting process ended without a word: exit status {await child.wait()}")
+
+
+def _parse_results(data: bytes) -> list[StepResult]:
     results = msgspec.msgpack.decode(data, type=list[StepResult])
     if results and results[-1].code:
         raise ERRORS.get(results[-1].code, NsfsError)(results[-1].message, hint=results[-1].hint)
@@ -488,8 +488,7 @@ def _configure_loop(file: int, *, direct: bool) -> tuple[int, str]:
 # What the kernel shows
 
 
-@dataclass(frozen=True, slots=True)
-class MountInfo:
+class MountInfo(NamedTuple):
     """One line of mountinfo (proc_pid_mountinfo(5)); paths are decoded."""
 
     id: int
@@ -522,7 +521,7 @@ def parse_mountinfo(text: str) -> list[MountInfo]:
 
 def _parse_line(line: str) -> MountInfo:
     before, _, after = line.partition(" - ")
-    number, parent, device, root, target, options, *_ = before.split(" ")
+    number, parent, device, root, target, options, *_ = before.split(" ", 6)
     fstype, source, super_options = after.split(" ", 2)
     return MountInfo(
         int(number),
@@ -544,6 +543,8 @@ def _escape_octal(text: str) -> str:
 
 def _unescape(text: str) -> str:
     """Undo the octal escapes of blanks and backslashes (Linux fs/proc_namespace.c)."""
+    if "\\" not in text:
+        return text
     head, *rest = text.split("\\")
     return head + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)
 
