@@ -155,17 +155,19 @@ def test_a_killed_job_is_a_clear_error_and_leaves_its_spool(daemon: Daemon, pass
     status, said = finish(mount)
     assert status == 7, said
     assert "killed" in said
-    os.kill(daemon.workers()[DOMAIN], signal.SIGKILL)
-    wait_for_worker(daemon)
+    worker = daemon.workers()[DOMAIN]
+    os.kill(worker, signal.SIGKILL)
+    wait_for_worker(daemon, worker)
     with open_index(daemon.layout().index, daemon.layout().key, readonly=True) as index:
         assert index.orphan_slabs() == []
     assert os.stat(daemon.layout().disk).st_blocks * 512 < 100_000
     check_goes_on(daemon, passing)
 
 
-def wait_for_worker(daemon: Daemon) -> None:
+def wait_for_worker(daemon: Daemon, killed: int) -> None:
+    """Until another follows the one that was killed."""
     deadline = time.monotonic() + 60
-    while DOMAIN not in daemon.workers():
+    while daemon.workers().get(DOMAIN, killed) == killed:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
