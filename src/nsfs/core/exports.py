@@ -12,6 +12,7 @@ thread's.
 from __future__ import annotations
 
 import os
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -20,13 +21,14 @@ import trio
 from nsfs.core import worker_api
 from nsfs.core.layers import short
 from nsfs.core.tasks import run_all
+from nsfs.errors import CorruptError
 from nsfs.format.artifact import INDEX_TYPE, PACK_TYPE, SPANS_TYPE, TABLE_TYPE
 from nsfs.format.pack import PackWriter, render_table
 from nsfs.model.profile import TAR
 from nsfs.model.report import Data, Note, Part, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
     from msgspec import Struct
 
@@ -56,6 +58,9 @@ class Streams(Protocol):
 
     async def read_stream(self, key: LayerKey, owner: str, start: int, size: int) -> bytes:
         """Bytes of a layer's stream that belong to files; raises NsfsError."""
+
+    def locate(self, parts: Iterable[tuple[LayerKey, range]]) -> Iterator[tuple[int, int]]:
+        """Where parts of layers' streams lie; raises CorruptError for what belongs to no file. Any thread."""
 
 
 class Exports:
@@ -117,10 +122,19 @@ class Exports:
         elif not profile.is_complete:
             await report(Note(text=f"no start-up pack: the profile may lack something: {profile.flaw}"))
         else:
-            await self._send_runs(profile, layers, image.access.owner, report)
+            keys = _keys_of(profile, layers)
+            try:
+                await trio.to_thread.run_sync(self._check_runs, profile, keys)
+            except CorruptError as error:
+                await report(Note(text=f"no start-up pack: the profile is not of these layers: {error.message}"))
+            else:
+                await self._send_runs(profile, keys, image.access.owner, report)
 
-    async def _send_runs(self, profile: Profile, layers: Mapping[Digest, LayerKey], owner: str, report: Report) -> None:
-        keys = _keys_of(profile, layers)
+    def _check_runs(self, profile: Profile, keys: Mapping[int, LayerKey]) -> None:
+        """Raise CorruptError for what is in no file: a start was recorded by an artifact's word for where files are."""
+        deque(self._streams.locate((keys[run.layer], run.stream) for run in profile.runs if run.layer in keys), 0)
+
+    async def _send_runs(self, profile: Profile, keys: Mapping[int, LayerKey], owner: str, report: Report) -> None:
         writer = PackWriter([layer.blob for layer in profile.layers], profile.size)
         await report(Part(media_type=PACK_TYPE))
         for part in (part for run in profile.runs if run.layer in keys for part in run.cut(_RUN)):
