@@ -153,6 +153,12 @@ def test_an_image_of_no_registry_is_refused(arena: Path) -> None:
     assert (ran.returncode, "not an image of a registry" in ran.stderr) == (2, True)
 
 
+def test_a_command_that_no_shell_would_split_is_refused(arena: Path) -> None:
+    ran = bench("registry.example/app", arena, "--cmd", "sh -c 'echo up")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "not a command: " in ran.stderr
+
+
 @pytest.mark.parametrize("connect", [False, True], ids=["to one server", "as a proxy"])
 def test_a_line_delays_and_counts_what_a_server_sends(connect: bool) -> None:
     with contextlib.ExitStack() as stack:

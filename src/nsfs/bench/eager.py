@@ -69,11 +69,18 @@ class Containerd:
             self._ctr("images", "remove", "--sync", name)
 
     def _remove_active(self) -> None:
-        """Remove the snapshots that are no layer's."""
+        """Remove the snapshots that are no layer's; containerd does so, too, where a pull was interrupted."""
         for line in self._ctr("snapshots", *_OVERLAYFS, "ls").splitlines()[1:]:
             key, *_, kind = line.split()
             if kind != "Committed":
-                self._ctr("snapshots", *_OVERLAYFS, "remove", key)
+                self._remove_snapshot(key)
+
+    def _remove_snapshot(self, key: str) -> None:
+        try:
+            self._ctr("snapshots", *_OVERLAYFS, "remove", key)
+        except NsfsError as error:
+            if not error.message.endswith(": not found"):
+                raise
 
     def forget(self) -> None:
         """Remove our namespace; it must be clear."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from nsfs.serve.config import Config
 
-_DEADLINE = 30.0
+_DEADLINE = 60.0
 """Seconds for the daemon to answer, and to end."""
 _COMPLETE = 1800.0
 """Seconds for an image to become local."""

@@ -13,7 +13,7 @@ from nsfs.bench.model import WAYS, Way
 from nsfs.cli.options import json_option
 from nsfs.cli.render import render_columns, render_json
 from nsfs.cli.session import Session, pass_session
-from nsfs.errors import UnsupportedError
+from nsfs.errors import UnsupportedError, UsageError
 from nsfs.serve.config import load_system_config
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def bench(  # noqa: PLR0913  an argument for each option
     config = load_system_config()
     wish = Wish(
         reference=reference,
-        words=tuple(shlex.split(cmd)),
+        words=_split(cmd),
         wait_for=wait_for,
         shape=Shape(parse_rate(bandwidth), parse_delay(rtt)),
         ways=tuple(dict.fromkeys(ways)) or WAYS,
@@ -116,6 +116,14 @@ def bench(  # noqa: PLR0913  an argument for each option
     report = measure(wish, config, session.talk.note)
     _keep(session, report, wish.output)
     click.echo(render_json(report) if as_json else "\n".join(_render(report)))
+
+
+def _split(command: str) -> tuple[str, ...]:
+    """Its words; raises UsageError."""
+    try:
+        return tuple(shlex.split(command))
+    except ValueError as error:
+        raise UsageError(f"not a command: {command[:200]!r}: {str(error).lower()}", hint="close its quotes") from None
 
 
 def _keep(session: Session, report: Report, output: str) -> None:
