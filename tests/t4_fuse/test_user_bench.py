@@ -64,7 +64,7 @@ def processes() -> list[str]:
 
 
 @pytest.mark.timeout(300)
-def test_every_way_is_measured_once_and_proven_by_bytes(registry: Registry, arena: Path) -> None:
+def test_every_way_is_proven(registry: Registry, arena: Path) -> None:
     push(busybox.image(), registry, arena, "bench")
     reference = f"{registry.host}/bench:latest"
     ran = bench(reference, arena, "--cmd", "sh -c 'cat /data/words > /dev/null; echo up'", "--samples", "1", "--json")
@@ -86,7 +86,7 @@ def test_every_way_is_measured_once_and_proven_by_bytes(registry: Registry, aren
 
 
 @pytest.mark.timeout(300)
-def test_whoever_interrupts_it_goes_on_where_it_was(registry: Registry, arena: Path) -> None:
+def test_who_interrupts_goes_on(registry: Registry, arena: Path) -> None:
     push(busybox.image(), registry, arena, "bench")
     asked = (f"{registry.host}/bench:latest", arena, "--cmd", "echo up", "--way", "local", "--seed", "7", "--samples")
     with subprocess.Popen(command(*asked, "1000"), stderr=subprocess.PIPE, text=True, start_new_session=True) as first:

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from registry import Registry
 
 BASE = noise(300_000, 500)
-LAZY = noise(900_000, 501)
+LAZY = noise(4_000_000, 501)
 SHOWN = sorted(["base", "lazy", "own"])
 
 
@@ -203,8 +202,9 @@ def test_a_daemon_that_was_killed_is_followed_by_one_that_tidies_up(
     push_pair(registry, arena)
     target = user.directory("mnt")
     user.nsfs("mount", f"{meter.host}/private-0", target)
+    (domain,) = user.json("status")["domains"]
     os.kill(user.daemon(), signal.SIGKILL)
-    time.sleep(0.3)
+    wait_until(lambda: is_dead(domain["pid"]), "its worker ends, too")
     before = meter.served()
     assert user.nsfs("mount", f"{meter.host}/private-0", target).returncode == 0
     assert user.run("cat", f"{target}/own").stdout == "0\n"
