@@ -54,6 +54,7 @@ from nsfs.serve.forkserver import launch_server, open_fork_server
 from nsfs.serve.fronts import open_fronts
 from nsfs.serve.hostfiles import HostFiles
 from nsfs.serve.keeping import Keeper
+from nsfs.serve.kept import Connection
 from nsfs.serve.kernel import READ_AHEAD_KB, HostKernel, UserKernel
 from nsfs.serve.lending import Lending
 from nsfs.serve.lifecycle import End, Ending, Lifecycle, replace_us
@@ -66,7 +67,7 @@ from nsfs.serve.sandbox import module_paths, plan_front_sandbox, plan_readable
 from nsfs.serve.scrapes import serve_scrapes
 from nsfs.serve.session import read_init
 from nsfs.serve.snapshots_rpc import snapshots_service
-from nsfs.serve.supervisor import Connection, open_supervisor
+from nsfs.serve.supervisor import open_supervisor
 from nsfs.serve.tenancy import Tenancy
 from nsfs.serve.terms import Lender, RootTerms, UserTerms, check_uids
 from nsfs.store.domains import Domains

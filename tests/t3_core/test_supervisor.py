@@ -17,7 +17,8 @@ from nsfs.core import worker_api
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnreachableError
 from nsfs.model.policy import Domain, Isolation
 from nsfs.serve.config import Config
-from nsfs.serve.supervisor import Connection, Supervisor, open_supervisor, plan_pause
+from nsfs.serve.kept import Connection
+from nsfs.serve.supervisor import Supervisor, open_supervisor, plan_pause
 from nsfs.serve.wire import Peer, open_peer
 from nsfs.serve.worker_args import Ready, WorkerArgs
 from trio_tests import run

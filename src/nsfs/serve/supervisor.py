@@ -14,10 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import socket
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -29,11 +27,13 @@ from nsfs.core import worker_api
 from nsfs.core.tasks import open_tasks, running
 from nsfs.errors import NsfsError, UnreachableError, UsageError
 from nsfs.model.policy import owner_of, parse_view_name
+from nsfs.serve.children import cancel_when_gone, end_child, end_trial, status_of
 from nsfs.serve.config import Config, pack_config
-from nsfs.serve.forkserver import find_process, started_at
+from nsfs.serve.forkserver import find_process
 from nsfs.serve.joblending import ENTRY as JOB_SERVER
 from nsfs.serve.joblending import JobServerArgs, TakeJobServer
-from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
+from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE
+from nsfs.serve.kept import Connection, Kept
 from nsfs.serve.lending import MAX_ASKED
 from nsfs.serve.line import Line, drain, make_line, send_end, send_over
 from nsfs.serve.renewal import try_beside
@@ -68,8 +68,6 @@ _SERVED: Final = 0.1
 """A worker that answered for so many seconds has served, and its death is no sequel of the last one's."""
 _GRACE: Final = 3.0
 """Seconds for a worker to make durable what it wrote, after its daemon has let go of it."""
-_DEATH: Final = 5.0
-"""Seconds that a killed worker may take to be gone; longer only where a disk does not answer."""
 _ATTEMPTS: Final = 2
 """Workers that are asked in turn, where one dies meanwhile: enough for an accident, too few for a poisonous call."""
 _CHANGES: Final = frozenset({"ShowViews", "HideViews", "ShowTree", "HideTree"})
@@ -89,16 +87,6 @@ class DomainStore(Protocol):
 
     def delete(self, name: str) -> None:
         """Delete it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """A domain's FUSE connection, as the daemon opened it."""
-
-    fd: int
-    mountpoint: str
-    init: bytes
-    """The INIT request that the kernel sent; every worker has libfuse answer it."""
 
 
 class Terms(Protocol):
@@ -132,103 +120,6 @@ def plan_pause(deaths: int, *, has_answered: bool) -> float:
     return min(longest, first * 2.0 ** min(deaths, 10))
 
 
-@dataclass(slots=True)
-class _Kept:
-    """What outlives the workers of a domain, and the worker of now."""
-
-    domain: str
-    owner: str
-    bitmap: int
-    key: int
-    connection: Connection | None
-    line: Line | None
-    survivor: Child | None = None
-    """A worker that waits for a socket over the line: of an earlier daemon, or one that was tried."""
-    trial: Child | None = None
-    """A worker that is being tried beside the one of now."""
-    is_outdated: bool = False
-    """The worker of now is of other code than we."""
-    is_kept_back: bool = False
-    """And stays, since a new one did not answer."""
-    is_over: bool = False
-    """It does not outlive us, though others may."""
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    ended: trio.Event = field(default_factory=trio.Event)
-    ready: trio.Event = field(default_factory=trio.Event)
-    """Set while a worker answers, and when there will be none any more."""
-    peer: Peer | None = None
-    worker: Child | None = None
-    """The worker of now, also while it does not answer yet."""
-    forks: Child | None = None
-    """The fork server that the worker of now has its jobs forked by, if it ever asked for one."""
-    forking: trio.Lock = field(default_factory=trio.Lock)
-    trouble: str = ""
-    """Why none could be started, since the last one answered."""
-    restarts: int = 0
-    """Of the domain's worker, whatever it died of."""
-    answered: float = -math.inf
-    """When the last worker that came to answer did so, by trio's clock."""
-    deaths: int = 0
-    """In a row, of workers that had not served."""
-    owners: set[str] = field(default_factory=set)
-    views: set[str] = field(default_factory=set)
-    trees: dict[str, worker_api.Tree] = field(default_factory=dict)
-    is_deleted: bool = False
-    """Nobody shall have the key any more."""
-
-    def lose(self) -> bool:
-        """The worker is gone; whether it had come to answer."""
-        had_answered = self.ready.is_set()
-        if had_answered:
-            self.ready = trio.Event()
-        self.peer = None
-        return had_answered
-
-    async def end_forks(self) -> None:
-        """Where it has a fork server: end it, and with it its jobs."""
-        forks, self.forks = self.forks, None
-        if forks is not None:
-            await _end(forks, 0)
-
-    def note(self, method: str, params: Struct) -> None:
-        """Remember what a worker shows, so that the next one shows it from its start."""
-        match method, params:
-            case "ShowViews", worker_api.Views():
-                self.views.update(params.names)
-            case "HideViews", worker_api.Views():
-                self.views.difference_update(params.names)
-            case "ShowTree", worker_api.Tree():
-                self.trees[params.id] = params
-            case "HideTree", worker_api.TreeGone():
-                self.trees.pop(params.id, None)
-
-    def memo(self) -> Memo:
-        """What the next daemon must know."""
-        connection = self.connection
-        worker = self.survivor or self.worker
-        pid = worker.pid if worker else 0
-        trial = self.trial.pid if self.trial else 0
-        return Memo(
-            domain=self.domain,
-            owner=self.owner,
-            mountpoint=connection.mountpoint if connection else "",
-            init=connection.init if connection else b"",
-            worker=(pid, started_at(pid)),
-            trial=(trial, started_at(trial)),
-            views=sorted(self.views),
-            trees=list(self.trees.values()),
-        )
-
-    def kept(self) -> dict[str, int]:
-        """The descriptors that the next daemon must have."""
-        fds = {BITMAP: self.bitmap, KEY: self.key}
-        if self.connection is not None:
-            fds[FUSE] = self.connection.fd
-        if self.line is not None:
-            fds |= {LINE: self.line.near, FAR_LINE: self.line.far}
-        return fds
-
-
 class Supervisor:
     """The service. Made by `open_supervisor`."""
 
@@ -255,7 +146,7 @@ class Supervisor:
         """Of what code we are, and so the workers that we start (`serve.build`)."""
         self.is_ending = False
         """Set by `open_supervisor`: what ends from now on ends because we do."""
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, Kept] = {}
         self._lock = trio.Lock()
         self._renewing = trio.Lock()
 
@@ -334,10 +225,10 @@ class Supervisor:
         for each in left:
             line = Line(each.fds[LINE], each.fds[FAR_LINE])
             connection = Connection(each.fds[FUSE], each.memo.mountpoint, each.memo.init)
-            kept = _Kept(each.memo.domain, each.memo.owner, each.fds[BITMAP], each.fds[KEY], connection, line)
+            kept = Kept(each.memo.domain, each.memo.owner, each.fds[BITMAP], each.fds[KEY], connection, line)
             kept.views, kept.trees = set(each.memo.views), {tree.id: tree for tree in each.memo.trees}
             kept.survivor = find_process(*each.memo.worker)
-            _end_trial(kept.survivor, find_process(*each.memo.trial))
+            end_trial(kept.survivor, find_process(*each.memo.trial))
             self._kept[kept.domain] = kept
             self._nursery.start_soon(self._run, kept)
             adopted.add(kept.domain)
@@ -377,7 +268,7 @@ class Supervisor:
         """The descriptor of the live bitmap of a domain whose worker was called before."""
         return self._kept[domain].bitmap
 
-    async def _keep(self, domain: Domain) -> _Kept:
+    async def _keep(self, domain: Domain) -> Kept:
         name = domain.name
         if name in self._kept:
             return self._kept[name]
@@ -387,7 +278,7 @@ class Supervisor:
                 self._nursery.start_soon(self._run, self._kept[name])
             return self._kept[name]
 
-    async def _open(self, domain: Domain) -> _Kept:
+    async def _open(self, domain: Domain) -> Kept:
         await self._terms.confinement(domain.name, owner_of(domain))  # whoever calls first is told what is wrong
         bitmap, key = await trio.to_thread.run_sync(self._store.open, domain.name)
         try:
@@ -397,11 +288,11 @@ class Supervisor:
             os.close(key)
             raise
         line = make_line() if self._keeper else None
-        kept = _Kept(domain.name, owner_of(domain), bitmap, key, connection, line)
+        kept = Kept(domain.name, owner_of(domain), bitmap, key, connection, line)
         await self._hand_over(kept)
         return kept
 
-    async def _hand_over(self, kept: _Kept) -> None:
+    async def _hand_over(self, kept: Kept) -> None:
         """Have the domain outlive us. Where that cannot be, it works all the same, for as long as we do."""
         if self._keeper is None:
             return
@@ -412,7 +303,7 @@ class Supervisor:
             log.warning("domain %s will end with this daemon: %s", kept.domain, error)
         self._note(kept)
 
-    def _note(self, kept: _Kept) -> None:
+    def _note(self, kept: Kept) -> None:
         if self._keeper is None:
             return
         try:
@@ -420,7 +311,7 @@ class Supervisor:
         except OSError as error:
             log.warning("domain %s will end with this daemon: %s", kept.domain, error)
 
-    async def _wait_peer(self, kept: _Kept) -> Peer:
+    async def _wait_peer(self, kept: Kept) -> Peer:
         with trio.move_on_after(_CALLER_WAITS):
             while not kept.ended.is_set():
                 await kept.ready.wait()
@@ -432,7 +323,7 @@ class Supervisor:
             hint=kept.trouble or "the daemon's log says more",
         )
 
-    async def _run(self, kept: _Kept) -> None:
+    async def _run(self, kept: Kept) -> None:
         """Keep a worker running until the domain ends."""
         try:
             with kept.scope:
@@ -444,7 +335,7 @@ class Supervisor:
             with trio.CancelScope(shield=True):
                 await self._drop(kept)
 
-    async def _live(self, kept: _Kept) -> bool:
+    async def _live(self, kept: Kept) -> bool:
         """One worker's life, whatever its end; whether it came to answer."""
         has_answered = False
         try:
@@ -459,7 +350,7 @@ class Supervisor:
         kept.deaths = 1 if has_served else kept.deaths + 1
         return has_answered
 
-    async def _ensure_connection(self, kept: _Kept) -> None:
+    async def _ensure_connection(self, kept: Kept) -> None:
         """Open another connection where the one there is was unmounted or aborted: no worker can use it again."""
         if self._connect is None or (kept.connection is not None and is_connected(kept.connection.fd)):
             return
@@ -478,7 +369,7 @@ class Supervisor:
         finally:
             os.close(connection.fd)
 
-    async def _drop(self, kept: _Kept) -> None:
+    async def _drop(self, kept: Kept) -> None:
         try:
             if not self._is_left(kept):
                 await self._take_away(kept)
@@ -495,19 +386,19 @@ class Supervisor:
             kept.ended.set()
             kept.ready.set()
 
-    def _is_left(self, kept: _Kept) -> bool:
+    def _is_left(self, kept: Kept) -> bool:
         """It is for the next daemon now."""
         return self._keeper is not None and self.is_ending and not kept.is_over
 
-    async def _take_away(self, kept: _Kept) -> None:
+    async def _take_away(self, kept: Kept) -> None:
         if self._keeper is not None:
             await self._keeper.forget(kept.domain, frozenset(kept.kept()))
         if kept.survivor is not None:
-            await _end(kept.survivor, 0)
+            await end_child(kept.survivor, 0)
         if kept.connection is not None:
             await self._close(kept.connection)
 
-    async def _run_once(self, kept: _Kept) -> bool:
+    async def _run_once(self, kept: Kept) -> bool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         async with PassingStream(ours, only_sends=True) as stream:
             with theirs:
@@ -516,7 +407,7 @@ class Supervisor:
             self._note(kept)
             try:
                 has_answered = await self._serve(kept, stream, child, limit)
-                log.warning("the worker of domain %s died: pid %d%s", kept.domain, child.pid, await _status_of(child))
+                log.warning("the worker of domain %s died: pid %d%s", kept.domain, child.pid, await status_of(child))
             finally:
                 kept.worker = None
                 if self._is_left(kept):
@@ -526,17 +417,17 @@ class Supervisor:
                     await kept.end_forks()
         return has_answered
 
-    async def _end_child(self, kept: _Kept, child: Child) -> None:
+    async def _end_child(self, kept: Kept, child: Child) -> None:
         """The line is for one worker: for the one that ends, where another has not taken its place already."""
         line = kept.line if kept.survivor is None else None
         if line is not None:
             with suppress(UnreachableError):
                 send_end(line)
-        await _end(child, 0 if kept.scope.cancel_called else _GRACE)
+        await end_child(child, 0 if kept.scope.cancel_called else _GRACE)
         if line is not None:
             drain(line)
 
-    async def _begin(self, kept: _Kept, theirs: socket.socket) -> tuple[Child, float]:
+    async def _begin(self, kept: Kept, theirs: socket.socket) -> tuple[Child, float]:
         """A worker at the other end of `theirs`: one that survived, or a new one; and how long it may take to greet."""
         survivor, kept.survivor = kept.survivor, None
         if survivor is not None and kept.line is not None:
@@ -544,12 +435,12 @@ class Supervisor:
             try:
                 send_over(kept.line, theirs)
             except UnreachableError:
-                await _end(survivor, 0)
+                await end_child(survivor, 0)
                 raise
             return survivor, _ADOPTED
         return await self._spawn(kept, theirs, is_trial=False), _STUCK
 
-    async def _spawn(self, kept: _Kept, theirs: socket.socket, *, is_trial: bool) -> Child:
+    async def _spawn(self, kept: Kept, theirs: socket.socket, *, is_trial: bool) -> Child:
         outlives = kept.line is not None
         confinement = await self._terms.confinement(kept.domain, kept.owner)
         with ExitStack() as stack:
@@ -562,7 +453,7 @@ class Supervisor:
                 _ENTRY, args, fds, session=outlives, tied=not outlives, confinement=confinement
             )
 
-    async def _lend_forks(self, kept: _Kept) -> None:
+    async def _lend_forks(self, kept: Kept) -> None:
         """Give the worker, which asks for it, a fork server that is held to what it is held to itself."""
         peer, outlives = await self._wait_peer(kept), kept.line is not None
         confinement = await self._terms.confinement(kept.domain, kept.owner)
@@ -578,10 +469,10 @@ class Supervisor:
                 )
                 await peer.call("TakeJobServer", TakeJobServer(), worker_api.Empty, fds=[ours.fileno()])
 
-    def _memory(self, kept: _Kept) -> int:
+    def _memory(self, kept: Kept) -> int:
         return int(self._config.of_namespace(kept.owner).memory)
 
-    def _clones(self, kept: _Kept, stack: ExitStack) -> list[int]:
+    def _clones(self, kept: Kept, stack: ExitStack) -> list[int]:
         """A device of the worker's own, where the kernel does not repeat what it takes; our copy goes with `stack`."""
         connection = kept.connection
         if connection is None or (self._config.kernel.resend and offers_resend(connection.init)):
@@ -590,7 +481,7 @@ class Supervisor:
         stack.callback(os.close, clone)
         return [clone]
 
-    async def _renew(self, kept: _Kept, old: Child) -> None:
+    async def _renew(self, kept: Kept, old: Child) -> None:
         """Replace a worker of other code than ours by one of ours, one domain after the other."""
 
         async def start(theirs: socket.socket) -> Child:
@@ -612,7 +503,7 @@ class Supervisor:
                 kept.trial = None
                 self._note(kept)
 
-    async def _serve(self, kept: _Kept, stream: trio.abc.Stream, child: Child, limit: float) -> bool:
+    async def _serve(self, kept: Kept, stream: trio.abc.Stream, child: Child, limit: float) -> bool:
         """Be the worker's other side until it is gone, or does not answer in time; whether it came to answer."""
         has_answered = False
         with trio.move_on_after(limit) as starting, suppress(UnreachableError):
@@ -636,7 +527,7 @@ class Supervisor:
             lent = self._terms.lent(kept.domain, kept.owner)
             methods: Methods = {"Ready": (Ready, ready), "JobServer": (worker_api.Empty, lend), **lent}
             async with (
-                running(partial(_cancel_when_gone, child, starting)),
+                running(partial(cancel_when_gone, child, starting)),
                 open_peer(stream, methods, name="daemon", most=MAX_ASKED) as peer,
             ):
                 kept.peer = peer
@@ -646,7 +537,7 @@ class Supervisor:
                     has_answered = kept.lose()
         return has_answered
 
-    def _args(self, kept: _Kept) -> WorkerArgs:
+    def _args(self, kept: Kept) -> WorkerArgs:
         connection = kept.connection
         return WorkerArgs(
             domain=kept.domain,
@@ -660,41 +551,6 @@ class Supervisor:
             views=sorted(kept.views),
             trees=list(kept.trees.values()),
         )
-
-
-def _end_trial(survivor: Child | None, trial: Child | None) -> None:
-    """Where a daemon was killed while it tried a worker beside another, which it had stopped: that one goes on."""
-    if trial is not None:
-        trial.kill()
-        trial.close()
-    if survivor is not None:
-        survivor.kill(signal.SIGCONT)
-
-
-async def _cancel_when_gone(child: Child, scope: trio.CancelScope) -> None:
-    """A copy of its socket may be left somewhere: then its end is not seen there."""
-    await child.wait_gone()
-    scope.cancel()
-
-
-async def _status_of(child: Child) -> str:
-    """For the log, of a child that closed its socket and so is about to end."""
-    with trio.move_on_after(1), suppress(UnreachableError):
-        return f", exit status {await child.wait()}"
-    return ""
-
-
-async def _end(child: Child, grace: float) -> None:
-    """Let it end by itself for `grace` seconds, now that its socket is closed; then kill it.
-
-    Returns when it can write nothing any more.
-    """
-    with trio.move_on_after(grace, shield=True):
-        await child.wait_gone()
-    child.kill()
-    with trio.move_on_after(_DEATH, shield=True):
-        await child.wait_gone()
-    child.close()
 
 
 @asynccontextmanager
