@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 import trio.socket
+import trio.testing
 
 from nsfs.errors import UsageError
 from nsfs.serve.door import Door, listening, peer_of
@@ -62,17 +63,42 @@ def with_door(path: Path, body: Callable[[trio.SocketListener], Awaitable[None]]
     """`body` plays what is behind the door at `path`/door."""
 
     async def main() -> None:
-        inside = trio.socket.socket(socket.AF_UNIX)
-        await inside.bind(str(path / "inside"))
-        inside.listen()
+        inside = await _inside(path)
         with trio.fail_after(60), listening(str(path / "door"), {}) as outside:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(Door(outside, str(path / "inside"), admitted).serve)
+                door = Door(outside, str(path / "inside"), admitted)
+                nursery.start_soon(door.serve, nursery)
                 async with trio.SocketListener(inside) as listener:
                     await body(listener)
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_a_door_that_is_shut_keeps_who_is_inside_and_leaves_who_comes_to_the_next(tmp_path: Path) -> None:
+    async def main() -> None:
+        with trio.fail_after(60), listening(str(tmp_path / "door"), {}) as outside:
+            async with trio.open_nursery() as nursery, trio.SocketListener(await _inside(tmp_path)) as listener:
+                door = Door(outside, str(tmp_path / "inside"), {0})
+                nursery.start_soon(door.serve, nursery)
+                async with await trio.open_unix_socket(tmp_path / "door") as early, await listener.accept() as met:
+                    door.shut()
+                    await trio.testing.wait_all_tasks_blocked()
+                    async with await trio.open_unix_socket(tmp_path / "door"):
+                        await early.send_all(b"x")
+                        assert await met.receive_some() == b"x"
+                        waiting, _ = outside.accept()
+                        waiting.close()
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+async def _inside(path: Path) -> trio.socket.SocketType:
+    inside = trio.socket.socket(socket.AF_UNIX)
+    await inside.bind(str(path / "inside"))
+    inside.listen()
+    return inside
 
 
 def test_bytes_arrive_in_both_directions_and_wait_for_who_reads_slowly(tmp_path: Path) -> None:

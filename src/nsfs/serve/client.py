@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import msgspec
@@ -38,7 +39,9 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 _FOLLOWS = 60.0
-"""Seconds for another daemon to serve, once it listens."""
+"""Seconds for another daemon to serve."""
+_LOOK_EVERY = 0.2
+"""Seconds between looks whether there will be one."""
 _ONCE = frozenset({"Umount", "List", "Tree", "Read", "Export", "EndNamespace", "Drain", "Upgrade", "Login", "Logout"})
 """What is not asked again: part of the answer was given already, or another one would be."""
 _decode_event = msgspec.msgpack.Decoder(api.Event).decode
@@ -71,13 +74,20 @@ class Control:
         return self._ask(method, request, kind, listen)
 
     def _is_followed(self) -> bool:
-        """Whether another daemon answers where ours did: it inherits the socket, and so can be connected to at once."""
+        """Whether another daemon answers where ours did: it inherits the socket, which is never gone meanwhile."""
+        ready = grpc.channel_ready_future(self._channel)
+        deadline = time.monotonic() + _FOLLOWS
         try:
-            probe(self.path)
-            grpc.channel_ready_future(self._channel).result(_FOLLOWS)
-        except (NsfsError, grpc.FutureTimeoutError):
+            while time.monotonic() < deadline:
+                probe(self.path)
+                with suppress(grpc.FutureTimeoutError):
+                    ready.result(_LOOK_EVERY)
+                    return True
+        except NsfsError:
             return False
-        return True
+        finally:
+            ready.cancel()
+        return False
 
     def _ask(self, method: str, request: msgspec.Struct, kind: type[R], listen: Listener | None) -> R:
         start: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{api.SERVICE}/{method}")

@@ -62,12 +62,18 @@ class Door:
         self._inside = inside
         self._admitted = admitted
         self._told: dict[int, float] = {}
+        self._open = trio.CancelScope()
         self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))
 
-    async def serve(self) -> None:
-        """Until it is cancelled."""
-        async with self._listener:
-            await trio.serve_listeners(self._admit, [self._listener])
+    async def serve(self, nursery: trio.Nursery) -> None:
+        """Until it is shut, or cancelled; who is inside by then stays, in `nursery`."""
+        with self._open:
+            async with self._listener:
+                await trio.serve_listeners(self._admit, [self._listener], handler_nursery=nursery)
+
+    def shut(self) -> None:
+        """Admit nobody more: who comes waits for who listens at the same socket next."""
+        self._open.cancel()
 
     async def _admit(self, stream: trio.SocketStream) -> None:
         with stream.socket as outer, trio.socket.socket(socket.AF_UNIX) as inner:

@@ -145,9 +145,11 @@ async def serve_rpc(
         handlers = [service(bridge) for service in services]
         server = grpc.server(threads, handlers=handlers, options=[("grpc.so_reuseport", 0)])
         with entrance as listener, _started(server, os.path.dirname(listener.getsockname())) as inside:
-            outside.start_soon(Door(listener, inside, {0, os.geteuid()}).serve)
+            door = Door(listener, inside, {0, os.geteuid()})
+            outside.start_soon(door.serve, outside)
             try:
                 yield
+                door.shut()  # a client that gRPC tells to connect anew comes to the next daemon
                 with trio.move_on_after(patience()):
                     await bridge.finish()
             finally:
