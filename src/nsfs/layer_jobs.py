@@ -32,6 +32,7 @@ from nsfs.model.digest import Digest
 from nsfs.model.layer import Kind, Spans
 from nsfs.model.oci import Compression
 from nsfs.model.pool import LayerKey, LayerRecord
+from nsfs.model.profile import stream_of
 from nsfs.model.tree import plan_tree
 from nsfs.store import layers as files
 from nsfs.store.crypt import load_key
@@ -39,6 +40,7 @@ from nsfs.store.index import END_ADDRESS, open_index
 from nsfs.store.layout import DomainLayout
 from nsfs.store.pool import open_pool
 from nsfs.store.poolfiles import BLOCK
+from nsfs.store.profiles import Profiles
 from nsfs.store.recovery import working
 from nsfs.store.sealed import load_content, store_file
 from nsfs.store.spool import Spool
@@ -309,9 +311,18 @@ def _make_checkpoints(args: SpanArgs, fds: Sequence[int], _channel: Channel) -> 
             stream_size=record.stream_size,
             compression=Compression(args.compression),
             spool=Spool(layout.spool(key), layout.key),
+            wanted=_wanted(layout, key),
         )
         firstpass.make_checkpoints(job, catalog=index, files=_Files(layout, key))
     return LayerMade()
+
+
+def _wanted(layout: DomainLayout, key: LayerKey) -> list[tuple[int, int]]:
+    """What starts are known to read of a layer; where several owners share the domain, nobody's decide for others."""
+    if key.origin:
+        return []
+    runs = Profiles(layout).runs_of(key.blob, stream_of(key.index))
+    return [(run.start, run.start + run.length) for run in runs]
 
 
 def _render_layer(args: RenderArgs, fds: Sequence[int], _channel: Channel) -> Rendered:

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsfs.errors import CorruptError
-from nsfs.format.checkpoints import CheckpointScanner
+from nsfs.format.checkpoints import LEAST, NEAR, CheckpointScanner, Parts
 from nsfs.format.gzip import GzipInflater, inflate_deflate, restart_prefix
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from nsfs.model.layer import Span
 
 RANDOM = random.Random(5)
@@ -28,8 +30,8 @@ def prose(size: int, seed: int = 0) -> bytes:
     return b" ".join(source.choice(WORDS) for _ in range(size // 5))[:size]
 
 
-def scan(blob: bytes, spacing: int, step: int | None = None) -> list[Span]:
-    scanner = CheckpointScanner(spacing)
+def scan(blob: bytes, spacing: int, step: int | None = None, wanted: Iterable[tuple[int, int]] = ()) -> list[Span]:
+    scanner = CheckpointScanner(spacing, wanted)
     step = step or len(blob) or 1
     pieces = (blob[at : at + step] for at in range(0, len(blob), step))
     return [*itertools.chain.from_iterable(map(scanner.feed, pieces)), *scanner.finish()]
@@ -159,3 +161,29 @@ def test_damaged_compressed_bytes_give_an_error_or_other_bytes_but_never_more() 
         damaged[bit // 8] ^= 1 << bit % 8
         with contextlib.suppress(CorruptError):
             assert len(inflate_deflate(bytes(damaged), span.size, bits=span.bits)) == span.size
+
+
+def test_little_else_comes_with_what_is_wanted() -> None:
+    stream = random.Random(9).randbytes(4 << 20)
+    compress = zlib.compressobj(6, wbits=31)
+    blob = b"".join(
+        compress.compress(stream[at : at + 20_000]) + compress.flush(zlib.Z_BLOCK)
+        for at in range(0, len(stream), 20_000)
+    )
+    blob += compress.flush()
+    wanted = [(3_000_000, 3_000_100), (1_000_000, 1_050_000), (1_040_000, 1_070_000)]
+    spans = scan(blob, 1 << 20, wanted=wanted)
+    assert b"".join(read(blob, span) for span in spans) == stream
+    assert scan(blob, 1 << 20, 1000, wanted) == spans
+    with_any = [span for span in spans if Parts(wanted).touch(span.start, span.start + span.size)]
+    assert sum(span.size for span in with_any) < 70_000 + 100 + 2 * (NEAR + 40_000)
+    assert min(span.size for span in spans[:-1]) >= LEAST
+    assert len(spans) < len(scan(blob, 1 << 20)) + 12
+    assert scan(blob, 1 << 20, wanted=[(0, 2 * len(stream))]) == scan(blob, 1 << 20)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), max_size=9), st.integers(0, 60), st.integers(1, 9))
+def test_parts_know_what_they_touch(parts: list[tuple[int, int]], start: int, size: int) -> None:
+    found = Parts((low, low + length) for low, length in parts).touch(start, start + size)
+    inside = {at for low, length in parts for at in range(low, low + length)}
+    assert found == any(at in inside for at in range(start, start + size))

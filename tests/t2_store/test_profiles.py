@@ -9,7 +9,7 @@ import pytest
 
 from nsfs.errors import NoSpaceError
 from nsfs.model.digest import Digest
-from nsfs.model.profile import Profile, ProfiledLayer, Run
+from nsfs.model.profile import TAR, Profile, ProfiledLayer, Run
 from nsfs.store.crypt import DomainKey
 from nsfs.store.layout import DomainLayout
 from nsfs.store.profiles import Profiles
@@ -66,3 +66,18 @@ def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
     (tmp_path / "profiles").write_bytes(b"")
     with pytest.raises(NoSpaceError, match="profiles cannot be kept"):
         Profiles(DomainLayout(str(tmp_path))).put(image(1), "", profile(1))
+
+
+@KEYS
+def test_what_is_read_of_a_layer_is_in_any_of_them(tmp_path: Path, key: DomainKey | None) -> None:
+    profiles = Profiles(DomainLayout(str(tmp_path), key))
+    assert profiles.runs_of(Digest(LAYER), TAR) == []
+    other = "sha256:" + "b" * 64
+    both = Profile(
+        layers=[ProfiledLayer(other), ProfiledLayer(LAYER)], runs=[Run(1, 5, 6), Run(0, 7, 8), Run(1, 50, 1)]
+    )
+    profiles.put(image(1), "", both)
+    profiles.put(image(2), "a", profile(3))
+    assert profiles.runs_of(Digest(LAYER), TAR) == [Run(1, 5, 6), Run(1, 50, 1), Run(0, 0, 3)]
+    assert profiles.runs_of(Digest(other), TAR) == [Run(0, 7, 8)]
+    assert profiles.runs_of(Digest(LAYER), "estargz-" + "0" * 64) == []

@@ -10,7 +10,7 @@ import trio
 
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
-from nsfs.core.starts import CLOSE_KB, EXACT_KB, NEAR_KB, Begun, Starts, StartsReport
+from nsfs.core.starts import CLOSE_KB, EXACT_KB, Begun, Starts, StartsReport
 from nsfs.core.tasks import open_tasks
 from nsfs.core.worker_api import StartReport
 from nsfs.errors import CorruptError, NoSpaceError, UnreachableError
@@ -357,7 +357,7 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
             recordings.end([view_name(MAP, "", "", tag)])
             await service.wait_kept()
             assert not streams.asked
-            assert await start(service, ProfileUse.FIRST, "c") == Begun(read_ahead=NEAR_KB)
+            assert await start(service, ProfileUse.FIRST, "c") == Begun(read_ahead=CLOSE_KB)
             await trio.sleep(1)
             assert streams.asked == [(HIGH, [range(512, 512 + BLOCK)])]
             streams.is_whole = True

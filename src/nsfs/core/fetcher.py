@@ -429,7 +429,11 @@ class Fetcher:
         if self._is_refused or not self._config.read_ahead_most:
             return
         source = view.sources[head.layer]
-        stream = head.advance(self._config, source.route().under_way)
+        route = source.route()
+        runway = self._runways.get(route.name)
+        if runway is not None and runway.expects(Priority.PROFILE):
+            return  # a profile knows better what comes next
+        stream = head.advance(self._config, route.under_way)
         self._nursery.start_soon(self._read_ahead, source, head, stream)
 
     async def _read_ahead(self, source: LayerSource, head: Head, stream: range) -> None:

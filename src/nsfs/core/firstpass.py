@@ -263,6 +263,8 @@ class CheckpointJob:
     stream_size: int
     compression: Compression
     spool: Spool
+    wanted: Sequence[tuple[int, int]] = ()
+    """Parts of the stream, (start, end), that are known to be read."""
 
 
 def make_checkpoints(job: CheckpointJob, *, catalog: Catalog, files: LayerFiles) -> Spans:
@@ -313,7 +315,7 @@ def _removed_if_corrupt(spool: Spool) -> Iterator[None]:
 
 def _scan(job: CheckpointJob, blob: _Hashed) -> Spans:
     codec, make = _SCANNERS[job.compression]
-    scanner = make()
+    scanner = make(job.wanted)
     found: list[Span] = []
     for piece in blob.through(_exactly(job.spool.pieces(), job.blob_size)):
         found += scanner.feed(piece)
@@ -371,10 +373,10 @@ _INFLATERS: Final[Mapping[Compression, Callable[[], Inflater]]] = {
     Compression.GZIP: GzipInflater,
     Compression.ZSTD: ZstdInflater,
 }
-_SCANNERS: Final[Mapping[Compression, tuple[Codec, Callable[[], Scanner]]]] = {
-    Compression.NONE: (Codec.NONE, PlainScanner),
-    Compression.GZIP: (Codec.DEFLATE, CheckpointScanner),
-    Compression.ZSTD: (Codec.ZSTD, FrameScanner),
+_SCANNERS: Final[Mapping[Compression, tuple[Codec, Callable[[Iterable[tuple[int, int]]], Scanner]]]] = {
+    Compression.NONE: (Codec.NONE, lambda _wanted: PlainScanner()),
+    Compression.GZIP: (Codec.DEFLATE, lambda wanted: CheckpointScanner(wanted=wanted)),
+    Compression.ZSTD: (Codec.ZSTD, lambda _wanted: FrameScanner()),
 }
 
 

@@ -131,6 +131,11 @@ class Profile(Struct, frozen=True, kw_only=True):
         """Bytes of all runs."""
         return sum(run.length for run in self.runs)
 
+    def runs_of(self, blob: str, stream: str) -> Iterator[Run]:
+        """What is read of one layer as that stream."""
+        numbers = {number for number, layer in enumerate(self.layers) if (layer.blob, layer.stream) == (blob, stream)}
+        return (run for run in self.runs if run.layer in numbers)
+
 
 def stream_of(index: str) -> str:
     """The stream that a layer is read as by that index (`pool.LayerKey.index`).

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from nsfs.core.manual import Kernel
-from nsfs.core.starts import CLOSE_KB, EXACT_KB, NEAR_KB
+from nsfs.core.starts import CLOSE_KB, EXACT_KB
 from nsfs.errors import DeniedError, NoSpaceError, NotFoundError, NsfsError, UnreachableError, UsageError
 from nsfs.model.mounts import Bind, Driver, Lower
 from nsfs.model.shift import render_map
@@ -153,7 +153,7 @@ class HostKernel(Kernel):
 
     async def follow_starts(self) -> None:
         """Have views read far ahead again that were mounted for a start a while ago, also by an earlier daemon."""
-        for low in (EXACT_KB, CLOSE_KB, NEAR_KB):
+        for low in (EXACT_KB, CLOSE_KB):
             mounts.raise_read_ahead(low, READ_AHEAD_KB)
         while True:
             await trio.sleep(_LOOK_EVERY)

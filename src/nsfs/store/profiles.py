@@ -17,13 +17,15 @@ from nsfs.store.sealed import load_content, store_file
 
 if TYPE_CHECKING:
     from nsfs.model.digest import Digest
-    from nsfs.model.profile import Profile
+    from nsfs.model.profile import Profile, Run
     from nsfs.store.layout import DomainLayout
 
 log = logging.getLogger(__name__)
 
 KEPT: Final = 1000
 """Profiles of a domain."""
+_LOOKED_THROUGH: Final = 100
+"""Of them, for what is read of one layer."""
 
 
 class Profiles:
@@ -35,7 +37,18 @@ class Profiles:
 
     def get(self, image: Digest, owner: str) -> Profile | None:
         """What `put` was given last for the image with this manifest, if that is still kept."""
-        path = self._layout.profile(image, owner)
+        return self._load(self._layout.profile(image, owner))
+
+    def runs_of(self, blob: Digest, stream: str) -> list[Run]:
+        """What of a layer is in the profiles that were kept last, whosever they are; one run may be in several."""
+        try:
+            latest = self._by_age()[-_LOOKED_THROUGH:]
+        except FileNotFoundError:
+            return []
+        profiles = filter(None, map(self._load, latest))
+        return [run for profile in profiles for run in profile.runs_of(str(blob), stream)]
+
+    def _load(self, path: str) -> Profile | None:
         try:
             content = load_content(path, self._layout.key)
             return parse_profile(bytes(content[: len(content)]))
@@ -62,8 +75,12 @@ class Profiles:
             return 0
 
     def _drop_oldest(self) -> None:
-        with os.scandir(self._layout.profiles) as entries:
-            files = sorted((entry.stat().st_mtime_ns, entry.path) for entry in entries)
-        for _, path in files[: max(0, len(files) - self._kept)]:
+        files = self._by_age()
+        for path in files[: max(0, len(files) - self._kept)]:
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+    def _by_age(self) -> list[str]:
+        """Their paths, the one that was written last last."""
+        with os.scandir(self._layout.profiles) as entries:
+            return [path for _, path in sorted((entry.stat().st_mtime_ns, entry.path) for entry in entries)]
