@@ -27,6 +27,10 @@ FORGET_ALL = os.environ.get("FORGET") != "image"
 """Whether all caches of the machine go before a start, or its image's pages alone."""
 
 
+IS_FULL = os.environ.get("BENCH") == "full"
+"""Whether more is asked for than half an hour has."""
+
+
 def chosen_images(usual: Sequence[str]) -> list[str]:
     """The names of the images that STARTS has, by commas; the `usual` ones without."""
     return [name for name in os.environ.get("STARTS", "").split(",") if name] or list(usual)

@@ -19,7 +19,7 @@ import click
 
 from bench import REPOSITORY, plot
 from bench.apart import run_apart
-from bench.harness import Bench, open_bench, say
+from bench.harness import IS_FULL, Bench, open_bench, say
 
 STARTS = ("starts", "crowd")
 """What users see, within half an hour."""
@@ -36,8 +36,7 @@ GROUPS = (
     "spacing",
     *STARTS,
 )
-_IS_FULL = os.environ.get("BENCH") == "full"
-_SAMPLES = 5 if _IS_FULL else 3
+_SAMPLES = 5 if IS_FULL else 3
 
 
 @click.command()
@@ -49,7 +48,7 @@ def main(only: tuple[str, ...], samples: int, directory: str, output: str) -> No
     """Measure nsfs against what the same machine does without it, in the same run."""
     if os.geteuid() != 0:
         raise click.UsageError("figures need mounts: run as root")
-    run_apart(lambda: measure(only or (GROUPS if _IS_FULL else STARTS), samples, directory, output))
+    run_apart(lambda: measure(only or (GROUPS if IS_FULL else STARTS), samples, directory, output))
 
 
 def measure(names: tuple[str, ...], samples: int, directory: str, output: str) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bench import REPOSITORY, images
 from bench.containerd import run_containerd
-from bench.harness import FORGET_ALL, Bench, Figure, chosen_images, say
+from bench.harness import FORGET_ALL, IS_FULL, Bench, Figure, chosen_images, say
 from nsfs.bench.journal import NAME
 from nsfs.bench.line import Shape
 from nsfs.bench.model import Way
@@ -46,8 +46,8 @@ _EQUAL_RUNS = ((Way.LOCAL, Way.OVERLAY, "overlayfs"), (Way.FIRST, Way.EAGER, "af
 _TIMEOUT = 120.0
 _BY_LINE = frozenset({Way.EAGER, Way.FIRST})
 """Ways that fetch all of an image: what they take is the line's time, and varies little."""
-_LARGE = 1 << 30
-"""Bytes of blobs from which on one sample of those is enough."""
+_LARGE = 150e6
+"""Bytes of blobs from which on one sample of those is enough, where half an hour is all there is."""
 _READY, _READY_RATE = 15.0, 20e6
 """Seconds until the ways of an image are ready, and bytes of it a second."""
 _LINE_RATE, _START = 8e6, 5.0
@@ -78,8 +78,13 @@ def _left(elapsed: float, done: Sequence[images.Built], todo: Sequence[images.Bu
 
 def _expect(image: images.Built, samples: int) -> float:
     """Seconds that an image takes on the machine of bench/README.md."""
-    by_line = len(_BY_LINE) * (1 if image.size > _LARGE else samples)
+    by_line = len(_BY_LINE) * (1 if _once(image) else samples)
     return _READY + image.size / _READY_RATE + by_line * image.size / _LINE_RATE + samples * len(Way) * _START
+
+
+def _once(image: images.Built) -> frozenset[Way]:
+    """The ways of which there is one sample."""
+    return _BY_LINE if image.size > _LARGE and not IS_FULL else frozenset()
 
 
 def _output(image: images.Built) -> str:
@@ -88,7 +93,7 @@ def _output(image: images.Built) -> str:
 
 def _measure(bench: Bench, image: images.Built, socket: str) -> Report:
     name, output = image.recipe.name, _output(image)
-    once = _BY_LINE if image.size > _LARGE else frozenset()
+    once = _once(image)
     if once and bench.samples > 1:
         seconds = image.size / _LINE.rate
         say(f"  {name}: one sample of {' and '.join(sorted(once))}, as the line alone takes {seconds:.0f} s of each")
