@@ -13,7 +13,7 @@ import platform
 import socket
 from contextlib import AsyncExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 import trio
@@ -139,7 +139,9 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int]) -> None:
         reach: Reach = OwnReach(RemoteSources(remote), nursery, remote.take_bill)
         if params.is_shared:
             reach = SharedReach(reach.sources, borrowing, uplink, nursery, config.grant_ttl)
-        worker = await _compose(stack, layout, config, pool, index, fds[1:3], LentServer(uplink, nursery), reach)
+        forks = LentServer(uplink, nursery)
+        contents = await _open_contents(stack, layout, config, pool, index, fds[1:3], forks, reach)
+        worker = _compose(stack, layout, config, index, forks, reach, contents)
         worker.layers.finish(unfinished)
         worker.shown.show_again(params.views, params.trees)
         worker.cache.resume()
@@ -166,7 +168,21 @@ class _Worker:
         self.kept = kept
 
 
-async def _compose(
+class _Contents(NamedTuple):
+    """Layers and what is in them: the services that everything else is made of."""
+
+    nursery: trio.Nursery
+    kept: KeptPool
+    blobs: Blobs
+    startups: Startups
+    claimed: ClaimedLayers
+    profiles: Profiles
+    recordings: Recordings
+    layers: Layers
+    views: Views
+
+
+async def _open_contents(
     stack: AsyncExitStack,
     layout: DomainLayout,
     config: Config,
@@ -175,7 +191,7 @@ async def _compose(
     shared: Sequence[int],
     forks: LentServer,
     reach: Reach,
-) -> _Worker:
+) -> _Contents:
     nursery = await stack.enter_async_context(trio.open_nursery())
     stack.callback(nursery.cancel_scope.cancel)
     kept = KeptPool(pool)
@@ -183,7 +199,6 @@ async def _compose(
     blobs = Blobs(reach.sources, index)
     cores = os.cpu_count() or 1
     jobs = Jobs(forks, limit=max(2, cores), fed_limit=max(4, 2 * cores), shared=shared)
-
     files = LayerFiles(layout)
 
     def written(ranges: Sequence[tuple[int, int]]) -> None:
@@ -196,8 +211,21 @@ async def _compose(
     recordings = Recordings(index, files.table, profiles, nursery)
     lulls = Lulls(fetcher.idle_for, recordings.are_running)
     layers = Layers(index, files, blobs, jobs, nursery, written=written, claimed=claimed, lulls=lulls)
-    maps = Maps(partial(load_content, key=layout.key))
     views = Views(index, files.table, blobs, layers, pool, fetcher, recordings, startups)
+    return _Contents(nursery, kept, blobs, startups, claimed, profiles, recordings, layers, views)
+
+
+def _compose(
+    stack: AsyncExitStack,
+    layout: DomainLayout,
+    config: Config,
+    index: DomainIndex,
+    forks: LentServer,
+    reach: Reach,
+    contents: _Contents,
+) -> _Worker:
+    nursery, kept, blobs, startups, claimed, profiles, recordings, layers, views = contents
+    maps = Maps(partial(load_content, key=layout.key))
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     prefetches = Prefetches(index, views, nursery)
