@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LETTERS = "ETSCRAFLDWX"
 """See fakes.py: 5xx, stall, short, corrupt, range ignored, 401, 403, 429 by seconds and by date, wrong range, reset."""
 SETTINGS = {"registry": {"read_timeout": "1s", "connect_timeout": "2s"}, "fetch": {"read_ahead": 0}}
-BOUND = 45.0
+BOUND = 120.0
 """Seconds in which everything here is over; a read timeout of 1 s and four attempts make some 6, on an idle machine."""
 FOR_EVER = 10_000
 PATIENCE = "wait:6s"
