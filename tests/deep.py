@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-DEPTH = 2100
+DEPTH = 1100
+"""More than sys.getrecursionlimit()."""
+_NAME = "deep"
+"""So often it is longer than PATH_MAX, 4,096 bytes."""
 
 
 def dig(top: Path) -> None:
     """Make directories within directories below `top`, and a file of a block in the last one."""
     fd = os.open(top, os.O_RDONLY)
     for _ in range(DEPTH):
-        os.mkdir("d", dir_fd=fd)
-        below = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.mkdir(_NAME, dir_fd=fd)
+        below = os.open(_NAME, os.O_RDONLY, dir_fd=fd)
         os.close(fd)
         fd = below
     leaf = os.open("leaf", os.O_WRONLY | os.O_CREAT, dir_fd=fd)
