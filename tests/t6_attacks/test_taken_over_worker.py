@@ -128,14 +128,21 @@ def same_user(pid: int) -> list[int]:
     return found
 
 
+def descriptors(pid: int) -> list[str]:
+    """Those of a process; none of a job that has said all and is gone."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return os.listdir(f"/proc/{pid}/fd")
+    return []
+
+
 def foreign(daemon: Daemon, pid: int, domain: str) -> list[tuple[str, str]]:
     """Descriptors of a process that are no business of its domain."""
     with open("/proc/net/unix") as sockets:  # proc_pid_net(5): flags in the fourth field, __SO_ACCEPTCON is 0x10000
         listening = {f"socket:[{line.split()[6]}]" for line in sockets if line.split()[3] == "00010000"}
     own = f"{daemon.root}/domains/{quote(domain, safe='')}/"
     found = []
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        with suppress(FileNotFoundError):
+    for name in descriptors(pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
             what = os.readlink(f"/proc/{pid}/fd/{name}")
             if what in listening:
                 found.append(("listens", what))
