@@ -13,7 +13,7 @@ def view() -> View:
 
 
 def test_a_first_miss_brings_what_lies_around_it() -> None:
-    head = view().missed(0, FAR, FAR + 50)
+    head = view().missed(0, FAR, FAR + 50, is_small=False)
     assert head is not None
     ahead = head.advance(CONFIG, 0)
     assert ahead.start < FAR - 100_000
@@ -33,20 +33,26 @@ def test_steps_double_once_a_sequence_goes_on() -> None:
 
 def test_misses_behind_the_end_are_the_same_sequence_and_others_are_not() -> None:
     reads = view()
-    head = reads.missed(0, FAR, FAR + 50)
+    head = reads.missed(0, FAR, FAR + 50, is_small=False)
     assert head is not None
     head.advance(FetchConfig(), 0)
     end = head.end
-    assert reads.missed(0, end + 1000, end + 2000) is head
+    assert reads.missed(0, end + 1000, end + 2000, is_small=False) is head
     assert head.end == end + 2000
-    assert reads.missed(1, end + 1000, end + 2000) is not head
-    assert reads.missed(0, 2 * FAR, 2 * FAR + 50) is not head
+    assert reads.missed(1, end + 1000, end + 2000, is_small=False) is not head
+    assert reads.missed(0, 2 * FAR, 2 * FAR + 50, is_small=False) is not head
 
 
 def test_reads_that_jump_about_are_left_alone_until_one_goes_on() -> None:
     reads = view()
-    found = [reads.missed(0, at * FAR, at * FAR + 50) for at in range(1, 40)]
+    found = [reads.missed(0, at * FAR, at * FAR + 50, is_small=False) for at in range(1, 40)]
     assert all(head is not None for head in found[:16])
     assert not any(found[16:])
-    assert reads.missed(0, 39 * FAR + 50, 39 * FAR + 99) is not None
-    assert reads.missed(0, 80 * FAR, 80 * FAR + 50) is not None
+    assert reads.missed(0, 39 * FAR + 50, 39 * FAR + 99, is_small=False) is not None
+    assert reads.missed(0, 80 * FAR, 80 * FAR + 50, is_small=False) is not None
+
+
+def test_a_first_miss_of_a_block_brings_nothing_beside_it() -> None:
+    reads = view()
+    assert reads.missed(0, FAR, FAR + 50, is_small=True) is None
+    assert reads.missed(0, 3 * FAR, 3 * FAR + 50, is_small=False) is not None

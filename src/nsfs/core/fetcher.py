@@ -421,7 +421,7 @@ class Fetcher:
         start = min(piece.stream for piece in plan.pieces if piece.layer == layer)
         last = max(group.spans.stop for group in plan.groups if group.layer == layer) - 1
         end = view.sources[layer].table.stream_range(range(last, last + 1))[1]
-        head = view.missed(layer, start, end)
+        head = view.missed(layer, start, end, is_small=sum(size for _, size in plan.runs) <= BLOCK)
         if head is not None:
             self._begin_read_ahead(view, head)
 

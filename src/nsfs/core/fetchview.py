@@ -99,11 +99,11 @@ class View:
                 return head
         return None
 
-    def missed(self, layer: int, start: int, end: int) -> Head | None:
+    def missed(self, layer: int, start: int, end: int, *, is_small: bool) -> Head | None:
         """The sequence that is to be fetched further ahead now that a miss lacks the stream from `start`.
 
-        The miss brings the stream up to `end`. None where no sequence lately went on after its first miss: there reads
-        jump about.
+        The miss brings the stream up to `end`. None for the first miss of a sequence where it `is_small`, so that the
+        kernel reads nothing around it, or where no sequence lately went on after its first: there reads jump about.
         """
         for head in self.heads:
             if head.layer == layer and head.start <= start <= head.end + _SLACK:
@@ -113,7 +113,7 @@ class View:
                     return head
         jumps = len(self.heads) == self.heads.maxlen and not any(head.goes_on for head in self.heads)
         self.heads.append(Head(layer, max(0, start - _BEHIND), end))
-        return None if jumps else self.heads[-1]
+        return None if jumps or is_small else self.heads[-1]
 
 
 @dataclass(eq=False, slots=True)
