@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LARGE = 3 << 19
-UNUSED = os.urandom(6 << 20)
-"""Most of the image: no command of these tests reads it."""
+UNUSED = os.urandom(24 << 20)
+"""Most of the image, and more than a first miss brings around it: no command of these tests reads it."""
 TOC = "containerd.io/snapshot/stargz/toc.digest"
 
 
