@@ -94,7 +94,7 @@ def wait_for_spool(daemon: Daemon, passing: Passing) -> None:
 
 
 def finish(mount: subprocess.Popen[str]) -> tuple[int, str]:
-    _, said = mount.communicate(timeout=90)
+    _, said = mount.communicate(timeout=200)
     return mount.returncode, said
 
 
