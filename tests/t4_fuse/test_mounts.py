@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from mounting import arena, below, loops, make_directory
+from nodes import wait_until
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnreachableError, UnsupportedError, UsageError
 from nsfs.format.erofs import render_erofs
 from nsfs.model.layer import Kind, Node
@@ -68,9 +69,6 @@ def test_a_view_mounts_and_goes_without_a_trace(arena: Path, loop: bool, direct:
     assert (target / "file").read_bytes() == CONTENT
     assert len(loops(arena)) == 2 * loop
     assert "1028\n" in read_aheads(names)
-    if not loop:
-        mounts.raise_read_ahead(1028, 2056)
-        assert "2056\n" in read_aheads(names)
     assert "ro" in mounts.find_mount(str(target)).options.split(",")
     mounts.unmount(str(target))
     deadline = time.monotonic() + 30
@@ -288,3 +286,28 @@ def test_a_lower_is_known_by_its_whole_path(arena: Path, monkeypatch: pytest.Mon
     server: Any = None
     kernel = HostKernel(layout, Host(root=True, erofs=True, file_backed=True), server)
     assert kernel.mounted_lowers() == {"0": Lower("ns/red", view, Driver.EROFS)}
+
+
+def test_what_a_start_left_reads_far_ahead_again_and_what_others_mounted_stays(arena: Path) -> None:
+    """The next daemon raises what one before it has written down, and nothing else."""
+    image, disk = view_files(arena)
+    names = []
+    for target in (make_directory(arena / "ours"), make_directory(arena / "theirs")):
+        step = mounts.Erofs(target=str(target), image=str(image), device=str(disk), read_ahead_kb=1028)
+        names.append(mounts.do_step(step))
+    layout = Layout(str(arena / "root"), str(arena / "run"))
+    make_directory(arena / "run")
+    Path(layout.starting).write_text("".join(f"{name}\n" for name in names[0]))
+    server: Any = None
+    kernel = HostKernel(layout, Host(root=True, erofs=True, file_backed=True), server)
+
+    async def follow() -> None:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(kernel.follow_starts)
+                assert await trio.to_thread.run_sync(wait_until, lambda: not os.path.exists(layout.starting))
+                nursery.cancel_scope.cancel()
+
+    trio.run(follow)
+    assert "2048\n" in read_aheads(names[0])
+    assert "1028\n" in read_aheads(names[1])

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 EXACT_KB: Final = 4
 """Read-ahead of a start that somebody wants recorded, or that is brought by a pack, which has what was recorded and
-nothing beside it: the pages that are touched, and few more. Like the next one it is a figure that nobody else chooses:
-a view that an earlier daemon left so is known by it."""
+nothing beside it: the pages that are touched, and few more."""
 CLOSE_KB: Final = 20
 """Of a first start, which is recorded by the way and is not to be slowed by that: 1.2 times the bytes are read that a
 start of Python touches, in a fifth as many reads. And of one that is fetched ahead, as what is read beyond the profile

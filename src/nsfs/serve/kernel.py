@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import trio
 
 from nsfs.core.manual import Kernel
-from nsfs.core.starts import CLOSE_KB, EXACT_KB
 from nsfs.errors import DeniedError, NoSpaceError, NotFoundError, NsfsError, UnreachableError, UsageError
 from nsfs.model.mounts import Bind, Driver, Lower
 from nsfs.model.shift import render_map
@@ -138,8 +137,7 @@ class HostKernel(Kernel):
         steps = [self._step(lower, path, read_ahead or READ_AHEAD_KB) for lower, path in lowers]
         results = await self._mount(tuple(steps if rootfs is None else [*steps, self._rootfs_step(*rootfs)]))
         if read_ahead:
-            due = trio.current_time() + _START
-            self._starting += [(due, name) for result in results for name in result.read_ahead_of]
+            self._note_starting([name for result in results for name in result.read_ahead_of])
 
     def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]]) -> None:
         """See Kernel. Layers without EROFS are left alone: their maps are not what is mounted."""
@@ -151,14 +149,34 @@ class HostKernel(Kernel):
         if views:
             self.warming.begin(views, extents)
 
+    def _note_starting(self, names: Sequence[str]) -> None:
+        due = trio.current_time() + _START
+        self._starting += [(due, name) for name in names]
+        with suppress(OSError), open(self._layout.starting, "a", encoding="ascii") as file:
+            file.writelines(f"{name}\n" for name in names)
+
     async def follow_starts(self) -> None:
-        """Have views read far ahead again that were mounted for a start a while ago, also by an earlier daemon."""
-        for low in (EXACT_KB, CLOSE_KB):
-            mounts.raise_read_ahead(low, READ_AHEAD_KB)
+        """Have views read far ahead again that were mounted for a start a while ago, also by an earlier daemon.
+
+        What others have mounted is theirs, so the names of ours are written down.
+        """
+        self._take_over_starts()
         while True:
+            self._end_starts(trio.current_time())
             await trio.sleep(_LOOK_EVERY)
-            while self._starting and self._starting[0][0] <= trio.current_time():
-                mounts.set_read_ahead(self._starting.popleft()[1], READ_AHEAD_KB)
+
+    def _take_over_starts(self) -> None:
+        with suppress(OSError), open(self._layout.starting, encoding="ascii") as file:
+            self._starting.extendleft((0.0, name) for name in file.read().split())
+
+    def _end_starts(self, now: float) -> None:
+        if not self._starting:
+            return
+        while self._starting and self._starting[0][0] <= now:
+            mounts.set_read_ahead(self._starting.popleft()[1], READ_AHEAD_KB)
+        if not self._starting:
+            with suppress(OSError):
+                os.unlink(self._layout.starting)
 
     def _step(self, lower: Lower, path: str, read_ahead_kb: int) -> mounts.Step:
         run = self._layout.domain_run(lower.domain)

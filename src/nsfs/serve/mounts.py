@@ -571,14 +571,6 @@ def _bdi_names() -> set[str]:
     return set()
 
 
-def raise_read_ahead(low: int, high: int) -> None:
-    """Let every EROFS mount run `high` KiB ahead that runs `low`."""
-    for name in _bdi_names():
-        with suppress(OSError), open(f"/sys/class/bdi/{name}/read_ahead_kb", encoding="ascii") as file:
-            if int(file.read()) == low:
-                set_read_ahead(name, high)
-
-
 def set_read_ahead(bdi: str, kib: int) -> None:
     """Let sequential reads of a filesystem run `kib` KiB ahead; `bdi` is its name in /sys/class/bdi.
 

@@ -230,6 +230,11 @@ class Layout:
         return os.path.join(self.run, "l")
 
     @property
+    def starting(self) -> str:
+        """Names of the views, as block device infos, that read less ahead than others for as long as a start takes."""
+        return os.path.join(self.run, "starting")
+
+    @property
     def etc(self) -> str:
         """What workers see as /etc."""
         return os.path.join(self.run, "etc")
