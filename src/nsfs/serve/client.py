@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import msgspec
@@ -40,8 +40,10 @@ _OPTIONS = [
 ]
 _FOLLOWS = 60.0
 """Seconds for another daemon to serve."""
-_LOOK_EVERY = 0.2
-"""Seconds between looks whether there will be one."""
+_LOOK = 1.0
+"""Seconds for it to answer, before it is looked whether there still will be one."""
+_PAUSE = 0.1
+"""Seconds between two looks at least."""
 _ONCE = frozenset({"Umount", "List", "Tree", "Read", "Export", "EndNamespace", "Drain", "Upgrade", "Login", "Logout"})
 """What is not asked again: part of the answer was given already, or another one would be."""
 _decode_event = msgspec.msgpack.Decoder(api.Event).decode
@@ -75,19 +77,27 @@ class Control:
 
     def _is_followed(self) -> bool:
         """Whether another daemon answers where ours did: it inherits the socket, which is never gone meanwhile."""
-        ready = grpc.channel_ready_future(self._channel)
         deadline = time.monotonic() + _FOLLOWS
         try:
             while time.monotonic() < deadline:
                 probe(self.path)
-                with suppress(grpc.FutureTimeoutError):
-                    ready.result(_LOOK_EVERY)
+                if self._is_answered():
                     return True
+                time.sleep(_PAUSE)
         except NsfsError:
             return False
-        finally:
-            ready.cancel()
         return False
+
+    def _is_answered(self) -> bool:
+        """Whether a call gets through soon. A look at the channel's state would leave a thread of gRPC's behind."""
+        start: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{api.SERVICE}/Version")
+        stream = start(msgspec.msgpack.encode(api.Empty()), timeout=_LOOK, wait_for_ready=True)
+        try:
+            return next(stream, None) is not None
+        except grpc.RpcError:
+            return False
+        finally:
+            stream.cancel()
 
     def _ask(self, method: str, request: msgspec.Struct, kind: type[R], listen: Listener | None) -> R:
         start: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(f"/{api.SERVICE}/{method}")
