@@ -105,9 +105,8 @@ def test_a_first_pass_into_a_full_disk_is_no_space_and_goes_on_by_range(
             assert refused.returncode == NO_SPACE, refused.stderr
             assert "No space left" in refused.stderr
             layout = daemon.layout()
+            # Nothing of it is kept; its addresses may be until the next worker starts, as giving them up takes room.
             assert os.stat(layout.disk).st_blocks * 512 < 1 << 20
-            with open_index(layout.index, layout.key, readonly=True) as index:
-                assert index.orphan_slabs() == []
             spooled = Spool(layout.spool(LayerKey(layer.digest, "plain")), layout.key).size()
             assert spooled > 4 << 20
         with daemon.mounted(reference, str(target)):

@@ -149,7 +149,7 @@ def test_an_estargz_image_costs_what_is_read(
     assert pull(node, reference, namespace) == ["lazy", "lazy"]
     runtime = node.containerd.runsc() if options == "runsc" else ()
     assert node.run(reference, "a", "/bin/cat", "/etc/motd", options=runtime, namespace=namespace) == "lazy\n"
-    assert meter.served() < size(images["estargz"]), "a first miss brings what lies around it, and no more"
+    assert meter.served() < size(images["estargz"]) / 3, "a first miss brings what lies around it, and no more"
 
 
 def test_an_evicted_image_comes_back_by_ranges(
