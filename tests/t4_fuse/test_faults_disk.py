@@ -113,6 +113,10 @@ def test_a_first_pass_into_a_full_disk_is_no_space_and_goes_on_by_range(
             assert {name: read(f"{target}/{name}") for name in files} == files
         asked = [each.headers.get("range", "") for each in registry.requests(path=layer.digest.hex)]
         assert asked == ["", f"bytes={spooled}-{len(layer.blob) - 1}"]
+    with run_daemon(str(small_disk / "d"), SETTINGS) as daemon:
+        daemon.nsfs("inspect", reference)  # its worker gives up what the index had no room to give up
+        with open_index(layout.index, layout.key, readonly=True) as index:
+            assert index.orphan_slabs() == []
 
 
 def test_a_full_disk_under_a_mount_costs_speed_alone(registry: FakeRegistry, small_disk: Path, tmp_path: Path) -> None:
