@@ -99,6 +99,17 @@ class Daemon:
         with open(self.log, errors="replace") as file:
             return file.read()[-3000:]
 
+    def said(self, text: str) -> str:
+        """The rest of the first line of the daemon's log that has `text`, which comes soon."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with open(self.log, errors="replace") as file:
+                found = re.search(f"{re.escape(text)}(.*)", file.read())
+            if found is not None:
+                return found[1]
+            time.sleep(0.05)
+        raise AssertionError(self.tail())
+
 
 @contextlib.contextmanager
 def run_daemon(directory: str, settings: Mapping[str, Any] | None = None) -> Iterator[Daemon]:

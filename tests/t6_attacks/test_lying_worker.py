@@ -6,7 +6,6 @@ by a daemon that does not look at what it is told (`naive`), which only a test c
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,22 +105,11 @@ def visit(daemon: Daemon, namespace: str) -> None:
     daemon.nsfs("stat", "oci:/nonexistent:/x", "--namespace", namespace, check=False)
 
 
-def seen(daemon: Daemon, text: str) -> str:
-    """The rest of the line of the daemon's log that has `text`, which comes soon."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        found = re.search(f"{re.escape(text)}(.*)", Path(daemon.log).read_text())
-        if found is not None:
-            return found[1]
-        time.sleep(0.05)
-    raise AssertionError(daemon.tail())
-
-
 def test_a_daemon_that_believes_its_workers_ends_by_a_word_of_one(arena: Path) -> None:
     with mortal_daemons(str(arena / "d")) as start, hooked(arena, _LYING, _NAIVE):
         daemon = start()
         visit(daemon, "nothing")
-        assert "Expected `object`, got `None`" in seen(daemon, "ValidationError: ")
+        assert "Expected `object`, got `None`" in daemon.said("ValidationError: ")
         deadline = time.monotonic() + 30
         while daemon.nsfs("status", check=False).returncode == 0:
             assert time.monotonic() < deadline, daemon.tail()
@@ -150,7 +138,7 @@ def read_as_another(arena: Path) -> tuple[int, str]:
         (arena / "m").mkdir()
         options = ("--isolation", "shared", "--namespace", "a")
         done = daemon.nsfs("mount", publish(registry, image, "x"), str(arena / "m"), *options, check=False)
-        assert "nobody called" in seen(daemon, "as the victim, at Prepare: refused")
+        assert "nobody called" in daemon.said("as the victim, at Prepare: refused")
         return done.returncode, Path(daemon.log).read_text()
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,22 +82,11 @@ def test_it_reaches_nothing_but_its_own_domain(arena: Path, monkeypatch: pytest.
         (own / "prey.json").write_text(json.dumps(dataclasses.asdict(prey)))
         attacker = visit(daemon, "attacker")
         assert attacker != victim
-        said = json.loads(said_by(daemon))
+        said = json.loads(daemon.said("taken over: "))
         assert said["uid"] == os.stat(own).st_uid != os.stat(f"{daemon.root}/domains/ns%2Fvictim").st_uid
         assert said["attacks"].keys() == {attack.__name__ for attack in ATTACKS}
         assert [name for name, error in said["attacks"].items() if not error] == []
         assert daemon.workers()["ns/victim"] == victim
-
-
-def said_by(daemon: Daemon) -> str:
-    """What the code in the worker wrote."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        found = re.search(r"taken over: (.*)", Path(daemon.log).read_text())
-        if found is not None:
-            return found[1]
-        time.sleep(0.05)
-    raise AssertionError(daemon.tail())
 
 
 def test_it_inherits_nothing_of_its_daemon_also_of_one_that_was_replaced(arena: Path) -> None:
