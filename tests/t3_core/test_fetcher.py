@@ -207,6 +207,57 @@ def test_a_reader_who_leaves_cancels_no_flight() -> None:
     run(test)
 
 
+def test_what_is_under_way_for_views_that_are_gone_is_called_off() -> None:
+    """One range in the air, and one that waits for its place: neither holds up what another view needs then."""
+    config = replace(NO_AHEAD, places=1, range_limit=1)
+
+    async def test() -> None:
+        async with world(script="T", config=config) as w:
+            other = View("other", [w.source])
+
+            async def fail(offset: int) -> None:
+                with pytest.raises(UnreachableError, match="nobody shows the view any more"):
+                    await w.read(offset, 10, None)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail, 0)
+                nursery.start_soon(fail, 60_000)
+                await trio.testing.wait_all_tasks_blocked()
+                w.fetcher.abandon(["view"])
+            await trio.testing.wait_all_tasks_blocked()
+            assert w.blob.at_once == 0
+            for offset in (0, 60_000):
+                read = await w.fetcher.read(other, BASE + offset, 10, patience=0)
+                assert bytes(read) == bytes(w.layout.disk[offset : offset + 10])
+            assert len(w.blob.asked) == 3
+
+    run(test)
+
+
+def test_what_another_view_waits_for_too_is_not_called_off() -> None:
+    async def test() -> None:
+        async with world(script="T") as w:
+
+            async def read() -> None:
+                got = await w.fetcher.read(View("other", [w.source]), BASE, 10, patience=None)
+                assert bytes(got) == bytes(w.layout.disk[:10])
+
+            async def fail() -> None:
+                with pytest.raises(UnreachableError, match="nobody shows the view any more"):
+                    await w.read(0, 10)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail)
+                nursery.start_soon(read)
+                await trio.testing.wait_all_tasks_blocked()
+                w.fetcher.abandon(["view"])
+                await trio.testing.wait_all_tasks_blocked()
+                w.blob.go_on.set()
+            assert len(w.blob.asked) == 1
+
+    run(test)
+
+
 def test_transient_trouble_is_retried_with_growing_pauses() -> None:
     async def test() -> None:
         async with world(script="EEE") as w:

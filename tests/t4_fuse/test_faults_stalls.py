@@ -111,7 +111,8 @@ def test_200_stalled_misses_keep_nobody_else_waiting(daemon: Daemon, registry: F
     near = gzip_layer([file("near", random.Random(1).randbytes(1 << 20))], level=0)
     one = publish(registry, Image((slow,)), "stalled")
     other = publish(registry, Image((near,)), "near")
-    paths = [str(tmp_path / name) for name in ("stalled", "near")]
+    third = publish(registry, Image((estargz_layer([file("f", b"third")]),)), "third")
+    paths = [str(tmp_path / name) for name in ("stalled", "near", "third")]
     with swept(tmp_path), daemon.mounted(other, paths[1]) as report:
         os.mkdir(paths[0])
         daemon.nsfs("mount", one, paths[0], "--on-error", "wait")
@@ -135,6 +136,10 @@ def test_200_stalled_misses_keep_nobody_else_waiting(daemon: Daemon, registry: F
                 thread.join(60)
             assert not any(thread.is_alive() for thread in threads)
             assert time.monotonic() - begun < 60
+            begun = time.monotonic()
+            with daemon.mounted(third, paths[2]):
+                assert Path(paths[2], "f").read_bytes() == b"third"
+            assert time.monotonic() - begun < 25, "it waits for what nobody wants: that stalls for 30 s"
         wait_until(0, daemon)
         time_hits(f"{paths[1]}/near", 3)
         registry.script = ""

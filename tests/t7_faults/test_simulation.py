@@ -185,6 +185,7 @@ class Worker:
                 nursery.start_soon(self._read_often)
             nursery.start_soon(self._evict_often)
             nursery.start_soon(self._fill_often)
+            nursery.start_soon(self._abandon_often)
 
     async def _read_often(self) -> None:
         for _ in range(self._rng.randint(1, 6)):
@@ -220,6 +221,12 @@ class Worker:
                 await self._fetcher.make_present(
                     self._views[0], BASE + offset, self._rng.randint(1, 60_000), patience=40.0, priority=priority
                 )
+
+    async def _abandon_often(self) -> None:
+        """A view is taken away, whoever reads it, and shown again."""
+        for _ in range(self._rng.randint(0, 4)):
+            await trio.sleep(self._rng.expovariate(1))
+            self._fetcher.abandon([self._rng.choice(self._views).name])
 
     async def check_end(self, blob: Registry) -> None:
         """When the trouble is over all can be read, and then nothing is left in the air."""

@@ -7,8 +7,9 @@ Refuses to give bytes that were not verified, or fewer than were asked for. A po
 never correctness: `read` gives what was decoded.
 
 Concurrency: one trio event loop. Flights belong to the fetcher's nursery: a reader who is cancelled, or whose patience
-ends, leaves; the flight lands. Decompression, verification and writing are one hop to a thread. State is only changed
-between awaits; what is decided together is in functions that are not async.
+ends, leaves; the flight lands, unless none of the views that it flies for is shown any more. Decompression,
+verification and writing are one hop to a thread. State is only changed between awaits; what is decided together is in
+functions that are not async.
 """
 
 from __future__ import annotations
@@ -209,10 +210,14 @@ class Fetcher:
     # Readers
 
     def abandon(self, views: Collection[str]) -> None:
-        """Fail every reader that waits for one of these views now; what is under way for them lands all the same."""
+        """Fail every reader that waits for one of these views now, and call off what is under way for them alone."""
         for waiter in self._waiters:
             if waiter.view.name in views:
                 waiter.scope.cancel()
+        for flight in self._flights.values():
+            flight.views.difference_update(views)
+            if not flight.views:
+                flight.scope.cancel()
 
     async def retire(self, sources: Collection[LayerSource]) -> None:
         """Return when nobody reads by these any more, and nothing that they bring is under way."""
@@ -370,7 +375,7 @@ class Fetcher:
                 waiter.reason = f"the next attempt: {self._failures.why(due)}"
                 await trio.sleep_until(min(due.values()))
                 continue
-            flights = self._join(ready, waiter.priority)
+            flights = self._join(ready, waiter.view, waiter.priority)
             await self._wait(flights, waiter, patience, deadline)
             for flight in flights:
                 got.update(flight.decoded)
@@ -434,10 +439,10 @@ class Fetcher:
         if runway is not None and runway.expects(Priority.PROFILE):
             return  # a profile knows better what comes next
         stream = head.advance(self._config, route.under_way)
-        self._nursery.start_soon(self._read_ahead, source, head, stream)
+        self._nursery.start_soon(self._read_ahead, view, head, stream)
 
-    async def _read_ahead(self, source: LayerSource, head: Head, stream: range) -> None:
-        window = head.window
+    async def _read_ahead(self, view: View, head: Head, stream: range) -> None:
+        source, window = view.sources[head.layer], head.window
 
         def plan() -> tuple[list[Group], int]:
             table = source.table
@@ -452,7 +457,7 @@ class Fetcher:
         head.end = max([head.end, *(source.table.stream_range(group.spans)[1] for group in groups)])
         wanted = [_Wanted(source, group) for group in groups]
         if not source.is_retired:
-            self._join([want for want in wanted if self._is_worth_fetching(want.key)], Priority.AHEAD)
+            self._join([want for want in wanted if self._is_worth_fetching(want.key)], view, Priority.AHEAD)
 
     def _is_worth_fetching(self, key: GroupKey) -> bool:
         return key not in self._failures and self._kept.get(key) is None
@@ -471,15 +476,16 @@ class Fetcher:
 
         blocks, groups = await self._run_in_thread(plan)
         wanted = [_Wanted(source, group) for group in groups if not source.is_retired]
-        for flight in self._join([want for want in wanted if self._is_worth_fetching(want.key)], Priority.PROFILE):
+        wanted = [want for want in wanted if self._is_worth_fetching(want.key)]
+        for flight in self._join(wanted, view, Priority.PROFILE):
             await flight.landed.wait()
         for run in blocks:
             await self.make_present(view, *run, patience=0, priority=Priority.PROFILE)
 
     # Flights
 
-    def _join(self, wanted: Iterable[_Wanted], priority: Priority) -> list[Flight]:
-        """The flights that bring `wanted`: those under way, and new ones for the rest."""
+    def _join(self, wanted: Iterable[_Wanted], view: View, priority: Priority) -> list[Flight]:
+        """The flights that bring `wanted` to the view: those under way, and new ones for the rest."""
         flights: dict[int, Flight] = {}
         fresh: dict[str, list[_Wanted]] = {}
         for want in wanted:
@@ -490,8 +496,10 @@ class Fetcher:
             if priority < flight.priority and flight.runway is not None:
                 flight.runway.promote(flight, priority)
             flights[id(flight)] = flight
-        begun = [flight for wants in fresh.values() for flight in self._begin(wants, priority)]
-        return [*flights.values(), *begun]
+        flights |= {id(flight): flight for wants in fresh.values() for flight in self._begin(wants, priority)}
+        for flight in flights.values():
+            flight.views.add(view.name)
+        return [*flights.values()]
 
     def _begin(self, wants: list[_Wanted], priority: Priority) -> Iterator[Flight]:
         source = wants[0].source
@@ -513,11 +521,13 @@ class Fetcher:
             yield flight
 
     async def _fly(self, flight: Flight) -> None:
-        await flight.departs.wait()
+        landing = Landing({}, {})
         try:
-            landing = await (
-                self._make_spans(flight.source) if flight.batch is None else self._bring(flight, flight.batch)
-            )
+            with flight.scope:
+                await flight.departs.wait()
+                landing = await (
+                    self._make_spans(flight.source) if flight.batch is None else self._bring(flight, flight.batch)
+                )
         except NsfsError as error:
             landing = Landing({}, dict.fromkeys(flight.firsts, error))
         except Exception as error:
@@ -583,11 +593,11 @@ class Fetcher:
             del self._flights[key]
             if first in landing.failed:
                 self._failures.add(key, landing.failed[first], flight.started, now)
-                continue
-            self._failures.drop(key)
-            flight.decoded[key] = landing.decoded[first]
-            if landing.decoded[first]:
-                self._kept.put(key, landing.decoded[first])
+            elif first in landing.decoded:
+                self._failures.drop(key)
+                flight.decoded[key] = landing.decoded[first]
+                if landing.decoded[first]:
+                    self._kept.put(key, landing.decoded[first])
         self._note_refusal(landing.refused)
         flight.landed.set()
 

@@ -45,7 +45,10 @@ class Priority(IntEnum):
 
 @dataclass(eq=False, slots=True)
 class Flight:
-    """One range on its way. When `landed` is set, each of its groups is in `decoded` or has a failure."""
+    """One range on its way.
+
+    When `landed` is set, each of its groups is in `decoded` or has a failure; or it was called off, and has neither.
+    """
 
     source: LayerSource
     batch: Batch | None
@@ -58,6 +61,9 @@ class Flight:
     departs: trio.Event = field(default_factory=trio.Event)
     runway: Runway | None = None
     """Where it departs; what takes no range takes no place either."""
+    views: set[str] = field(default_factory=set)
+    """The names of those that it flies for; it is called off (`scope`) when none of them is shown any more."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     @property
     def firsts(self) -> list[int]:
@@ -105,8 +111,11 @@ class Runway:
         self._go()
 
     def leave(self, flight: Flight) -> None:
-        """A flight that departed needs its place no more."""
-        self._busy[flight.priority] -= 1
+        """A flight needs its place no more, or does not wait for one."""
+        if flight.departs.is_set():
+            self._busy[flight.priority] -= 1
+        else:
+            self._queues[flight.priority].remove(flight)
         self._go()
 
     def _go(self) -> None:
