@@ -19,7 +19,17 @@ import msgspec
 from nsfs.core import firstpass
 from nsfs.core.claimed import ClaimArgs, LayerMade, MapMade, ProofArgs
 from nsfs.core.jobs import run_job
-from nsfs.core.layers import PLAIN, MapArgs, PlainArgs, RenderArgs, Rendered, SpanArgs, TocArgs, map_id_of
+from nsfs.core.layers import (
+    PLAIN,
+    MapArgs,
+    PlainArgs,
+    RenderArgs,
+    Rendered,
+    SpanArgs,
+    TocArgs,
+    map_id_of,
+    map_record,
+)
 from nsfs.core.maps import Maps
 from nsfs.core.proving import check_contents, check_index
 from nsfs.core.union import LowerTree
@@ -42,7 +52,7 @@ from nsfs.store.pool import open_pool
 from nsfs.store.poolfiles import BLOCK
 from nsfs.store.profiles import Profiles
 from nsfs.store.recovery import working
-from nsfs.store.sealed import load_content, store_file
+from nsfs.store.sealed import load_content, store_files
 from nsfs.store.spool import Spool
 
 if TYPE_CHECKING:
@@ -50,6 +60,7 @@ if TYPE_CHECKING:
 
     from nsfs.core.jobs import Channel
     from nsfs.model.layer import Entry, LayerIndex
+    from nsfs.model.pool import MapRecord
     from nsfs.store.index import DomainIndex
     from nsfs.store.pool import Pool
 
@@ -107,18 +118,29 @@ class _Files:
     """One layer's directory, as the first pass writes it."""
 
     def __init__(self, layout: DomainLayout, key: LayerKey) -> None:
+        self._layout = layout
+        self._key = key
         self._directory = layout.layer_dir(key)
-        self._key = layout.key
         os.makedirs(self._directory, 0o700, exist_ok=True)
 
-    def store_index(self, index: LayerIndex, addresses: Sequence[int]) -> None:
-        files.store_index(self._directory, index, addresses, self._key)
-
-    def store_segments(self, rows: Iterable[tuple[int, int, int]], extents: Iterable[tuple[int, int]]) -> None:
-        files.store_segments(self._directory, rows, extents, self._key)
+    def store_layer(
+        self,
+        index: LayerIndex,
+        addresses: Sequence[int],
+        rows: Iterable[tuple[int, int, int]],
+        extents: Iterable[tuple[int, int]],
+    ) -> MapRecord | None:
+        map_id = map_id_of(self._key)
+        path = self._layout.map(self._key, map_id)
+        drawn, maps = None, {}
+        with suppress(NsfsError):  # whoever wants the map hears what is wrong with it
+            made, image = _draw_map(self._layout, map_id, index.entries, addresses, None)
+            drawn, maps = map_record(self._key, map_id, path, made), {path: [image]} if image else {}
+        files.store_layer(self._directory, index, addresses, rows, extents, self._layout.key, maps)
+        return drawn
 
     def store_spans(self, spans: Spans) -> None:
-        files.store_spans(self._directory, spans, self._key)
+        files.store_spans(self._directory, spans, self._layout.key)
 
 
 def _layout(domain: str, fds: Sequence[int]) -> DomainLayout:
@@ -157,10 +179,7 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
         result = firstpass.run_first_pass(
             job, source_fd=fds[2], disk=pool, catalog=index, files=_Files(layout, key), progress=channel.progress
         )
-    made = None
-    with suppress(NsfsError):  # the layer is committed: whoever wants its map hears what is wrong with it
-        made = _write_map(layout, key, map_id_of(key), result.index.entries, result.addresses, None)
-    return LayerMade(ranges=list(result.written), map=made)
+    return LayerMade(ranges=list(result.written))
 
 
 def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
@@ -221,12 +240,11 @@ def _commit_claimed(
     slab = catalog.reserve(room)
     addresses = _give_out(index.entries, slab.address, twins)
     directory = _Files(layout, record.key)
-    directory.store_index(index, addresses)
-    directory.store_segments(*firstpass.plan_tables(index.entries, addresses))
+    drawn = directory.store_layer(index, addresses, *firstpass.plan_tables(index.entries, addresses))
     if spans is not None:
         directory.store_spans(spans)
-    catalog.commit_layer(msgspec.structs.replace(record, slabs=(slab,)), [])
-    return LayerMade(map=_write_map(layout, record.key, map_id_of(record.key), index.entries, addresses, None))
+    catalog.commit_layer(msgspec.structs.replace(record, slabs=(slab,)), [], drawn)
+    return LayerMade()
 
 
 def _read_spans(args: ClaimArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
@@ -341,26 +359,24 @@ def _build_map(args: MapArgs, fds: Sequence[int], _channel: Channel) -> MapMade:
     layout = _layout(args.domain, fds)
     key = LayerKey(Digest(args.blob), args.index, args.origin)
     index, addresses = files.load_index(layout.layer_dir(key), layout.key)
-    return _write_map(layout, key, args.map_id, index.entries, addresses, args.lowers)
+    made, image = _draw_map(layout, args.map_id, index.entries, addresses, args.lowers)
+    if image:
+        store_files({layout.map(key, args.map_id): [image]}, layout.key)
+    return made
 
 
-def _write_map(
-    layout: DomainLayout,
-    key: LayerKey,
-    map_id: str,
-    entries: Sequence[Entry],
-    addresses: Sequence[int],
-    lowers: Sequence[str] | None,
-) -> MapMade:
-    """Plan and write; `lowers` are the maps below, top first, None where they are not known."""
+def _draw_map(
+    layout: DomainLayout, map_id: str, entries: Sequence[Entry], addresses: Sequence[int], lowers: Sequence[str] | None
+) -> tuple[MapMade, bytearray | None]:
+    """A map, and its file where it has one; `lowers` are the maps below, top first, None where they are not known."""
     with ExitStack() as stack:
         maps = Maps(partial(load_content, key=layout.key))
         images = [stack.enter_context(maps.opened(path)) for path in lowers or ()]
         planned = plan_tree(entries, addresses, None if lowers is None else LowerTree(images))
     if planned.needs_lower and lowers is None:
-        return MapMade(needs_lower=True)
+        return MapMade(needs_lower=True), None
     image = render_erofs(
         planned.root, disk_blocks=END_ADDRESS // BLOCK, uuid=bytes.fromhex(map_id), volume=planned.volume
     )
-    store_file(layout.map(key, map_id), [image], layout.key)
-    return MapMade(needs_lower=False, marks=planned.marks, opaque=planned.opaque, borrowed=sorted(planned.borrowed))
+    made = MapMade(needs_lower=False, marks=planned.marks, opaque=planned.opaque, borrowed=sorted(planned.borrowed))
+    return made, image

@@ -13,7 +13,8 @@ from layouts import BASE, Layout, layouts
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model.layer import Codec, Covers, Entry, Kind, LayerIndex, Segment, Span, Spans
 from nsfs.store.crypt import DomainKey
-from nsfs.store.layers import load_index, open_table, plan_ranges, plan_rows, store_index, store_segments, store_spans
+from nsfs.store.layers import load_index, open_table, plan_ranges, plan_rows, store_layer, store_spans
+from nsfs.store.sealed import load_content
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,12 +31,13 @@ SPANS = Spans(
     ],
 )
 KEYS = pytest.mark.parametrize("key", [None, DomainKey(bytes(range(32)))], ids=["plain", "sealed"])
+NO_INDEX = LayerIndex([], 0)
 in_one_directory = settings(max_examples=60)
 
 
 @KEYS
 def test_spans_come_back_as_they_were(tmp_path: Path, key: DomainKey | None) -> None:
-    store_segments(str(tmp_path), [], [], key)
+    store_layer(str(tmp_path), NO_INDEX, [], [], [], key)
     assert not open_table(str(tmp_path), key).has_spans
     store_spans(str(tmp_path), SPANS, key)
     table = open_table(str(tmp_path), key)
@@ -53,7 +55,7 @@ def test_spans_come_back_as_they_were(tmp_path: Path, key: DomainKey | None) -> 
 
 
 def test_without_spans_nothing_can_be_asked_of_them(tmp_path: Path) -> None:
-    store_segments(str(tmp_path), [(4096, 1, 0)], [(4096, 1)])
+    store_layer(str(tmp_path), NO_INDEX, [], [(4096, 1, 0)], [(4096, 1)])
     table = open_table(str(tmp_path))
     assert len(table) == 0
     with pytest.raises(NotFoundError, match="no spans"):
@@ -116,15 +118,16 @@ def test_an_index_comes_back_as_it_was(tmp_path: Path, key: DomainKey | None) ->
         Entry(b"l", Kind.SYMLINK, 0o777, 0, 0, 0, link=b"/d", xattrs=((b"user.a", b"\0"),)),
     ]
     index = LayerIndex(entries, 4096, 77)
-    store_index(str(tmp_path), index, [0, 1 << 30, 0], key)
+    store_layer(str(tmp_path), index, [0, 1 << 30, 0], [], [], key, {str(tmp_path / "map"): [b"a", b"map"]})
     assert load_index(str(tmp_path), key) == (index, [0, 1 << 30, 0])
+    assert load_content(str(tmp_path / "map"), key)[:] == b"amap"
     assert os.stat(tmp_path / "index").st_mode & 0o777 == 0o600
-    assert sorted(os.listdir(tmp_path)) == ["index"], "nothing temporary stays"
+    assert sorted(os.listdir(tmp_path)) == ["index", "map", "segments"], "nothing temporary stays"
 
 
 def _fill(directory: str) -> None:
-    store_index(directory, LayerIndex([Entry(b"f", Kind.REGULAR, 0o644, 0, 0, 0, size=1)], 512), [1 << 30])
-    store_segments(directory, [(1 << 30, 1, 0)], [(1 << 30, 1)])
+    index = LayerIndex([Entry(b"f", Kind.REGULAR, 0o644, 0, 0, 0, size=1)], 512)
+    store_layer(directory, index, [1 << 30], [(1 << 30, 1, 0)], [(1 << 30, 1)])
     store_spans(directory, SPANS)
 
 
@@ -174,16 +177,20 @@ def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_an_open_table_outlives_its_replacement(tmp_path: Path) -> None:
-    store_segments(str(tmp_path), [(4096, 10, 0)], [(4096, 10)])
+    store_layer(str(tmp_path), NO_INDEX, [], [(4096, 10, 0)], [(4096, 10)])
     table = open_table(str(tmp_path))
-    store_segments(str(tmp_path), [(8192, 10, 5)], [(8192, 10)])
+    store_layer(str(tmp_path), NO_INDEX, [], [(8192, 10, 5)], [(8192, 10)])
     assert table.segments(0, 1 << 20) == [(4096, 10, 0)]
     assert open_table(str(tmp_path)).segments(0, 1 << 20) == [(8192, 10, 5)]
 
 
 def test_opening_takes_no_time_that_grows_with_the_table(tmp_path: Path) -> None:
-    store_segments(
-        str(tmp_path), [(n << 12, 4000, n * 4608) for n in range(200_000)], [(n << 12, 4000) for n in range(200_000)]
+    store_layer(
+        str(tmp_path),
+        NO_INDEX,
+        [],
+        [(n << 12, 4000, n * 4608) for n in range(200_000)],
+        [(n << 12, 4000) for n in range(200_000)],
     )
     begun = time.process_time()
     table = open_table(str(tmp_path))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.store.crypt import DomainKey
-from nsfs.store.sealed import HEADER_SIZE, SealedRecords, load_content, store_file
+from nsfs.store.sealed import HEADER_SIZE, SealedRecords, load_content, store_files
 from nsfs.store.spool import PIECE, Spool
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def test_any_part_of_a_file(
     tmp_path: Path, key: DomainKey | None, at: list[int], start: int, size: int, inner: int
 ) -> None:
     path = str(tmp_path / "file")
-    store_file(path, pieces(at), key)
+    store_files({path: pieces(at)}, key)
     content = load_content(path, key)
     assert len(content) == len(TEXT)
     assert content[start : start + size] == TEXT[start : start + size]
@@ -56,7 +56,7 @@ def test_a_sealed_file_shows_nothing_and_never_the_same(tmp_path: Path) -> None:
     path = str(tmp_path / "file")
     seen = set()
     for _ in range(2):
-        store_file(path, [TEXT], KEY)
+        store_files({path: [TEXT]}, KEY)
         data = stored(path)
         assert len(data) == HEADER_SIZE + len(TEXT)
         assert TEXT[:16] not in data
@@ -68,10 +68,10 @@ def test_a_sealed_file_shows_nothing_and_never_the_same(tmp_path: Path) -> None:
 def test_a_file_that_is_not_under_the_key_is_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "file")
     for data in (b"", b"short", TEXT):
-        store_file(path, [data], None)
+        store_files({path: [data]}, None)
         with pytest.raises(CorruptError, match="not under the key"):
             load_content(path, KEY)
-    store_file(path, [TEXT], KEY)
+    store_files({path: [TEXT]}, KEY)
     with open(path, "r+b") as file:
         file.seek(8)
         file.write(b"\2")

@@ -43,7 +43,7 @@ from nsfs.format.zstd import inflate_frames
 from nsfs.model.digest import Digest
 from nsfs.model.layer import Codec, Kind, LayerIndex, Span, Spans
 from nsfs.model.oci import layer_format
-from nsfs.model.pool import Extent, LayerKey
+from nsfs.model.pool import Extent, LayerKey, MapRecord
 from nsfs.store import layers
 from nsfs.store.index import DomainIndex, open_index
 from nsfs.store.layout import DomainLayout
@@ -75,18 +75,30 @@ ITEMS = [
 
 @dataclass
 class Files:
-    """A layer's directory."""
+    """A layer's directory, without a map: only what is to be known of one."""
 
     path: str
+    key: LayerKey
 
     def __post_init__(self) -> None:
         os.makedirs(self.path, exist_ok=True)
 
-    def store_index(self, index: LayerIndex, addresses: Sequence[int]) -> None:
-        layers.store_index(self.path, index, addresses)
-
-    def store_segments(self, rows: Iterable[layers.Row], extents: Iterable[tuple[int, int]]) -> None:
-        layers.store_segments(self.path, rows, extents)
+    def store_layer(
+        self,
+        index: LayerIndex,
+        addresses: Sequence[int],
+        rows: Iterable[layers.Row],
+        extents: Iterable[tuple[int, int]],
+    ) -> MapRecord | None:
+        layers.store_layer(self.path, index, addresses, rows, extents)
+        return MapRecord(
+            id=self.key.blob.hex,
+            blob=self.key.blob,
+            index=self.key.index,
+            path=str(addresses),
+            needs_lower=False,
+            marks=False,
+        )
 
     def store_spans(self, spans: Spans) -> None:
         layers.store_spans(self.path, spans)
@@ -120,7 +132,7 @@ class Domain:
         return replace(job, **more)
 
     def files(self, layer: Layer) -> Files:
-        return Files(self.layout.layer_dir(key_of(layer)))
+        return Files(self.layout.layer_dir(key_of(layer)), key_of(layer))
 
     def first_pass(self, layer: Layer, sent: bytes | None = None, catalog: Any = None, **more: Any) -> FirstPassResult:
         with source(layer.blob if sent is None else sent) as fd:
@@ -224,6 +236,9 @@ def check_layer(domain: Domain, layer: Layer, items: Sequence[Item], result: Fir
     assert record == result.record
     assert record.stream_size == len(layer.tar)
     assert not record.has_spans
+    drawn = domain.index.map(layer.digest.hex)
+    assert drawn is not None
+    assert drawn.path == str(addresses), "the map is of where contents are, and not of where they were first"
     assert domain.index.orphan_slabs() == []
 
 

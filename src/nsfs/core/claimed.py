@@ -57,7 +57,6 @@ class LayerMade(Struct, kw_only=True):
     """A layer was committed to the domain's index; these addresses' bits and bytes are to be made durable."""
 
     ranges: list[tuple[int, int]] = []
-    map: MapMade | None = None
 
 
 class MapMade(Struct, kw_only=True):
@@ -93,7 +92,7 @@ class ClaimedLayers:
         self._jobs = jobs
         self._startups = startups
 
-    async def index(self, image: Image, layer: Layer, claim: Claim, key: LayerKey) -> LayerMade:
+    async def index(self, image: Image, layer: Layer, claim: Claim, key: LayerKey) -> None:
         """Take the layer's index from the artifact, while what a start reads begins to come; raises NsfsError."""
         self._startups.begin(image)
         data = await self._startups.take_head(image, claim.layer.index.digest)
@@ -114,7 +113,7 @@ class ClaimedLayers:
             promised=str(layer.diff_id),
         )
         with memory_file(data) as fd:
-            return await self._jobs.run("nsfs.layer_jobs:read_artifact", args, [fd], LayerMade)
+            await self._jobs.run("nsfs.layer_jobs:read_artifact", args, [fd], LayerMade)
 
     def ready(self, key: LayerKey) -> None:
         """The layer's index is complete: what its start reads can be kept."""

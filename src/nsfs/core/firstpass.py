@@ -32,7 +32,7 @@ from nsfs.format.tar import TarParser
 from nsfs.format.zstd import FrameScanner, ZstdInflater
 from nsfs.model.layer import Codec, Covers, Entry, Kind, LayerIndex, Span, Spans
 from nsfs.model.oci import Compression
-from nsfs.model.pool import LayerKey, LayerRecord, Slab
+from nsfs.model.pool import LayerKey, LayerRecord, MapRecord, Slab
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -57,8 +57,16 @@ Row: TypeAlias = tuple[int, int, int]
 class Catalog(Contents, Protocol):
     """What the domain knows of layers, and of their contents."""
 
-    def commit_layer(self, record: LayerRecord, new_contents: list[tuple[bytes, int, int]]) -> dict[int, int]:
-        """Register a layer and its contents; where one was known meanwhile, its address by the one given."""
+    def commit_layer(
+        self, record: LayerRecord, new_contents: list[tuple[bytes, int, int]], drawn: MapRecord | None
+    ) -> dict[int, int]:
+        """Register a layer, its contents and its map; where a content was known meanwhile, its address by that given.
+
+        Then the map is not registered.
+        """
+
+    def put_map(self, record: MapRecord) -> None:
+        """Register a map."""
 
     def update_layer(self, key: LayerKey, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
         """Replace a layer's record."""
@@ -67,11 +75,13 @@ class Catalog(Contents, Protocol):
 class LayerFiles(Protocol):
     """The files of one layer's directory, each replaced whole."""
 
-    def store_index(self, index: LayerIndex, addresses: Sequence[int]) -> None:
-        """The entries, and the address of each."""
+    def store_layer(
+        self, index: LayerIndex, addresses: Sequence[int], rows: Iterable[Row], extents: Iterable[tuple[int, int]]
+    ) -> MapRecord | None:
+        """Where contents lie (address, length, stream offset), and their extents (address, size); then the entries.
 
-    def store_segments(self, rows: Iterable[Row], extents: Iterable[tuple[int, int]]) -> None:
-        """Where contents lie (address, length, stream offset), and their extents (address, size)."""
+        And the map of these, if there can be one, which is what is returned.
+        """
 
     def store_spans(self, spans: Spans) -> None:
         """How the stream is had from the blob."""
@@ -158,12 +168,14 @@ def run_first_pass(
     with _cleared_on_error(job.spool, placer):
         record = _read_layer(job, source_fd, placer, progress)
         index = LayerIndex(placer.entries, record.stream_size)
-        _store_tables(files, index, placer.addresses)
-        elsewhere = catalog.commit_layer(record, placer.new_contents())
+        drawn = _store(files, index, placer.addresses)
+        elsewhere = catalog.commit_layer(record, placer.new_contents(), drawn)
     if elsewhere:
         before = placer.addresses
         placer.move(elsewhere)
-        _store_tables(files, index, placer.addresses, before)
+        drawn = _store(files, index, placer.addresses, before)
+        if drawn is not None:
+            catalog.put_map(drawn)
     placer.drop_unused()
     return FirstPassResult(record, index, placer.addresses, list(placer.slabs), placer.joined)
 
@@ -224,10 +236,10 @@ def _plan_record(job: FirstPassJob, entries: Sequence[Entry], stream_size: int, 
     )
 
 
-def _store_tables(
+def _store(
     files: LayerFiles, index: LayerIndex, addresses: Sequence[int], before: Sequence[int] | None = None
-) -> None:
-    """Store both tables, the segments first.
+) -> MapRecord | None:
+    """Store what was found in the layer, the segments first; gives its map.
 
     Where the layer is committed, whoever is killed between the two must not leave an index with addresses that no
     segment has: so the segments keep the addresses of `before`, too.
@@ -236,8 +248,7 @@ def _store_tables(
     if before is not None:
         more = plan_tables(index.entries, before)
         rows, extents = rows + more[0], extents + more[1]
-    files.store_segments(rows, extents)
-    files.store_index(index, addresses)
+    return files.store_layer(index, addresses, rows, extents)
 
 
 def plan_tables(entries: Sequence[Entry], addresses: Sequence[int]) -> tuple[list[Row], list[tuple[int, int]]]:

@@ -300,7 +300,7 @@ class Layers:
             return await self._index_plain(layer)
 
     async def _index_claimed(self, image: Image, layer: Layer, claim: Claim, key: LayerKey) -> LayerKey:
-        await self._note(key, await self._claimed.index(image, layer, claim, key))
+        await self._claimed.index(image, layer, claim, key)
         self._claimed.ready(key)
         return key
 
@@ -322,7 +322,7 @@ class Layers:
         with self._shown(layer, key) as progress:
             self._claims[key] = layer.diff_id
             made = await self._resumed(blob, key, lambda: self._read_all(layer, blob, progress))
-        await self._note(key, made)
+        self._written(made.ranges)
         self._nursery.start_soon(self._make_spans_in_a_lull, key, layer.access.owner)
         return key
 
@@ -350,7 +350,7 @@ class Layers:
                 return await self._index_without_toc(layer, error)
         else:
             toc = found.cut(tail, offset) or await blob.fetch(*found)
-        await self._note(key, await self._read_toc(layer, found, toc))
+        await self._read_toc(layer, found, toc)
         return key
 
     async def _fetch_external(self, image: Image, layer: Layer) -> bytes:
@@ -366,11 +366,6 @@ class Layers:
 
         await trio.to_thread.run_sync(self._catalog.update_layer, key, note)
         return key
-
-    async def _note(self, key: LayerKey, made: LayerMade) -> None:
-        self._written(made.ranges)
-        if made.map is not None:
-            await self._remember_map(key, map_id_of(key), made.map, None)
 
     async def _resumed(self, blob: OriginBlob, key: LayerKey, work: Callable[[], Awaitable[T]]) -> T:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
@@ -406,7 +401,7 @@ class Layers:
         await _feed(blob, min(have, blob.size), work)
         return result[0]
 
-    async def _read_toc(self, layer: Layer, found: estargz.TocLocation, toc: bytes) -> LayerMade:
+    async def _read_toc(self, layer: Layer, found: estargz.TocLocation, toc: bytes) -> None:
         args = TocArgs(
             domain=self._domain,
             blob=str(layer.digest),
@@ -418,7 +413,7 @@ class Layers:
             toc_size=found.size,
         )
         with memory_file(toc) as fd:
-            return await self._jobs.run("nsfs.layer_jobs:read_toc", args, [fd], LayerMade)
+            await self._jobs.run("nsfs.layer_jobs:read_toc", args, [fd], LayerMade)
 
     async def maps(self, layers: Sequence[Layer]) -> list[MapRecord]:
         """The maps of indexed layers, lowest first as given; made where they are missing."""
@@ -458,22 +453,7 @@ class Layers:
             lowers=None if lowers is None else [record.path for record in lowers],
         )
         made = await self._jobs.run("nsfs.layer_jobs:build_map", args, [], MapMade)
-        return await self._remember_map(key, map_id, made, lowers)
-
-    async def _remember_map(
-        self, key: LayerKey, map_id: str, made: MapMade, lowers: Sequence[MapRecord] | None
-    ) -> MapRecord:
-        record = MapRecord(
-            id=map_id,
-            blob=key.blob,
-            index=key.index,
-            origin=key.origin,
-            path=self._files.map(key, map_id),
-            needs_lower=made.needs_lower,
-            marks=made.marks,
-            opaque=made.opaque,
-            lowers=tuple(_sources_of([lowers[number] for number in made.borrowed])) if lowers else (),
-        )
+        record = map_record(key, map_id, self._files.map(key, map_id), made, lowers or ())
         await trio.to_thread.run_sync(self._catalog.put_map, record)
         return record
 
@@ -595,6 +575,21 @@ def map_id_of(key: LayerKey, lowers: Sequence[MapRecord] | None = None) -> str:
         *([] if lowers is None else ["over", *(lower.id for lower in lowers)]),
     ]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+
+
+def map_record(key: LayerKey, map_id: str, path: str, made: MapMade, lowers: Sequence[MapRecord] = ()) -> MapRecord:
+    """What is kept of a map at `path` that was made over `lowers`, top first."""
+    return MapRecord(
+        id=map_id,
+        blob=key.blob,
+        index=key.index,
+        origin=key.origin,
+        path=path,
+        needs_lower=made.needs_lower,
+        marks=made.marks,
+        opaque=made.opaque,
+        lowers=tuple(_sources_of([lowers[number] for number in made.borrowed])),
+    )
 
 
 def _sources_of(maps: Sequence[MapRecord]) -> Iterable[LayerKey]:

@@ -313,11 +313,13 @@ class DomainIndex:
 
     # Layers
 
-    def commit_layer(self, record: LayerRecord, new_contents: list[tuple[bytes, int, int]]) -> dict[int, int]:
-        """Store a layer and the contents that came with it: (BLAKE3, address, size) each, in one transaction.
+    def commit_layer(
+        self, record: LayerRecord, new_contents: list[tuple[bytes, int, int]], drawn: MapRecord | None = None
+    ) -> dict[int, int]:
+        """Store a layer, its map, and the contents that came with it: (BLAKE3, address, size) each, in one transaction.
 
         Of contents that were registered meanwhile the earlier extent stands: returns its address by the address given
-        here. The caller uses that one instead, and evicts its own copy.
+        here. The caller uses that one instead, and evicts its own copy; the map, which has others, is not stored.
         """
         check_key(record.key)
         with self._transaction(self._db.layers, write=True) as txn:
@@ -325,6 +327,8 @@ class DomainIndex:
             for slab in record.slabs:
                 txn.put(_ADDRESS.pack(slab.address), _SLAB.pack(slab.size, 1), db=self._db.slabs)
             self._put(txn, _layer_key(record.key), _encode(record))
+            if drawn is not None and not replaced:
+                self._put(txn, drawn.id.encode(), _encode(drawn), database=self._db.maps)
         return replaced
 
     def _put_contents(self, txn: _Transaction, contents: list[tuple[bytes, int, int]]) -> dict[int, int]:
@@ -340,10 +344,12 @@ class DomainIndex:
         pairs = ((address, extents[key].address) for key, (_, address, _) in zip(keys, contents, strict=True))
         return {address: earlier for address, earlier in pairs if earlier != address}
 
-    def _put(self, txn: _Transaction, name: bytes, value: bytes, suffix: bytes = b"") -> None:
-        """Keep a record in the transaction's database."""
+    def _put(
+        self, txn: _Transaction, name: bytes, value: bytes, suffix: bytes = b"", database: _Database | None = None
+    ) -> None:
+        """Keep a record in a database, or in the transaction's."""
         kept = self._records.name(name, suffix)
-        txn.put(kept, self._records.seal(kept, value))
+        txn.put(kept, self._records.seal(kept, value), db=database)
 
     def _get(self, txn: _Transaction, name: bytes) -> bytes | None:
         """What `_put` kept."""

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, UnsupportedError
 from nsfs.store.crypt import KEY_SIZE, DomainKey
-from nsfs.store.files import overwrite, replace_file, sync_directory
+from nsfs.store.files import overwrite, replace_files, sync_directory
 from nsfs.store.poolfiles import is_encrypted
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Keys:
 
     def _store(self, domain: str, key: DomainKey) -> None:
         os.makedirs(self._layout.keys, 0o700, exist_ok=True)
-        replace_file(self._layout.key(domain), [self._pack(domain, key).ljust(_FILE, b"\0")])
+        replace_files({self._layout.key(domain): [self._pack(domain, key).ljust(_FILE, b"\0")]})
 
     def _pack(self, domain: str, key: DomainKey) -> bytes:
         if self._host_key is None:

@@ -24,12 +24,13 @@ import zstandard
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.layer import Codec, Covers, LayerIndex, Span, Spans
-from nsfs.store.sealed import load_content, store_file
+from nsfs.store.sealed import load_content, store_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from nsfs.store.crypt import DomainKey
+    from nsfs.store.files import Pieces
     from nsfs.store.sealed import Content
 
 VERSION = 1
@@ -92,19 +93,39 @@ def _column(values: Iterable[int]) -> bytes:
     return column.tobytes()
 
 
+def store_layer(
+    directory: str,
+    index: LayerIndex,
+    addresses: Sequence[int],
+    rows: Iterable[Row],
+    extents: Iterable[tuple[int, int]],
+    key: DomainKey | None = None,
+    maps: Mapping[str, Pieces] | None = None,
+) -> None:
+    """Write what was found in a layer, all of it at once; raises NoSpaceError.
+
+    Where its contents are: `rows` of its segments, and the extents (address, size) of all its files, in any order, with
+    repetitions, and overlapping where one content occurs twice in the layer; what is stored overlaps no more. Then its
+    index, with the address of each entry (0 for what has none), and the files of its maps, by their paths.
+    """
+    files = {
+        os.path.join(directory, SEGMENTS_FILE): _render_segments(rows, extents),
+        os.path.join(directory, INDEX_FILE): _render_index(index, addresses),
+    }
+    store_files(files | dict(maps or {}), key)
+
+
 # The index
 
 
-def store_index(directory: str, index: LayerIndex, addresses: Sequence[int], key: DomainKey | None = None) -> None:
-    """Write a layer's index with the address of each entry (0 for what has none); raises NoSpaceError."""
+def _render_index(index: LayerIndex, addresses: Sequence[int]) -> list[bytes]:
     packed = msgspec.msgpack.encode(_StoredIndex(index, list(addresses)))
     body = zstandard.ZstdCompressor(level=1).compress(packed)
-    header = _render_header(_INDEX_MAGIC, 0, len(index.entries), len(packed), len(body), zlib.crc32(body))
-    store_file(os.path.join(directory, INDEX_FILE), [header, body], key)
+    return [_render_header(_INDEX_MAGIC, 0, len(index.entries), len(packed), len(body), zlib.crc32(body)), body]
 
 
 def load_index(directory: str, key: DomainKey | None = None) -> tuple[LayerIndex, list[int]]:
-    """What `store_index` wrote; raises NotFoundError, CorruptError, UnsupportedError."""
+    """The index that `store_layer` wrote; raises NotFoundError, CorruptError, UnsupportedError."""
     path = os.path.join(directory, INDEX_FILE)
     data = bytes(load_content(path, key)[:])
     entries, unpacked, packed, checksum = _parse_header(data, _INDEX_MAGIC, path).counts
@@ -128,22 +149,14 @@ def _decode_index(body: bytes, size: int, path: str) -> _StoredIndex:
 # The tables
 
 
-def store_segments(
-    directory: str, rows: Iterable[Row], extents: Iterable[tuple[int, int]], key: DomainKey | None = None
-) -> None:
-    """Write where a layer's content is: `rows` of its segments, and the extents (address, size) of all its files.
-
-    In any order, with repetitions, and overlapping where one content occurs twice in the layer; what is stored
-    overlaps no more. Raises NoSpaceError.
-    """
+def _render_segments(rows: Iterable[Row], extents: Iterable[tuple[int, int]]) -> list[bytes]:
     kept = plan_rows(rows)
     ranges = plan_ranges(extents)
     addresses, lengths, streams = ([row[column] for row in kept] for column in range(3))
     order = sorted(range(len(kept)), key=streams.__getitem__)
     starts, sizes = ([extent[column] for extent in ranges] for column in range(2))
     header = _render_header(_SEGMENTS_MAGIC, 0, len(kept), len(ranges))
-    columns = (addresses, lengths, streams, order, starts, sizes)
-    store_file(os.path.join(directory, SEGMENTS_FILE), [header, *map(_column, columns)], key)
+    return [header, *map(_column, (addresses, lengths, streams, order, starts, sizes))]
 
 
 def plan_rows(rows: Iterable[Row]) -> list[Row]:
@@ -180,7 +193,7 @@ def store_spans(directory: str, spans: Spans, key: DomainKey | None = None) -> N
     kind = spans.codec << 8 | spans.covers
     header = _render_header(_SPANS_MAGIC, kind, len(table), ends[-1])
     body = [b"".join(span.digest for span in table), b"".join(span.window for span in table)]
-    store_file(os.path.join(directory, SPANS_FILE), [header, *columns, _column(ends), *body], key)
+    store_files({os.path.join(directory, SPANS_FILE): [header, *columns, _column(ends), *body]}, key)
 
 
 def open_table(directory: str, key: DomainKey | None = None) -> LayerTable:

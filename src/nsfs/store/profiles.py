@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from nsfs.errors import NoSpaceError, NotFoundError, NsfsError
 from nsfs.model.profile import parse_profile, render_profile
-from nsfs.store.sealed import load_content, store_file
+from nsfs.store.sealed import load_content, store_files
 
 if TYPE_CHECKING:
     from nsfs.model.digest import Digest
@@ -64,7 +64,7 @@ class Profiles:
             os.makedirs(self._layout.profiles, 0o700, exist_ok=True)
         except OSError as error:
             raise NoSpaceError(f"profiles cannot be kept: {self._layout.profiles}: {error.strerror}") from error
-        store_file(self._layout.profile(image, owner), [render_profile(profile)], self._layout.key)
+        store_files({self._layout.profile(image, owner): [render_profile(profile)]}, self._layout.key)
         self._drop_oldest()
 
     def count(self) -> int:

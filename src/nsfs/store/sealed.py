@@ -22,12 +22,13 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESSIV
 
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.store.crypt import UNIT
-from nsfs.store.files import replace_file
+from nsfs.store.files import replace_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Mapping
 
     from nsfs.store.crypt import DomainKey, Keystream
+    from nsfs.store.files import Pieces
 
 VERSION: Final = 1
 """Of the format of sealed files."""
@@ -135,12 +136,12 @@ def open_stream(header: bytes, key: DomainKey, path: str) -> Keystream:
     return key.keystream("file", salt)
 
 
-def store_file(path: str, pieces: Iterable[bytes | bytearray | memoryview], key: DomainKey | None) -> None:
-    """Write a file whole and durably, under the key if there is one; raises NoSpaceError."""
-    replace_file(path, pieces if key is None else _sealed(pieces, key, path))
+def store_files(files: Mapping[str, Pieces], key: DomainKey | None) -> None:
+    """Write files as `replace_files` does, under the key if there is one; raises NoSpaceError."""
+    replace_files({path: pieces if key is None else _sealed(pieces, key, path) for path, pieces in files.items()})
 
 
-def _sealed(pieces: Iterable[bytes | bytearray | memoryview], key: DomainKey, path: str) -> Iterator[bytes]:
+def _sealed(pieces: Pieces, key: DomainKey, path: str) -> Iterator[bytes]:
     header = make_header()
     yield header
     stream, at = open_stream(header, key, path), 0

@@ -30,6 +30,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
+def begin_writing(fd: int, offset: int = 0, size: int = 0) -> None:
+    """Have the disk begin with what a file has there, to its end where `size` is 0; nobody waits for it."""
+    _libc.sync_file_range(fd, offset, size, _SYNC_FILE_RANGE_WRITE)
+
+
 class Writeback:
     """Follows who writes to one file at rising offsets."""
 
@@ -52,7 +57,7 @@ class Writeback:
 
     def _tell(self, offset: int, size: int) -> None:
         began = time.monotonic()
-        _libc.sync_file_range(self._fd, offset, size, _SYNC_FILE_RANGE_WRITE)
+        begin_writing(self._fd, offset, size)
         if time.monotonic() - began > self._patience:
             self._patience = 0
         self._runs.append((offset, size))
