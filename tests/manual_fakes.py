@@ -161,7 +161,7 @@ class FakeKernel(Kernel):
             assert path not in self.mounted(), "it hides what is mounted there"
             self.stacks[path].append(lower)
 
-    def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]]) -> None:
+    def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]], read_ahead: int) -> None:
         self.warmed.append(list(extents))
         assert all(path in self.mounted() for _, path in lowers), "nothing is there"
 

@@ -325,6 +325,9 @@ class FakePacks:
     def progress(self, layers: Collection[LayerKey]) -> tuple[int, int] | None:
         return (100, 1000) if self.are_fresh else None
 
+    def extents(self, image: Any) -> list[tuple[int, int]]:
+        return [(BLOCK, BLOCK)]
+
 
 @asynccontextmanager
 async def starts(
@@ -429,10 +432,10 @@ def test_without_a_profile_the_landmark_of_a_layer_is_one() -> None:
     run(body)
 
 
-def test_beside_a_pack_no_more_is_read_than_was_recorded() -> None:
+def test_beside_a_pack_no_more_is_read_than_was_recorded_and_that_in_its_order() -> None:
     async def body() -> None:
         async with starts(FakeStore(), FakeStreams(), FakeCatalog(marked=HIGH), packed=True) as (service, _):
-            assert await start(service, ProfileUse.USE) == Begun(read_ahead=EXACT_KB)
+            assert await start(service, ProfileUse.USE) == Begun("", EXACT_KB, [(BLOCK, BLOCK)])
             assert await start(service, ProfileUse.OFF) == Begun()
 
     run(body)

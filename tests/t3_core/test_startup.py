@@ -12,6 +12,7 @@ import trio.testing
 
 from core_sources import FakeBlob, FakeMemory, FakeSource, FakeSources, digest_of
 from nsfs.core.blobs import Blobs
+from nsfs.core.fetchplan import join_blocks
 from nsfs.core.images import Claim, Image, Layer
 from nsfs.core.startup import SOON, Startup, Startups
 from nsfs.core.tasks import open_tasks
@@ -235,6 +236,33 @@ def test_until_it_is_known_what_comes_reads_of_its_layers_wait() -> None:
             assert site.startups.is_fresh(site.image), "it came a moment ago"
             await trio.sleep(60)
             assert not site.startups.is_fresh(site.image)
+
+    run(body)
+
+
+def test_where_it_lies_is_known_before_it_comes_and_a_moment_after() -> None:
+    """By piece, and in each by address; of layers that can take bytes."""
+
+    async def body() -> None:
+        async with open_tasks() as nursery:
+            runs = [Run(1, 8 * BLOCK, BLOCK), Run(0, 0, 100), Run(1, 9 * BLOCK, BLOCK), Run(0, 2 * BLOCK, MIB)]
+            site = Site(nursery, runs, Slow)
+            assert site.startups.extents(site.image) == []
+            site.startups.begin(site.image)
+            assert site.startups.extents(site.image) == []
+            await trio.sleep(1)
+            low, high, rest = (1 << 30, BLOCK), ((2 << 30) + 8 * BLOCK, 2 * BLOCK), 512 * 1024 // BLOCK - 3
+            first, second = ((1 << 30) + 2 * BLOCK, rest * BLOCK), ((1 << 30) + (2 + rest) * BLOCK, MIB - rest * BLOCK)
+            assert site.startups.extents(site.image)[:3] == [low, first, high]
+            site.known.remove(KEYS[1])
+            assert high not in site.startups.extents(site.image)
+            site.known.add(KEYS[1])
+            Slow.let.set()
+            await trio.sleep(1)
+            found = site.startups.extents(site.image)
+            assert found[:3] == [low, first, high]
+            assert join_blocks(found[3:]) == [second]
+            assert site.startups.extents(IMAGE) == []
 
     run(body)
 

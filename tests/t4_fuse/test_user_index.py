@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,12 +20,12 @@ from nsfs.model.layer import Codec
 from nsfs.remote.reference import parse_reference
 from nsfs.remote.source import open_source
 from nsfs_daemon import Daemon, run_daemon
+from page_cache import cached_pages
 from registry import run_registry
 from users import noise, push, read, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from nsfs.format.artifact import Artifact
     from nsfs.model.oci import Descriptor
@@ -131,6 +133,7 @@ def test_a_node_that_never_saw_the_image_starts_from_its_pack(
         daemon.nsfs("inspect", reference)
         assert not any("referrers" in served.path or report["digest"] in served.path for served in meter.log)
         assert all("artifact beside the image" in layer["why"] for layer in inspected(node, reference))
+        wait_until(lambda: is_made_warm(node, reference, target), "what the pack brings comes into memory", 60)
         with node.mounted(reference, target, "--on-error", "eio"):
             wait_until(lambda: "has what it reads" in node.tail(), "the pack is here", 60)
             meter.down()
@@ -144,6 +147,19 @@ def test_a_node_that_never_saw_the_image_starts_from_its_pack(
         assert all("artifact beside the image" in layer["why"] for layer in inspected(node, reference))
         ranges = [served for layer in made.layers for served in meter.blobs(Digest.of(layer.blob))]
         assert {served.status for served in ranges} == {206}
+
+
+def is_made_warm(daemon: Daemon, reference: str, target: str) -> bool:
+    """Whether what a start reads, and no other file, comes into memory with a mount; others may drop all caches."""
+    with daemon.mounted(reference, target):
+        (path,) = Path(daemon.run).glob("l/*/f3")
+        deadline = time.monotonic() + 10
+        while cached_pages(str(path), 0, len(FILES["f3"])) * 4096 < len(FILES["f3"]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        assert not cached_pages(str(path.with_name("f1")), 0, len(FILES["f1"]))
+        return True
 
 
 def readable(path: str) -> bool:

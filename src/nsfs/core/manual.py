@@ -111,8 +111,11 @@ class Kernel(Protocol):
         For a while the kernel reads no more than so many KiB ahead of the views, if it is not 0.
         """
 
-    def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]]) -> None:
-        """Begin to bring what lies at addresses (and has that size) into the memory of mounted views, top first."""
+    def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]], read_ahead: int) -> None:
+        """Begin to bring what lies at addresses (and has that size) into the memory of mounted views, top first.
+
+        `read_ahead` is what they were mounted with.
+        """
 
     async def mount_front(self, record: MountRecord, maps: Sequence[worker_api.MapInfo]) -> None:
         """Serve the tree at `record.target` from a process of its own, without root."""
@@ -247,7 +250,7 @@ class Lowers:
                 await self._hide(fresh)
             raise
         if fresh and warm:
-            self._kernel.warm([(lower, self._path(lower)) for lower in lowers], warm)
+            self._kernel.warm([(lower, self._path(lower)) for lower in lowers], warm, read_ahead)
         known = self.held(user)
         for lower in lowers:
             self._users[lower].add(user)

@@ -57,6 +57,9 @@ class Packs(Protocol):
     def progress(self, layers: Collection[LayerKey]) -> tuple[int, int] | None:
         """Bytes that came, and that are to come, of one for one of these layers."""
 
+    def extents(self, image: Image) -> list[tuple[int, int]]:
+        """Where what the image's brings is in the pool, or will be, in its order: address and size. Any thread."""
+
 
 class Begun(NamedTuple):
     """How views of a start are to be mounted."""
@@ -66,7 +69,7 @@ class Begun(NamedTuple):
     read_ahead: int = 0
     """KiB that the kernel may read beyond what it is asked for, at first; 0 for as many as ever."""
     warm: Sequence[tuple[int, int]] = ()
-    """What is known to be read and is local, in the order of first use: address and size."""
+    """What is known to be read, and is local or comes by itself, in the order of first use: address and size."""
 
 
 class MountedViews(Protocol):
@@ -119,7 +122,7 @@ class Starts:
         if use is ProfileUse.FIRST and profile is None:
             tag = self._recordings.begin_first(image.digest, owner, layers, flaw, starter)
         if self._packs.is_fresh(image):
-            return Begun(tag, EXACT_KB)
+            return Begun(tag, EXACT_KB, await trio.to_thread.run_sync(self._packs.extents, image))
         if tag:
             return Begun(tag, CLOSE_KB)
         if is_fetched or profile is None:

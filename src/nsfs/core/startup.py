@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from nsfs.core.fetchplan import Window
+from nsfs.core.fetchplan import Window, blocks_of, join_blocks
 from nsfs.core.landing import store_window
 from nsfs.core.tasks import run_all
 from nsfs.errors import CorruptError, NsfsError
@@ -51,6 +51,8 @@ _FRESH: Final = 30.0
 """Seconds for which a start that a pack was for may go on."""
 _READY: Final = 30.0
 """Seconds that a piece waits for its layer."""
+_EXTENTS: Final = 1 << 13
+"""What is said of where a pack lies; of larger ones the beginning."""
 
 
 @dataclass(eq=False, slots=True)
@@ -182,8 +184,8 @@ class Startups:
         """By digest of the pack, and owner."""
         self._heads: dict[tuple[str, str], _Head] = {}
         """What those begin with."""
-        self._came: dict[tuple[str, str], float] = {}
-        """When others ended a moment ago, by trio's clock."""
+        self._came: dict[tuple[str, str], tuple[float, Startup]] = {}
+        """Others that ended a moment ago, and when, by trio's clock."""
         self._became_ready = trio.Event()
 
     def begin(self, image: Image) -> None:
@@ -205,7 +207,27 @@ class Startups:
         if image.pack is None:
             return False
         name = _name(image, image.pack)
-        return name in self._running or trio.current_time() - self._came.get(name, -math.inf) < _FRESH
+        when, _ = self._came.get(name, (-math.inf, None))
+        return name in self._running or trio.current_time() - when < _FRESH
+
+    def extents(self, image: Image) -> list[tuple[int, int]]:
+        """Where what the image's fresh pack brings is in the pool, or will be: address and size, in whole blocks.
+
+        In the order of its pieces. Looks at memory maps alone; any thread.
+        """
+        startup = None if image.pack is None else self._fresh(_name(image, image.pack))
+        if startup is None:
+            return []
+        tables = {layer: self._open_table(key) for layer, key in startup.keys.items() if self._is_known(key)}
+        extents = (extent for piece in startup.table.pieces for extent in _extents(tables, piece))
+        return list(itertools.islice(extents, _EXTENTS))
+
+    def _fresh(self, name: tuple[str, str]) -> Startup | None:
+        """One that is under way, or came a moment ago."""
+        running = self._running.get(name)
+        if running is None and name in self._came:
+            return self._came[name][1]
+        return running if isinstance(running, Startup) else None
 
     def progress(self, layers: Collection[LayerKey]) -> tuple[int, int] | None:
         """Bytes that came, and that are to come, of a pack for one of these layers; None where none is under way."""
@@ -254,7 +276,9 @@ class Startups:
             self._heads.pop(name).end()
             ended = self._running.pop(name)
             now = trio.current_time()
-            self._came = {name: now} | {each: when for each, when in self._came.items() if now - when < _FRESH}
+            self._came = {each: came for each, came in self._came.items() if now - came[0] < _FRESH}
+            if isinstance(ended, Startup):
+                self._came[name] = now, ended
             for event in ended.stored if isinstance(ended, Startup) else [asked.is_here]:
                 event.set()
 
@@ -316,6 +340,12 @@ async def _receive(blob: Blob, send: trio.MemorySendChannel[bytes]) -> None:
     async with send, blob.stream() as stream:
         async for data in stream:
             await send.send(data)
+
+
+def _extents(tables: Mapping[int, Table], piece: PackPiece) -> list[tuple[int, int]]:
+    """Of one piece, by address."""
+    parts = {layer: [run.stream for run in piece.runs if run.layer == layer] for layer in tables}
+    return join_blocks(found for layer, table in tables.items() for found in blocks_of(table, parts[layer]))
 
 
 def _coming(table: PackTable, layer: int) -> _Coming:

@@ -139,7 +139,7 @@ class HostKernel(Kernel):
         if read_ahead:
             self._note_starting([name for result in results for name in result.read_ahead_of])
 
-    def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]]) -> None:
+    def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]], read_ahead: int) -> None:
         """See Kernel. Layers without EROFS are left alone: their maps are not what is mounted."""
         views = [
             WarmView(path, self._layout.domain_run(lower.domain).fuse_map(lower.view))
@@ -147,7 +147,7 @@ class HostKernel(Kernel):
             if lower.driver is not Driver.FUSE
         ]
         if views:
-            self.warming.begin(views, extents)
+            self.warming.begin(views, extents, (read_ahead or READ_AHEAD_KB) << 10)
 
     def _note_starting(self, names: Sequence[str]) -> None:
         due = trio.current_time() + _START

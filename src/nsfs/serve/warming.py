@@ -1,9 +1,9 @@
 """Warming: what a start is known to read comes into its views' memory in large reads, before its first use.
 
 Owns the processes that do it, one for a start; a mount does not wait for them, and none outlives its views or a
-deadline. Addresses become files by the views' own maps, which takes 3 us for each of their files: what was found is
-remembered for the images that were started last. Refuses to open anything but regular files of the view itself:
-the names are an image's. Whatever fails costs speed alone.
+deadline. What is still to come is waited for, in its order. Addresses become files by the views' own maps, which takes
+3 us for each of their files: what was found is remembered for the images that were started last. Refuses to open
+anything but regular files of the view itself: the names are an image's. Whatever fails costs speed alone.
 
 Concurrency: the daemon's event loop begins and ends; everything that touches a view is in the processes.
 """
@@ -43,6 +43,9 @@ _KEPT: Final = 64
 """Images whose files are remembered."""
 _UNDER_WAY: Final = 1 << 20
 """Bytes that are asked for before the first of them are there: who reads something else waits behind no more."""
+_AT_LEAST: Final = 128 << 10
+"""Bytes that the kernel reads ahead by one call, however little it reads ahead by itself (Linux mm/readahead.c,
+force_page_cache_ra: the backing device's io_pages)."""
 _MOST: Final = 1 << 14
 """Pieces of one start."""
 _LARGEST_MAP: Final = 256 << 20
@@ -77,6 +80,8 @@ class _Plan(Struct, frozen=True, kw_only=True):
     """Top first."""
     extents: list[tuple[int, int]]
     """Address and size, in the order of first use."""
+    step: int = _UNDER_WAY
+    """Bytes that the kernel reads ahead by one call."""
     pieces: bytes = b""
     """The same as a rendered list[Piece], where that is known."""
 
@@ -104,10 +109,14 @@ class Warming:
         self._found: dict[bytes, bytes] = {}
         """Pieces, by _Plan.key; those used last are the last."""
 
-    def begin(self, views: Sequence[WarmView], extents: Sequence[tuple[int, int]]) -> None:
-        """Have what lies at these addresses come into the views' memory; not at all where much else comes already."""
+    def begin(self, views: Sequence[WarmView], extents: Sequence[tuple[int, int]], read_ahead: int) -> None:
+        """Have what lies at these addresses come into the views' memory; not at all where much else comes already.
+
+        `read_ahead` is how many bytes the kernel reads ahead of what reads these views.
+        """
+        plan = _Plan(views=list(views), extents=list(extents), step=max(read_ahead, _AT_LEAST))
         with suppress(trio.WouldBlock):
-            self._asked.send_nowait(_Plan(views=list(views), extents=list(extents)))
+            self._asked.send_nowait(plan)
 
     def end(self, paths: Collection[str]) -> None:
         """Leave alone what is mounted at one of these paths."""
@@ -161,7 +170,8 @@ def run_warming(_args: bytes, fds: list[int]) -> int:
     try:
         rendered = plan.pieces or msgspec.msgpack.encode(_find_pieces(plan))
         os.pwrite(fds[1], rendered, 0)
-        _read_ahead([view.path for view in plan.views], msgspec.msgpack.decode(rendered, type=list[Piece]))
+        pieces = msgspec.msgpack.decode(rendered, type=list[Piece])
+        _read_ahead([view.path for view in plan.views], pieces, plan.step)
     except (OSError, NsfsError):
         return 1
     return 0
@@ -217,7 +227,7 @@ def _pieces(files: Sequence[tuple[int, int, int, bytes]], extents: Iterable[tupl
                 yield Piece(view, path, start, min(_UNDER_WAY, high - start))
 
 
-def _read_ahead(roots: Sequence[str], pieces: Iterable[Piece]) -> None:
+def _read_ahead(roots: Sequence[str], pieces: Iterable[Piece], step: int) -> None:
     """Ask for all pieces in their order, so many at a time."""
     under_way: deque[tuple[int, Piece]] = deque()
     size = 0
@@ -226,7 +236,8 @@ def _read_ahead(roots: Sequence[str], pieces: Iterable[Piece]) -> None:
         for piece in pieces:
             with suppress(OSError):
                 fd = _open_regular(tops[piece.view], piece.path)
-                os.posix_fadvise(fd, piece.offset, piece.size, os.POSIX_FADV_WILLNEED)
+                for start in range(piece.offset, piece.offset + piece.size, step):
+                    os.posix_fadvise(fd, start, min(step, piece.offset + piece.size - start), os.POSIX_FADV_WILLNEED)
                 under_way.append((fd, piece))
                 size += piece.size
             while size > _UNDER_WAY:
