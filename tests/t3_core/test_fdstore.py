@@ -140,7 +140,7 @@ def test_systemd_is_told_what_to_keep_and_what_to_forget(tmp_path: Path, manager
     assert manager.recv(100) == b"READY=1"
     store.keep("fuse.ns%2Fa", memory(b"one"))
     said, (fd,), _, _ = socket.recv_fds(manager, 100, 4)
-    assert (said, text_of(fd)) == (b"FDSTORE=1\nFDNAME=fuse.ns%2Fa", b"one")
+    assert (said, text_of(fd)) == (b"FDSTORE=1\nFDPOLL=0\nFDNAME=fuse.ns%2Fa", b"one")
     store.drop("fuse.ns%2Fa")
     assert manager.recv(100) == b"FDSTOREREMOVE=1\nFDNAME=fuse.ns%2Fa"
 

@@ -84,9 +84,9 @@ class SystemdStore(FdStore):
         return {name: _copy(fd) for name, fd in self._kept.items()}
 
     def keep(self, name: str, fd: int) -> None:
-        """See FdStore."""
+        """See FdStore. Without FDPOLL=0 systemd would wait for an end, and be woken by each request of a connection."""
         self.drop(name)
-        self._notifier.tell("FDSTORE=1", f"FDNAME={name}", fds=[fd])
+        self._notifier.tell("FDSTORE=1", "FDPOLL=0", f"FDNAME={name}", fds=[fd])
         self._kept[name] = _copy(fd)
 
     def drop(self, name: str) -> None:

@@ -3,10 +3,12 @@
 Started by the daemon where systemd keeps none (sd_notify(3), FDSTORE). It answers on a socket that it was given, of
 which each client must have its own uid: SOCK_SEQPACKET, one command a message, `keep NAME` with one descriptor, `drop
 NAME`, `take`, `end`. Each is answered by `ok`, `take` by `fd NAME` with a descriptor for each before. A name is kept
-once: another `keep` replaces it. What has failed is given up, as an aborted FUSE connection (`poll`); when no daemon is
-there and no connection is left, the holder ends.
+once: another `keep` replaces it. What has failed is given up, as an aborted FUSE connection, before it is taken and
+while no daemon is there; when no connection is left then, the holder ends.
 
-One thread, the standard library alone: there is nothing in here that could fail but memory.
+One thread, the standard library alone: there is nothing in here that could fail but memory. Refuses to wait for what it
+keeps: a FUSE connection wakes all who poll it for each of its requests (Linux fs/fuse/dev.c), and whoever is woken so
+takes a processor from the worker that is to answer.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from contextlib import suppress
 from typing import Final
 
 MAX_NAME: Final = 512
+_LOOK_EVERY_MS: Final = 1000
 _UCRED: Final = struct.Struct("iII")
 
 
@@ -36,13 +39,13 @@ class _Holder:
         """Until a client says so, or nobody can come for anything."""
         self._accept()
         while self._clients or any(name.startswith("fuse.") for name in self._kept):
-            for fd, _ in self._poll.poll():
+            for fd, _ in self._poll.poll(None if self._clients else _LOOK_EVERY_MS):
                 if fd == self._listener.fileno():
                     self._accept()
-                elif fd not in self._clients:
-                    self._lose(fd)
                 elif not self._answer(self._clients[fd]):
                     return
+            if not self._clients:
+                self._lose_failed()
 
     def _accept(self) -> None:
         client, _ = self._listener.accept()
@@ -71,26 +74,32 @@ class _Holder:
         if command == "keep":
             self._drop(name)
             self._kept[name] = fds[0]
-            self._poll.register(fds[0], 0)
         elif command == "drop":
             self._drop(name)
         elif command == "take":
+            self._lose_failed()
             for kept, fd in self._kept.items():
                 socket.send_fds(client, [f"fd {kept}".encode()], [fd])
 
     def _drop(self, name: str) -> None:
         if name in self._kept:
-            self._poll.unregister(self._kept[name])
             os.close(self._kept.pop(name))
 
-    def _lose(self, fd: int) -> None:
-        for name in [name for name, kept in self._kept.items() if kept == fd]:
+    def _lose_failed(self) -> None:
+        for name in [name for name, fd in self._kept.items() if _has_failed(fd)]:
             self._drop(name)
 
     def _forget(self, client: socket.socket) -> None:
         self._poll.unregister(client)
         del self._clients[client.fileno()]
         client.close()
+
+
+def _has_failed(fd: int) -> bool:
+    """Whether nobody is at its other end."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
 
 
 def _stay_alive() -> None:
