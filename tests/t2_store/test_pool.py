@@ -428,14 +428,35 @@ def test_many_ranges_are_evicted_with_one_sync(pool: Pool, monkeypatch: pytest.M
     assert pool.missing(BASE, 3 * BLOCK) == [(BASE, BLOCK), (BASE + 2 * BLOCK, BLOCK)]
 
 
-def test_what_reads_leave_in_the_page_cache_is_dropped_later(domain: DomainLayout, pool: Pool) -> None:
+def test_what_reads_leave_in_the_page_cache_is_dropped_when_nobody_reads(domain: DomainLayout, pool: Pool) -> None:
     data = os.urandom(16 << 20)
     pool.write(BASE, data)
     pool.flush()
     for offset in range(4096, len(data) - (64 << 10), 1 << 20):
         assert pool.read(BASE + offset, 64 << 10) == data[offset : offset + (64 << 10)]
     pool.drop_read()
+    assert cached_pages(domain.disk, BASE, len(data)) >= 256, "somebody reads"
+    pool.drop_read()
     assert cached_pages(domain.disk, BASE, len(data)) < 256
+
+
+def test_reads_leave_only_so_much_in_the_page_cache(domain: DomainLayout, pool: Pool) -> None:
+    size, step = 80 << 20, 1 << 20
+    for offset in range(0, size, step):
+        pool.write(BASE + offset, os.urandom(step))
+    pool.flush()
+    for offset in range(0, size, step):
+        pool.read(BASE + offset, step)
+    assert cached_pages(domain.disk, BASE, size) * 4096 < size - (32 << 20)
+
+
+def test_the_disk_reads_ahead_of_who_is_known_to_ask(domain: DomainLayout, pool: Pool) -> None:
+    pool.write(BASE, os.urandom(4 << 20))
+    pool.flush()
+    extents = [(BASE + (1 << 20), 256 << 10), (BASE + (3 << 20), BLOCK)]
+    pool.begin_reading(extents)
+    assert [cached_pages(domain.disk, *extent) * 4096 for extent in extents] == [256 << 10, BLOCK]
+    assert cached_pages(domain.disk, BASE, 1 << 20) == 0
 
 
 def test_what_may_not_have_reached_the_disk_stays_in_memory(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,6 +469,7 @@ def test_what_may_not_have_reached_the_disk_stays_in_memory(pool: Pool, monkeypa
 
     def read() -> None:
         pool.read(BASE, BLOCK)
+        pool.drop_read()
         pool.drop_read()
 
     real_sync = os.fdatasync

@@ -202,7 +202,7 @@ class FakePool:
     error: NsfsError | None = None
     written = 0
 
-    missing = read_present = evict = None
+    missing = read_present = begin_reading = evict = None
 
     def write(self, _address: int, data: bytes) -> None:
         if self.error:

@@ -37,7 +37,7 @@ OTHER = "registry/app:two"
 class FakePool:
     """As much of a pool as keeping wants."""
 
-    missing = read_present = evict = flush = write_zeros = staticmethod(lambda *_: None)
+    missing = read_present = begin_reading = evict = flush = write_zeros = staticmethod(lambda *_: None)
 
     def write(self, address: int, data: bytes) -> None: ...
 

@@ -202,6 +202,7 @@ class FakeStreams:
     is_of_others: bool = False
     present_from: int = 0
     asked: list[tuple[LayerKey, list[range]]] = field(default_factory=list)
+    begun: list[tuple[int, int]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
 
@@ -220,6 +221,9 @@ class FakeStreams:
 
     def is_present(self, address: int, size: int) -> bool:
         return self.is_whole and address >= self.present_from
+
+    def begin_reading(self, extents: Iterable[tuple[int, int]]) -> None:
+        self.begun += extents
 
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         assert owner == "team"
@@ -364,7 +368,11 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
             await trio.sleep(1)
             assert streams.asked == [(HIGH, [range(512, 512 + BLOCK)])]
             streams.is_whole = True
+            assert not streams.begun
             assert await start(service, ProfileUse.USE) == Begun(warm=[(544 * BLOCK, BLOCK)])
+            while not streams.begun:
+                await trio.lowlevel.checkpoint()
+            assert streams.begun == [(544 * BLOCK, BLOCK)]
             tag, read_ahead, _ = await start(service, ProfileUse.RECORD)
             assert tag
             assert read_ahead == EXACT_KB
@@ -448,7 +456,7 @@ def local(runs: list[Run], streams: FakeStreams) -> list[tuple[int, int]]:
         async with open_tasks() as nursery:
             service = Prefetches(FakeCatalog(), streams, nursery)
             profile = Profile(layers=LAYERS, runs=runs)
-            extents = await trio.to_thread.run_sync(service.local, [LOW, HIGH], profile)
+            extents = await service.bring([LOW, HIGH], profile)
             found.extend((address // BLOCK, size // BLOCK) for address, size in extents)
 
     found: list[tuple[int, int]] = []

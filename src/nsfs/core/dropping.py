@@ -7,14 +7,14 @@ from typing import Final, Protocol
 import trio
 
 _EVERY: Final = 0.5
-"""Seconds that pages of the pool's file may stay behind their last reader."""
+"""Seconds without a read after which pages of the pool's file go, or twice as many."""
 
 
 class Pool(Protocol):
     """What is read."""
 
     def drop_read(self) -> None:
-        """Drop the clean pages that reads left behind."""
+        """Drop the clean pages that reads left behind, unless there was one since the last call."""
 
 
 async def drop_often(pool: Pool) -> None:

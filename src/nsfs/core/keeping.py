@@ -35,6 +35,7 @@ class KeptPool:
         self._trouble = ""
         self.missing = pool.missing
         self.read_present = pool.read_present
+        self.begin_reading = pool.begin_reading
         self.evict = pool.evict
 
     @property

@@ -46,6 +46,9 @@ class Pool(Protocol):
     def read_present(self, address: int, size: int) -> bytes | memoryview | None:
         """The bytes, if all of them are there."""
 
+    def begin_reading(self, extents: Iterable[Range]) -> None:
+        """Have the disk begin to read what is about to be asked for."""
+
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store whole blocks; raises NsfsError."""
 

@@ -62,6 +62,9 @@ class Streams(Protocol):
     def leading(self, key: LayerKey, size: int) -> range:
         """The part of a layer's stream that so many bytes at the beginning of its blob are."""
 
+    def begin_reading(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Have the disk begin to read them; may block."""
+
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         """Have parts of a layer's stream in the pool; raises NsfsError."""
 
@@ -99,11 +102,17 @@ class Prefetches:
             self._nursery.start_soon(self._run, image, owner, layers, profile, prefetch)
         return True
 
-    def local(self, layers: Sequence[LayerKey], profile: Profile) -> list[tuple[int, int]]:
+    async def bring(self, layers: Sequence[LayerKey], profile: Profile) -> list[tuple[int, int]]:
         """Where what of the profile is in the pool lies there, in its order: address and size, in whole blocks.
 
-        Of long profiles the beginning. Blocks; any thread.
+        Of long profiles the beginning. The disk begins to read it.
         """
+        extents = await trio.to_thread.run_sync(self._local, layers, profile)
+        self._nursery.start_soon(trio.to_thread.run_sync, self._streams.begin_reading, extents)
+        return extents
+
+    def _local(self, layers: Sequence[LayerKey], profile: Profile) -> list[tuple[int, int]]:
+        """Blocks."""
         keys = self._known(profile, layers)
         runs = (part for run in profile.runs if run.layer in keys for part in run.cut(_TOGETHER))
         parts = ((keys[run.layer], run.stream) for run in runs)

@@ -127,7 +127,7 @@ class Starts:
             return Begun(tag, CLOSE_KB)
         if is_fetched or profile is None:
             return Begun(read_ahead=CLOSE_KB if is_fetched else 0)
-        return Begun(warm=await trio.to_thread.run_sync(self._prefetches.local, layers, profile))
+        return Begun(warm=await self._prefetches.bring(layers, profile))
 
     def under_way(self, layers: Collection[LayerKey]) -> StartReport | None:
         """What is done now for a start from these layers."""

@@ -235,6 +235,10 @@ class Views:
         """Whether these blocks are in the pool; any thread."""
         return not self._pool.missing(address, size)
 
+    def begin_reading(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Have the disk begin to read what lies there in the pool; may block, any thread."""
+        self._pool.begin_reading(extents)
+
     async def prefetch(self, key: LayerKey, owner: str, parts: Sequence[range]) -> None:
         """Have these parts of a layer's stream in the pool; raises as its registry does, and NoSpaceError."""
         await self._fetcher.prefetch(View(f"profile/{key.blob}", [self._source(key, owner)]), parts)
