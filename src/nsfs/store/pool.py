@@ -45,9 +45,12 @@ if TYPE_CHECKING:
 
 _PAGE = 4096
 _PAGE_COVERS = _PAGE * 8 * BLOCK
+_FOLIO = 1 << 20
+_BEHIND = 8 << 20
+"""The kernel drops folios only whole, and read-ahead makes large ones: a reader that goes on drops what lies behind."""
 _LEFT = 32 << 20
-"""Bytes that reads may leave in the page cache: dropped together they cost less than one by one, and files that lie
-beside each other are read soon after each other."""
+"""Bytes that scattered reads may leave in the page cache: dropped together they cost less than one by one, and files
+that lie beside each other are read soon after each other."""
 
 _STEP = 4096
 """Blocks looked at together where a range may be long."""
@@ -123,7 +126,9 @@ class Pool:
         self._read_in: set[int] = set()
         """Pages of the bitmap in whose blocks something was read."""
         self._left = 0
-        """Bytes that were, less those that are to be."""
+        """Bytes that were, but where a read went on, less those that are to be."""
+        self._end = 0
+        """Of the last read."""
         os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         if not readonly:
             with self._exclusive():
@@ -171,16 +176,20 @@ class Pool:
     def read(self, address: int, size: int) -> bytes | memoryview:
         """The local bytes, whatever is there, in memory that stays theirs; raises CorruptError if the disk fails.
 
-        What they leave in the page cache goes when it is `_LEFT` bytes, or by `drop_read`: a view that reads them keeps
-        them itself. What is not clean stays until `flush` was told that it is on the disk: the kernel calls clean, too,
-        what it failed to write, and may read something else in its place later. By O_DIRECT, which also waits for dirty
-        pages to be written first, 128 KiB a read come at 0.65 GB/s, where this makes 2.3 (Linux 6.18, ext4, two cores).
+        What they leave in the page cache goes when they go on, when it is `_LEFT` bytes, or by `drop_read`: a view that
+        reads them keeps them itself. What is not clean stays until `flush` was told that it is on the disk: the kernel
+        calls clean, too, what it failed to write, and may read something else in its place later. By O_DIRECT, which
+        also waits for dirty pages to be written first, 128 KiB a read come at 0.65 GB/s, where this makes 2.3 (Linux
+        6.18, ext4, two cores).
         """
         data = self._load(address, size)
         self._was_read = True
-        self._note_left(address, size)
-        if self._left > _LEFT:
+        self._note_left(address, 0 if address == self._end else size)
+        if address == self._end and (address + size) % _FOLIO < size:
+            self._drop_behind(address + size)
+        elif self._left > _LEFT:
             self._drop()
+        self._end = address + size
         return data
 
     def begin_reading(self, extents: Iterable[tuple[int, int]]) -> None:
@@ -201,6 +210,10 @@ class Pool:
     def _note_left(self, address: int, size: int) -> None:
         self._read_in.add(address // _PAGE_COVERS)
         self._left += size
+
+    def _drop_behind(self, end: int) -> None:
+        if (end - 1) // _PAGE_COVERS not in self._dirty | self._syncing:
+            os.posix_fadvise(self._disk, end - _BEHIND, _BEHIND, os.POSIX_FADV_DONTNEED)
 
     def _drop(self) -> None:
         clean = self._read_in - self._dirty - self._syncing
