@@ -8,7 +8,6 @@ a memory map made may cross a fork. What a job leaves behind when it is killed i
 
 from __future__ import annotations
 
-import gc
 import os
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -158,7 +157,6 @@ def _opened_pool(layout: DomainLayout, bitmap: int, salt: bytes) -> Iterator[Poo
 
 def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerMade:
     os.nice(args.nice)
-    gc.disable()  # its many values hold no cycles, and the process ends with the layer
     layout = _layout(args.domain, fds)
     key = LayerKey(Digest(args.blob), "plain", args.origin)
     job = firstpass.FirstPassJob(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsfs.errors import CorruptError
-from nsfs.format.paths import clean_path
+from nsfs.format.paths import are_clean, clean_path
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,21 @@ def test_agrees_with_normpath_and_is_idempotent(raw: bytes) -> None:
         return
     assert clean == posixpath.normpath(b"/" + raw.lstrip(b"/")).lstrip(b"/")
     assert clean_path(clean) == clean
+
+
+_PARTS = st.sampled_from([b"a", b"b.c", b".", b"..", b"", b".d", b"..e", b"\0", b"n" * 255, b"n" * 256])
+
+
+@given(st.lists(st.lists(_PARTS, max_size=4).map(b"/".join), max_size=4))
+def test_many_are_told_to_be_clean_as_each_of_them_is(paths: list[bytes]) -> None:
+    def is_clean(path: bytes) -> bool:
+        try:
+            return clean_path(path) == path
+        except CorruptError:
+            return False
+
+    try:
+        told = are_clean(paths)
+    except CorruptError:
+        told = False
+    assert told == all(map(is_clean, paths))

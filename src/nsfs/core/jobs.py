@@ -10,6 +10,7 @@ it that shape.
 
 from __future__ import annotations
 
+import gc
 import logging
 import resource
 import socket
@@ -86,6 +87,7 @@ def run_job(kind: type[A], work: Callable[[A, Sequence[int], Channel], Struct], 
 
     For a process of its own: limits the memory of the one that calls it.
     """
+    gc.disable()  # the many values of a layer hold no cycles, and the process ends with them
     channel = Channel(fds[0])
     most = _limit_memory()
     try:

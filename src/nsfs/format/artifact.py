@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from nsfs.errors import CorruptError, NsfsError
 from nsfs.format.box import parse_box, render_box
-from nsfs.format.paths import clean_path
+from nsfs.format.paths import are_clean, clean_path
 from nsfs.format.spans import is_decodable
 from nsfs.format.tar import MAX_ENTRIES
 from nsfs.model import oci
@@ -238,6 +238,7 @@ def parse_index(data: bytes) -> ClaimedIndex:
     if not 0 <= found.stream_size <= _MAX_SIZE or len(found.entries) > MAX_ENTRIES:
         raise CorruptError(f"a layer's index is of too much: {len(found.entries)} entries, {found.stream_size} bytes")
     at = 0
+    _check_paths(found.entries)
     for entry in found.entries:
         _check_entry(entry)
         at = _check_segments(entry, at)
@@ -259,10 +260,14 @@ def _check_twins(found: _Index) -> None:
         raise CorruptError("a file of a layer's index is the same as two others")
 
 
+def _check_paths(entries: Sequence[Entry]) -> None:
+    if not are_clean(entry.path for entry in entries):
+        name = next(entry.path for entry in entries if clean_path(entry.path) != entry.path)
+        raise CorruptError(f"a path of a layer's index is not clean: {name[:200]!r}")
+
+
 def _check_entry(entry: Entry) -> None:
     kind, name = entry.kind, entry.path
-    if clean_path(name) != name:
-        raise CorruptError(f"a path of a layer's index is not clean: {name[:200]!r}")
     if entry.mode & ~0o7777 or not (0 <= entry.uid < 1 << 32 and 0 <= entry.gid < 1 << 32):
         raise CorruptError(f"an entry of a layer's index has a mode or an owner that cannot be: {name[:200]!r}")
     if not -_MAX_SIZE * 2 < entry.mtime_ns < _MAX_SIZE * 2 or entry.digest:

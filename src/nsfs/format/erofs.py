@@ -61,6 +61,7 @@ _FIRST_INODE: Final = DEVICE_SLOT_OFFSET + DEVICE_SLOT.size
 _SLOT: Final = 32
 _SECOND: Final = 1_000_000_000
 _EXTENDED: Final = 1
+_ONE_CHUNK: Final = BLOCK << MAX_CHUNK_BITS
 _MAX_XATTR_BODY: Final = XATTR_HEADER + 0xFFFE * 4
 _REGULAR, _DIRECTORY, _SYMLINK = Kind.REGULAR, Kind.DIRECTORY, Kind.SYMLINK
 
@@ -171,7 +172,7 @@ class _Writer:
         length = INODE.size + self._xattr_size(node)
         if node.kind is _REGULAR:
             if node.size:
-                length = _align(length, CHUNK.size) + CHUNK.size * len(_blocks(node)[:: 1 << _chunk_bits(node.size)])
+                length = _align(length, CHUNK.size) + CHUNK.size * _chunks(node.size)
         elif node.kind is _DIRECTORY:
             directory = self._directories[node] = _Directory(node, parent)
             length += self._place_data(node, directory.size, length)
@@ -319,6 +320,10 @@ def _subdirectories(children: dict[bytes, Node]) -> int:
 def _chunk_bits(size: int) -> int:
     """Logarithm of a chunk's blocks: the whole file is one chunk, up to 8 TiB."""
     return min(max(0, (size - 1).bit_length() - (BLOCK.bit_length() - 1)), MAX_CHUNK_BITS)
+
+
+def _chunks(size: int) -> int:
+    return 1 if size <= _ONE_CHUNK else -(-size // (BLOCK << MAX_CHUNK_BITS))
 
 
 def _blocks(node: Node) -> range:

@@ -163,10 +163,11 @@ def plan_rows(rows: Iterable[Row]) -> list[Row]:
     """`rows` by address, without empty ones, each cut to begin where all before it have ended."""
     kept: list[Row] = []
     end = 0
-    for address, length, stream in sorted(rows, key=lambda row: (row[0], -row[1], row[2])):
-        cut = max(0, end - address)
-        if cut < length:
-            kept.append((address + cut, length - cut, stream + cut))
+    for row in sorted(rows):
+        address, length, stream = row
+        cut = end - address
+        if length > max(cut, 0):
+            kept.append(row if cut <= 0 else (end, length - cut, stream + cut))
             end = address + length
     return kept
 
@@ -174,13 +175,16 @@ def plan_rows(rows: Iterable[Row]) -> list[Row]:
 def plan_ranges(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """`extents` grown to whole blocks, by address, with neighbours joined."""
     ranges: list[tuple[int, int]] = []
+    start = end = -1
     for address, size in sorted(extents):
-        end = -(-(address + size) // 4096) * 4096
-        if ranges and address <= ranges[-1][0] + ranges[-1][1]:
-            ranges[-1] = (ranges[-1][0], max(end - ranges[-1][0], ranges[-1][1]))
-        elif size:
-            ranges.append((address, end - address))
-    return ranges
+        if not size:
+            continue
+        if address > end:
+            ranges.append((start, end - start))
+            start = address
+        end = max(end, -(-(address + size) // 4096) * 4096)
+    ranges.append((start, end - start))
+    return [each for each in ranges if each[1]]
 
 
 def store_spans(directory: str, spans: Spans, key: DomainKey | None = None) -> None:
