@@ -364,7 +364,7 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
             recordings.end([view_name(MAP, "", "", tag)])
             await service.wait_kept()
             assert not streams.asked
-            assert await start(service, ProfileUse.FIRST, "c") == Begun(read_ahead=CLOSE_KB)
+            assert await start(service, ProfileUse.FIRST, "c") == Begun("", EXACT_KB, [(544 * BLOCK, BLOCK)])
             await trio.sleep(1)
             assert streams.asked == [(HIGH, [range(512, 512 + BLOCK)])]
             streams.is_whole = True
@@ -476,13 +476,27 @@ def test_what_is_near_to_what_is_read_first_comes_into_memory_with_it() -> None:
     assert local([at(0, 0, 1024), at(0, 2000, 3), at(0, 1025)], whole) == [(16, 1024), (2016, 3), (1041, 1)]
 
 
+def test_what_is_to_come_comes_into_memory_with_nothing_beside_it() -> None:
+    """But for what no range can bring."""
+
+    async def body() -> None:
+        async with open_tasks() as nursery:
+            for bare, expected in [((), [(644, 3), (19, 1)]), ((LOW,), [(644, 3)])]:
+                service = Prefetches(FakeCatalog(bare), FakeStreams(), nursery)
+                profile = Profile(layers=LAYERS, runs=[at(1, 100), at(0, 3), at(1, 102), at(1, 101)])
+                found = await service.coming([LOW, HIGH], profile)
+                assert [(address // BLOCK, size // BLOCK) for address, size in found] == expected
+
+    run(body)
+
+
 def test_what_is_not_local_or_of_no_file_is_not_brought_into_memory() -> None:
     assert local([at(1, 0), at(0, 3)], FakeStreams(is_whole=True, present_from=100 * BLOCK)) == [(544, 1)]
     assert local([at(1, 0), at(0, 3)], FakeStreams(is_whole=True, is_of_others=True)) == []
 
 
 def test_no_more_than_so_much_is_brought_into_memory() -> None:
-    assert len(local([at(0, 100 * number) for number in range(5000)], FakeStreams(is_whole=True))) == 4096
+    assert len(local([at(0, 100 * number) for number in range(9000)], FakeStreams(is_whole=True))) == 1 << 13
     assert sum(size for _, size in local([at(0, 0, 1 << 20)], FakeStreams(is_whole=True))) == 1 << 15
 
 

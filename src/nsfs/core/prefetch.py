@@ -22,7 +22,7 @@ from nsfs.errors import NsfsError
 from nsfs.model.profile import Profile, ProfiledLayer, Run, plan_windows, stream_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from nsfs.model.digest import Digest
     from nsfs.model.pool import LayerKey, LayerRecord
@@ -33,9 +33,11 @@ _OUTSTANDING: Final = 2
 """Windows of a profile."""
 _WARM: Final = 128 << 20
 """Bytes that are brought into memory for a start."""
-_WARM_EXTENTS: Final = 4096
+_WARM_EXTENTS: Final = 1 << 13
 _TOGETHER: Final = 4 << 20
 """Bytes of a profile of which what is near becomes one."""
+_SOON: Final = 512 << 10
+"""Bytes of a profile of which what adjoins becomes one where it is still to come: who reads it waits for all of it."""
 _NEAR: Final = 64 << 10
 """What is read sooner in one piece, with what lies between, than in two."""
 
@@ -111,17 +113,26 @@ class Prefetches:
         self._nursery.start_soon(trio.to_thread.run_sync, self._streams.begin_reading, extents)
         return extents
 
+    async def coming(self, layers: Sequence[LayerKey], profile: Profile) -> list[tuple[int, int]]:
+        """Where what of the profile is there or is fetched by ranges lies, in its order, and nothing beside it."""
+        keys = self._served(profile, layers)
+        return await trio.to_thread.run_sync(partial(self._locate, keys, profile, near=0, together=_SOON))
+
     def _local(self, layers: Sequence[LayerKey], profile: Profile) -> list[tuple[int, int]]:
         """Blocks."""
-        keys = self._known(profile, layers)
-        runs = (part for run in profile.runs if run.layer in keys for part in run.cut(_TOGETHER))
+        extents = self._locate(self._known(profile, layers), profile, near=_NEAR, together=_TOGETHER)
+        return [extent for extent in extents if self._streams.is_present(*extent)]
+
+    def _locate(
+        self, keys: Mapping[int, LayerKey], profile: Profile, *, near: int, together: int
+    ) -> list[tuple[int, int]]:
+        runs = (part for run in profile.runs if run.layer in keys for part in run.cut(together))
         parts = ((keys[run.layer], run.stream) for run in runs)
         try:
-            extents = plan_extents(self._streams.locate(parts))
+            return plan_extents(self._streams.locate(parts), near, together)
         except NsfsError as error:
             log.info("a profile is not of its layers: %s", error)
             return []
-        return [extent for extent in extents if self._streams.is_present(*extent)]
 
     def about(self, layers: Collection[LayerKey]) -> Prefetch | None:
         """The one of exactly these layers."""
@@ -192,16 +203,17 @@ class Prefetches:
         return record is not None and record.has_spans
 
 
-def plan_extents(found: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def plan_extents(found: Iterable[tuple[int, int]], near: int, together: int) -> list[tuple[int, int]]:
     """What to bring into memory of extents, in whole blocks, that are read in this order.
 
-    Those that are near to each other and are read soon after each other become one, with what lies between.
+    Those that are `near` to each other, and that no more than so many bytes are read `together` with, become one, with
+    what lies between.
     """
     rest, extents = iter(found), []
     size = 0
-    while size < _WARM and (together := list(_take(rest, _TOGETHER))):
-        extents += _join_near(together)
-        size += sum(length for _, length in together)
+    while size < _WARM and (taken := list(_take(rest, together))):
+        extents += _join_near(taken, near)
+        size += sum(length for _, length in taken)
     return extents[:_WARM_EXTENTS]
 
 
@@ -212,12 +224,12 @@ def _take(extents: Iterator[tuple[int, int]], size: int) -> Iterator[tuple[int, 
         yield extent
 
 
-def _join_near(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _join_near(extents: list[tuple[int, int]], near: int) -> list[tuple[int, int]]:
     """In the order of what each has of the first."""
     joined: list[tuple[int, int, int]] = []
     for address, size, number in sorted((*extent, number) for number, extent in enumerate(extents)):
         end = address + size
-        if joined and address - joined[-1][1] <= _NEAR:
+        if joined and address - joined[-1][1] <= near:
             start, last, first = joined[-1]
             joined[-1] = start, max(last, end), min(first, number)
         else:
