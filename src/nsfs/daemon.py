@@ -47,8 +47,8 @@ from nsfs.serve.containerd import Runtime, open_containerd
 from nsfs.serve.control import Control
 from nsfs.serve.control_rpc import control_service
 from nsfs.serve.credentials import Keychain
-from nsfs.serve.door import listening
 from nsfs.serve.dumps import forbid_core_dumps
+from nsfs.serve.entrance import listening
 from nsfs.serve.fdstore import HolderStore, Notifier, SystemdStore
 from nsfs.serve.forkserver import launch_server, open_fork_server
 from nsfs.serve.fronts import open_fronts
@@ -61,6 +61,7 @@ from nsfs.serve.lifecycle import End, Ending, Lifecycle, replace_us
 from nsfs.serve.logs import counted_bugs
 from nsfs.serve.metrics import Metrics
 from nsfs.serve.policy_file import load_policy
+from nsfs.serve.porter import post_porter
 from nsfs.serve.relay import Broker
 from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.sandbox import module_paths, plan_front_sandbox, plan_readable
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
 
     from nsfs.core.snapshots import Snapshots
     from nsfs.serve.config import Config
+    from nsfs.serve.entrance import Entrance
     from nsfs.serve.forkserver import ForkServer, ServerProcess
     from nsfs.serve.keeping import Left
     from nsfs.serve.sandbox import Place
@@ -89,7 +91,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WARM: Final = ["nsfs.worker:warm_up", "nsfs.layer_jobs", "nsfs.front", "nsfs.serve.mounts", "nsfs.serve.warming"]
+_WARM: Final = [
+    "nsfs.worker:warm_up",
+    "nsfs.layer_jobs",
+    "nsfs.front",
+    "nsfs.serve.mounts",
+    "nsfs.serve.warming",
+    "nsfs.serve.porter",
+]
 _FOR_MOUNTS: Final = {"fuse", "/dev/fuse", "fusermount3"}
 """What a user can do without as long as nothing is mounted; root's workers cannot."""
 _TIDY_EVERY: Final = 1.0
@@ -221,10 +230,10 @@ async def _serve(config: Config, layout: Layout, zygote: ServerProcess, private:
         handlers = {name: handler for group in groups for name, handler in group.handlers().items()}
         services = [control_service(handlers), *([snapshots_service(snapshots)] if snapshots else [])]
         metrics = Metrics(workers.supervisor, namespaces, accounts, cache, stack.enter_context(counted_bugs()))
-        entrance = listening(config.socket, os.environ, lambda: ending.how is End.REPLACE)
+        entrance = listening(config.socket, site.keeper.relieve if site.keeper else list)
         async with (
             serve_scrapes(config.metrics.listen, metrics.render),
-            serve_rpc(entrance, services, lambda: ending.patience),
+            serve_rpc(entrance, services, partial(_leave, ending, site)),
         ):
             log.info("nsfs %s serves at %s", __version__, config.socket)
             site.notifier.tell("READY=1")
@@ -309,6 +318,17 @@ async def _open_snapshots(stack: AsyncExitStack, site: _Site, workers: _Workers,
 def _make_namespaces(site: _Site, workers: _Workers, mounted: _Mounts, snapshots: Snapshots | None) -> Namespaces:
     owners = _Owners(workers.keychain, workers.broker, workers.store, site.meta)
     return Namespaces(mounted.manual, snapshots or NoSnapshots(), mounted.lowers, workers.store, site.meta, owners)
+
+
+async def _leave(ending: Ending, site: _Site, entrance: Entrance) -> float:
+    """Have who comes from now on wait for the daemon that follows; for how long calls under way are waited for."""
+    if site.keeper is not None and ending.follows_within:
+        try:
+            await site.keeper.post(await post_porter(site.server, entrance.listener, ending.follows_within))
+            entrance.is_left = True
+        except NsfsError as error:
+            log.warning("who connects before another daemon serves is refused: %s", error)
+    return ending.patience
 
 
 async def _finish(

@@ -15,7 +15,7 @@ from nsfs.model.report import Data, Note, Progress
 from nsfs.serve import api
 from nsfs.serve.client import open_control, probe
 from nsfs.serve.control_rpc import control_service
-from nsfs.serve.door import listening
+from nsfs.serve.entrance import listening
 from nsfs.serve.rpc import serve_rpc
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ async def _version(_request: api.Empty, _report: Any) -> api.VersionReport:
     return VERSION
 
 
+async def _at_once(_entrance: object) -> float:
+    return 0.0
+
+
 @contextmanager
 def serving(path: str, **handlers: Any) -> Iterator[None]:
     """Serve in a thread until the block ends."""
@@ -38,7 +42,7 @@ def serving(path: str, **handlers: Any) -> Iterator[None]:
     async def main() -> None:
         with trio.CancelScope() as scope:
             scopes.append((trio.lowlevel.current_trio_token(), scope))
-            async with serve_rpc(listening(path, {}), [control_service({"Version": _version} | handlers)]):
+            async with serve_rpc(listening(path), [control_service({"Version": _version} | handlers)], _at_once):
                 ready.set()
                 await trio.sleep_forever()
 

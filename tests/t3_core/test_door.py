@@ -9,18 +9,20 @@ import sys
 import tempfile
 from typing import TYPE_CHECKING
 
-import pytest
 import trio
 import trio.socket
 import trio.testing
 
-from nsfs.errors import UsageError
-from nsfs.serve.door import Door, listening, peer_of
+from nsfs.serve.door import Door, peer_of
+from nsfs.serve.entrance import listening
+from nsfs.serve.http2 import GREETING, PREFACE, Kind, render_frame
 from nsfs_daemon import run_daemon
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
+
+    import pytest
 
 
 NOBODY = 65534
@@ -64,9 +66,9 @@ def with_door(path: Path, body: Callable[[trio.SocketListener], Awaitable[None]]
 
     async def main() -> None:
         inside = await _inside(path)
-        with trio.fail_after(60), listening(str(path / "door"), {}) as outside:
+        with trio.fail_after(60), listening(str(path / "door")) as outside:
             async with trio.open_nursery() as nursery:
-                door = Door(outside, str(path / "inside"), admitted)
+                door = Door(outside.listener, str(path / "inside"), admitted)
                 nursery.start_soon(door.serve, nursery)
                 async with trio.SocketListener(inside) as listener:
                     await body(listener)
@@ -75,20 +77,73 @@ def with_door(path: Path, body: Callable[[trio.SocketListener], Awaitable[None]]
     trio.run(main)
 
 
-def test_a_door_that_is_shut_keeps_who_is_inside_and_leaves_who_comes_to_the_next(tmp_path: Path) -> None:
+def test_a_door_that_is_shut_lets_calls_end_and_leaves_others_to_the_next(tmp_path: Path) -> None:
+    call, answer = render_frame(Kind.HEADERS, b"a", stream=1), render_frame(Kind.HEADERS, b"b", flags=1, stream=1)
+    other = render_frame(Kind.HEADERS, b"c", stream=3)
+
+    async def body(door: Door, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        early = await trio.open_unix_socket(tmp_path / "door")
+        met = await listener.accept()
+        await early.send_all(PREFACE + call)
+        assert await read_exactly(met, len(PREFACE + call)) == PREFACE + call
+        nursery.start_soon(door.shut, 60)
+        assert await read_exactly(early, 17) == render_frame(Kind.GOAWAY, bytes([0, 0, 0, 1]) + bytes(4))
+        async with await trio.open_unix_socket(tmp_path / "door") as late:
+            await early.send_all(other)
+            await met.send_all(answer)
+            assert await read_exactly(early, len(answer)) == answer
+            await early.aclose()
+            assert await met.receive_some() == b""
+            await late.send_all(b"unheard")
+        await met.aclose()
+
+    _with_open_door(tmp_path, body)
+
+
+def test_a_door_that_is_shut_waits_no_longer_than_it_may(tmp_path: Path) -> None:
+    async def body(door: Door, listener: trio.SocketListener, _nursery: trio.Nursery) -> None:
+        async with await trio.open_unix_socket(tmp_path / "door") as early, await listener.accept() as met:
+            await early.send_all(PREFACE + render_frame(Kind.HEADERS, stream=1))
+            await read_exactly(met, len(PREFACE) + 9)
+            await door.shut(0.1)
+
+    _with_open_door(tmp_path, body)
+
+
+def test_who_hears_nothing_any_more_when_the_door_is_shut_is_no_trouble(tmp_path: Path) -> None:
+    async def body(door: Door, listener: trio.SocketListener, _nursery: trio.Nursery) -> None:
+        async with await trio.open_unix_socket(tmp_path / "door") as client, await listener.accept() as met:
+            await client.send_all(PREFACE)
+            await read_exactly(met, len(PREFACE))
+            client.socket.shutdown(socket.SHUT_RD)
+            await door.shut(60)
+
+    _with_open_door(tmp_path, body)
+
+
+def test_who_was_greeted_by_others_is_let_in(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    said = [PREFACE, GREETING, render_frame(Kind.SETTINGS, flags=1), render_frame(Kind.HEADERS, b"x", stream=1)]
+
+    async def body(_door: Door, listener: trio.SocketListener, _nursery: trio.Nursery) -> None:
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as client:
+            await client.send_all(b"".join(said))
+            async with await listener.accept() as met:
+                heard = PREFACE + GREETING + said[-1]
+                assert await read_exactly(met, len(heard)) == heard
+
+    _with_open_door(tmp_path, body, theirs)
+
+
+def _with_open_door(
+    path: Path, body: Callable[[Door, trio.SocketListener, trio.Nursery], Awaitable[None]], *greeted: socket.socket
+) -> None:
     async def main() -> None:
-        with trio.fail_after(60), listening(str(tmp_path / "door"), {}) as outside:
-            async with trio.open_nursery() as nursery, trio.SocketListener(await _inside(tmp_path)) as listener:
-                door = Door(outside, str(tmp_path / "inside"), {0})
-                nursery.start_soon(door.serve, nursery)
-                async with await trio.open_unix_socket(tmp_path / "door") as early, await listener.accept() as met:
-                    door.shut()
-                    await trio.testing.wait_all_tasks_blocked()
-                    async with await trio.open_unix_socket(tmp_path / "door"):
-                        await early.send_all(b"x")
-                        assert await met.receive_some() == b"x"
-                        waiting, _ = outside.accept()
-                        waiting.close()
+        with trio.fail_after(60), listening(str(path / "door")) as outside:
+            async with trio.open_nursery() as nursery, trio.SocketListener(await _inside(path)) as listener:
+                door = Door(outside.listener, str(path / "inside"), {os.getuid()})
+                nursery.start_soon(door.serve, nursery, greeted)
+                await body(door, listener, nursery)
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
@@ -102,12 +157,14 @@ async def _inside(path: Path) -> trio.socket.SocketType:
 
 
 def test_bytes_arrive_in_both_directions_and_wait_for_who_reads_slowly(tmp_path: Path) -> None:
-    data = os.urandom(3_000_000)
+    data = b"".join(render_frame(Kind.DATA, os.urandom(16_000), stream=1) for _ in range(200))
 
     async def body(listener: trio.SocketListener) -> None:
         outer = await trio.open_unix_socket(tmp_path / "door")
         inner = await listener.accept()
         assert peer_of(outer.socket) == (os.getpid(), os.getuid(), os.getgid())
+        await outer.send_all(PREFACE)
+        assert await read_exactly(inner, len(PREFACE)) == PREFACE
         for source, sink in ((outer, inner), (inner, outer)):
             sent = trio.Event()
 
@@ -139,9 +196,9 @@ def test_either_end_ends_both(tmp_path: Path) -> None:
         for _ in range(3):
             outer = await trio.open_unix_socket(tmp_path / "door")
             inner = await listener.accept()
-            await inner.send_all(b"last words")
+            await inner.send_all(GREETING)
             await inner.aclose()
-            assert await outer.receive_some() == b"last words"
+            assert await outer.receive_some() == GREETING
             assert await outer.receive_some() == b""
             await outer.aclose()
         await listener.aclose()
@@ -163,42 +220,3 @@ def test_who_is_not_admitted_is_led_nowhere(tmp_path: Path, caplog: pytest.LogCa
 
     with_door(tmp_path, body, os.getuid() + 1)
     assert caplog.messages == [f"refused a connection: uid={os.getuid()} gid={os.getgid()} pid={os.getpid()}"]
-
-
-def test_a_place_that_cannot_be_is_named(tmp_path: Path) -> None:
-    with (
-        pytest.raises(UsageError, match=r"socket: cannot listen there: .*/none/door: No such file"),
-        listening(str(tmp_path / "none" / "door"), {}),
-    ):
-        pass
-
-
-def knocked(path: str) -> socket.socket:
-    """A connection that waits to be accepted."""
-    knocking = socket.socket(socket.AF_UNIX)
-    knocking.settimeout(10)
-    knocking.connect(path)
-    return knocking
-
-
-def test_who_comes_while_the_place_is_given_away_is_let_in_by_the_next(tmp_path: Path) -> None:
-    path, environ = str(tmp_path / "door"), {"HOME": "/"}
-    with listening(path, environ, lambda: True):
-        pass
-    with knocked(path) as knocking, listening(path, environ) as after:
-        assert environ == {"HOME": "/"}
-        assert not after.get_inheritable()
-        after.setblocking(True)
-        accepted, _ = after.accept()
-        with accepted:
-            accepted.send(b"in")
-            assert knocking.recv(2) == b"in"
-    assert not os.path.exists(path)
-
-
-def test_a_place_elsewhere_takes_the_old_one_away(tmp_path: Path) -> None:
-    environ: dict[str, str] = {}
-    with listening(str(tmp_path / "old"), environ, lambda: True):
-        pass
-    with listening(str(tmp_path / "new"), environ):
-        assert os.listdir(tmp_path) == ["new"]

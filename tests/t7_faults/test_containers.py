@@ -125,6 +125,22 @@ def test_a_container_reads_on_while_daemon_and_worker_die(mortal: Mortal) -> Non
     assert mortal.node.is_clean()
 
 
+def test_containers_start_at_any_moment_of_an_upgrade(mortal: Mortal) -> None:
+    reference = mortal.publish("moments")
+    mortal.node.pull(reference, namespace="moments")
+    mortal.node.start(reference, "first", "true", "moments")
+    started = 0
+    with mortal.node.daemon.started("upgrade") as upgrading:
+        while upgrading.poll() is None:
+            mortal.node.start(reference, f"during{started}", "true", "moments")
+            started += 1
+        assert upgrading.returncode == 0, upgrading.communicate()
+    assert started > 0
+    mortal.check(f"during{started - 1}", mortal.unread.pop(), "moments")
+    mortal.node.clear("moments")
+    assert mortal.node.is_clean()
+
+
 def test_after_a_reboot_without_network_containers_start_from_what_is_local(mortal: Mortal) -> None:
     for namespace in ("whole", "broken"):
         reference = mortal.publish("reboot")

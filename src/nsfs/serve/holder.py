@@ -23,6 +23,8 @@ from contextlib import suppress
 from typing import Final
 
 MAX_NAME: Final = 512
+LASTING: Final = ("fuse.", "porter")
+"""What names begin with for which a daemon will come: a domain's connection, and who waits for that daemon."""
 _LOOK_EVERY_MS: Final = 1000
 _UCRED: Final = struct.Struct("iII")
 
@@ -38,7 +40,7 @@ class _Holder:
     def run(self) -> None:
         """Until a client says so, or nobody can come for anything."""
         self._accept()
-        while self._clients or any(name.startswith("fuse.") for name in self._kept):
+        while self._clients or any(name.startswith(LASTING) for name in self._kept):
             for fd, _ in self._poll.poll(None if self._clients else _LOOK_EVERY_MS):
                 if fd == self._listener.fileno():
                     self._accept()

@@ -22,9 +22,11 @@ from msgspec import Struct
 
 from nsfs.core import worker_api  # noqa: TC001  msgspec looks it up
 from nsfs.serve.forkserver import find_process
+from nsfs.serve.porter import relieve_porter
 from nsfs.store.layout import escape_component
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Collection, Mapping
 
     from nsfs.serve.fdstore import FdStore
@@ -39,6 +41,8 @@ LINE: Final = "line"
 """The daemon's end of the pair by which a worker is given a new socket to a new daemon."""
 FAR_LINE: Final = "farline"
 """The workers' end."""
+_PORTER: Final = "porter"
+"""The near end of a porter's line; of no domain."""
 
 
 class Memo(Struct, kw_only=True):
@@ -75,11 +79,14 @@ class Keeper:
         """Of what code we are, and so the workers that we start (`serve.build`)."""
         self._store = store
         self._layout = layout
+        self._porter = -1
 
     def take(self) -> list[Left]:
         """What an earlier daemon left, at the start; what cannot be used is given up. Blocks."""
         by_domain: defaultdict[str, dict[str, int]] = defaultdict(dict)
-        for name, fd in self._store.take().items():
+        fds = self._store.take()
+        self._porter = fds.pop(_PORTER, -1)
+        for name, fd in fds.items():
             what, _, domain = name.partition(".")
             by_domain[domain][what] = fd
         found = [Left(memo, fds) for domain, fds in by_domain.items() if (memo := self._load(domain))]
@@ -116,6 +123,21 @@ class Keeper:
         for what, fd in fds.items():
             self._store.drop(f"{what}.{escaped}")
             os.close(fd)
+
+    async def post(self, line: int) -> None:
+        """Have the near end of a porter's line (`serve.porter`), which is ours now, outlive us."""
+        try:
+            await trio.to_thread.run_sync(self._store.keep, _PORTER, line)
+        finally:
+            os.close(line)
+
+    def relieve(self) -> list[socket.socket]:
+        """The listening socket and who waits, of the porter that an earlier daemon posted. Blocks for moments."""
+        line, self._porter = self._porter, -1
+        if line < 0:
+            return []
+        self._store.drop(_PORTER)
+        return relieve_porter(line)
 
     async def keep(self, domain: str, fds: Mapping[str, int]) -> None:
         """Have descriptors outlive us."""

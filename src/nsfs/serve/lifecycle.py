@@ -49,6 +49,10 @@ class End(enum.Enum):
     TAKE_AWAY = "take away"
 
 
+_FOLLOWS: Final = {End.REPLACE: 60.0, End.LEAVE: 5.0}
+"""Seconds for another daemon to serve; it is not known whether one follows that was told to leave."""
+
+
 class Ending:
     """Whether the daemon is to end, and how."""
 
@@ -60,6 +64,11 @@ class Ending:
     def patience(self) -> float:
         """Seconds for which calls that run are waited for: where another daemon follows, nobody shall notice."""
         return 0.0 if self.how is End.TAKE_AWAY else _FINISHING
+
+    @property
+    def follows_within(self) -> float:
+        """Seconds in which another daemon serves, if one does; 0: none will."""
+        return _FOLLOWS.get(self.how, 0.0)
 
     def ask(self, how: End) -> None:
         """End; nothing happens where somebody has asked before."""

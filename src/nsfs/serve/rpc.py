@@ -2,7 +2,7 @@
 
 Each call occupies one thread for as long as it runs. Threads are made when they are needed, and calls that may wait
 long (`Bridge.wait`) are refused before they could take the last ones, so that a quick call finds one at all times. A
-client that goes away cancels its work. Who ends the server may have it wait for a moment at which no call runs.
+client that goes away cancels its work. Who ends the server may have calls come to their end before.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from nsfs.errors import UnreachableError
 from nsfs.serve.door import Door
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
+
+    from nsfs.serve.entrance import Entrance
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -65,37 +66,11 @@ class Bridge:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self.token = trio.lowlevel.current_trio_token()
-        self._running = 0
-        self._idle = trio.Event()
         self._waiting = threading.Semaphore(_PATIENT)
 
     def start(self, work: Callable[[], Awaitable[None]]) -> None:
         """Begin `work` in a task."""
-        trio.from_thread.run_sync(self._begin, work, trio_token=self.token)
-
-    def _begin(self, work: Callable[[], Awaitable[None]]) -> None:
-        self._running += 1
-        self._nursery.start_soon(self._run, work)
-
-    async def _run(self, work: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await work()
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-                self._idle = trio.Event()
-
-    async def finish(self) -> None:
-        """As `wait_idle`, and say so."""
-        if self._running:
-            log.info("calls that are under way are waited for: %d", self._running)
-        await self.wait_idle()
-
-    async def wait_idle(self) -> None:
-        """Until no call runs; for trio."""
-        while self._running:
-            await self._idle.wait()
+        trio.from_thread.run_sync(self._nursery.start_soon, work, trio_token=self.token)
 
     def soon(self, what: Callable[[], None]) -> None:
         """Have `what` done in trio, if that still runs."""
@@ -130,32 +105,28 @@ class Bridge:
 
 @asynccontextmanager
 async def serve_rpc(
-    entrance: AbstractContextManager[socket.socket],
+    entrance: AbstractContextManager[Entrance],
     services: Sequence[Callable[[Bridge], grpc.GenericRpcHandler]],
-    patience: Callable[[], float] = lambda: 0.0,
+    leave: Callable[[Entrance], Awaitable[float]],
 ) -> AsyncIterator[None]:
-    """Answer on the unix socket `entrance` (0600) until the block ends.
+    """Answer at `entrance` until the block ends.
 
-    While calls run then, it goes on for up to `patience` seconds; those that run still are cancelled. Only root and the
-    user that we run as are let in.
+    Then `leave` says for how many seconds calls that are under way are waited for; those that run still are cancelled.
+    Only root and the user that we run as are let in.
     """
     threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="rpc")
     async with trio.open_nursery() as outside, trio.open_nursery() as nursery:
         bridge = Bridge(nursery)
         handlers = [service(bridge) for service in services]
         server = grpc.server(threads, handlers=handlers, options=[("grpc.so_reuseport", 0)])
-        with entrance as listener, _started(server, os.path.dirname(listener.getsockname())) as inside:
-            door = Door(listener, inside, {0, os.geteuid()})
-            outside.start_soon(door.serve, outside)
+        with entrance as place, _started(server, os.path.dirname(place.listener.getsockname())) as inside:
+            door = Door(place.listener, inside, {0, os.geteuid()})
+            outside.start_soon(door.serve, outside, place.greeted)
             try:
                 yield
-                door.shut()  # a client that gRPC tells to connect anew comes to the next daemon
-                with trio.move_on_after(patience()):
-                    await bridge.finish()
+                await door.shut(await leave(place))
             finally:
                 stopped = server.stop(grace=_GRACE)
-                with trio.move_on_after(_GRACE if patience() else 0.0, shield=True):
-                    await bridge.wait_idle()
                 nursery.cancel_scope.cancel()
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(stopped.wait)

@@ -22,7 +22,7 @@ import trio
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import NsfsError, UsageError
 from nsfs.serve.config import parse_endpoint
-from nsfs.serve.door import listen_unix
+from nsfs.serve.entrance import listen_unix
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
