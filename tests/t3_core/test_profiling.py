@@ -10,7 +10,7 @@ import trio
 
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
-from nsfs.core.starts import CLOSE_KB, EXACT_KB, Begun, Starts, StartsReport
+from nsfs.core.starts import CLOSE_KB, EXACT_KB, FAR_KB, Begun, Starts, StartsReport
 from nsfs.core.tasks import open_tasks
 from nsfs.core.worker_api import StartReport
 from nsfs.errors import CorruptError, NoSpaceError, UnreachableError
@@ -376,6 +376,15 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
             tag, read_ahead, _ = await start(service, ProfileUse.RECORD)
             assert tag
             assert read_ahead == EXACT_KB
+
+    run(body)
+
+
+def test_of_what_is_local_and_was_never_recorded_more_is_read_around_what_a_start_wants() -> None:
+    async def body() -> None:
+        async with starts(FakeStore(), FakeStreams(is_whole=True), FakeCatalog()) as (service, _):
+            assert await start(service, ProfileUse.USE) == Begun(read_ahead=FAR_KB)
+            assert await start(service, ProfileUse.OFF) == Begun()
 
     run(body)
 

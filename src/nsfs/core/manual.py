@@ -108,7 +108,7 @@ class Kernel(Protocol):
     ) -> None:
         """Mount each view at its path, then the tree where it belongs.
 
-        For a while the kernel reads no more than so many KiB ahead of the views, if it is not 0.
+        For a while the kernel reads so many KiB ahead of the views, if it is not 0.
         """
 
     def warm(self, lowers: Sequence[tuple[Lower, str]], extents: Sequence[tuple[int, int]], read_ahead: int) -> None:
@@ -232,9 +232,9 @@ class Lowers:
     ) -> list[str]:
         """Mount what is not mounted yet; gives the paths in the order of `lowers`, distinct ones of one domain.
 
-        Then what `stack` makes of the paths, in one go. Of what is mounted now the kernel reads no more than so many
-        KiB ahead for a while, if `read_ahead` is not 0. The extents `warm`, address and size, are then brought into
-        memory, and not waited for.
+        Then what `stack` makes of the paths, in one go. Of what is mounted now the kernel reads so many KiB ahead for a
+        while, if `read_ahead` is not 0. The extents `warm`, address and size, are then brought into memory, and not
+        waited for.
         """
         fresh = [lower for lower in lowers if lower not in self._names]
         self._names |= zip(fresh, self._free_names(), strict=False)

@@ -104,6 +104,10 @@ class Prefetches:
             self._nursery.start_soon(self._run, image, owner, layers, profile, prefetch)
         return True
 
+    def have_all(self, layers: Collection[LayerKey]) -> bool:
+        """Whether nothing of these layers is absent."""
+        return self._streams.are_local(layers)
+
     async def bring(self, layers: Sequence[LayerKey], profile: Profile) -> list[tuple[int, int]]:
         """Where what of the profile is in the pool lies there, in its order: address and size, in whole blocks.
 

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 READ_AHEAD_KB = 2048
 """Of FUSE and EROFS: sequential reads of local content reach 1 GB/s with it, 0.3 with the kernel's 128."""
 _START = 20.0
-"""Seconds in which less is read ahead of a start, and so what is read in a sequence comes in small pieces: longer than
-most."""
+"""Seconds in which less is read ahead of a start, and so what is read in a sequence comes in small pieces, or more:
+longer than most."""
 _LOOK_EVERY = 1.0
 _DEADLINE = 60.0
 _CHECK_DEADLINE = 5.0
