@@ -8,6 +8,7 @@ a memory map made may cross a fork. What a job leaves behind when it is killed i
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -66,6 +67,11 @@ if TYPE_CHECKING:
 
 _NICE: Final = 10
 """Of making checkpoints: nobody waits for them, mostly."""
+
+# include malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT: Final = 256 << 20
+_ALLOCATED: Final = 32 << 20
 
 
 def first_pass(args: bytes, fds: list[int]) -> int:
@@ -157,6 +163,7 @@ def _opened_pool(layout: DomainLayout, bitmap: int, salt: bytes) -> Iterator[Poo
 
 def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerMade:
     os.nice(args.nice)
+    _keep_freed_memory()
     layout = _layout(args.domain, fds)
     key = LayerKey(Digest(args.blob), "plain", args.origin)
     job = firstpass.FirstPassJob(
@@ -178,6 +185,13 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
             job, source_fd=fds[2], disk=pool, catalog=index, files=_Files(layout, key), progress=channel.progress
         )
     return LayerMade(ranges=list(result.written))
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc give back nothing: pieces of the stream come and go, and fresh pages cost more than to fill them."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _ALLOCATED)
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEPTH: Final = 8
-"""Items that a generator may be ahead."""
+DEPTH: Final = 2
+"""Items that a generator may be ahead; with 8, whose memory is cold when it is used again, first passes of a 344 MB
+image take 4 % more of a processor (November 2026)."""
 _LOOK: Final = 0.1
 """Seconds until a thread that waits for another sees that all is over."""
 

@@ -192,8 +192,8 @@ class _Behind:
 
 
 def _make_batch() -> memoryview:
-    """Memory that is taken when it is filled: a small layer needs little of it."""
-    return memoryview(mmap.mmap(-1, _BATCH))
+    """Memory that is taken when it is filled: a small layer needs little of it. Private pages are had for less."""
+    return memoryview(mmap.mmap(-1, _BATCH, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _is_zeros(batch: memoryview) -> bool:
