@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -177,3 +178,16 @@ def test_a_daemon_that_goes_away_in_the_middle(path: str) -> None:
         thread.join(0.3)
     thread.join(60)
     assert len(failures) == 1
+
+
+def test_where_somebody_listened_and_no_daemon_came_it_is_as_where_none_is(path: str) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    gone = threading.Timer(0.5, listener.close)
+    gone.start()
+    try:
+        with pytest.raises(UnreachableError, match="no daemon answers"), open_control(path):
+            pass
+    finally:
+        gone.join()

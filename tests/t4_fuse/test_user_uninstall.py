@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import pty
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
 from images import Image, file, gzip_layer
 from nsfs.serve.mounts import load_mounts
-from nsfs_daemon import Daemon, mortal_daemons
+from nsfs_daemon import NSFS, Daemon, mortal_daemons
 from users import noise, push, read
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from meter import Meter
     from registry import Registry
 
-BUSY, NOT_FOUND = 8, 3
+BUSY, NOT_FOUND, USAGE, INTERRUPTED = 8, 3, 2, 130
 
 
 @pytest.fixture
@@ -37,6 +39,18 @@ def config(daemon: Daemon) -> tuple[str, str]:
     return "--config", f"{os.path.dirname(daemon.root)}/config.toml"
 
 
+def asked(daemon: Daemon, answer: str) -> int:
+    """How a purge ends that asks at a terminal."""
+    ours, theirs = pty.openpty()
+    try:
+        with subprocess.Popen([*NSFS, "uninstall", "--purge", *config(daemon)], stdin=theirs) as process:
+            os.write(ours, f"{answer}\n".encode())
+            return process.wait(60)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
 def test_what_a_daemon_made_goes_and_its_store_only_when_asked(daemon: Daemon, tmp_path: Path, arena: Path) -> None:
     with open(arena / "mnt/f", "rb"):
         refused = daemon.nsfs("uninstall", *config(daemon), check=False)
@@ -48,10 +62,14 @@ def test_what_a_daemon_made_goes_and_its_store_only_when_asked(daemon: Daemon, t
     assert os.path.exists(f"{daemon.root}/meta.lmdb")
     assert [mount.target for mount in load_mounts() if str(tmp_path) in mount.target] == []
     unsure = daemon.nsfs("uninstall", "--purge", *config(daemon), check=False)
-    assert unsure.returncode != 0
+    assert unsure.returncode == USAGE, unsure.stderr
+    assert "--yes" in unsure.stderr
+    assert asked(daemon, "n") == INTERRUPTED
     assert os.path.exists(f"{daemon.root}/meta.lmdb")
     daemon.nsfs("uninstall", "--purge", "--yes", *config(daemon))
     assert not os.path.exists(daemon.root)
+    done = daemon.nsfs("uninstall", *config(daemon))
+    assert "but for" not in done.stderr
 
 
 def test_what_is_no_daemons_or_holds_snapshots_stays(daemon: Daemon, tmp_path: Path) -> None:

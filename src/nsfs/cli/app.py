@@ -82,7 +82,7 @@ class Root(click.Group):
         except BrokenPipeError:
             _abandon_output()
             ctx.exit(BROKEN_PIPE)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, click.Abort):
             ctx.exit(INTERRUPTED)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()

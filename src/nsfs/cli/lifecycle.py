@@ -28,7 +28,8 @@ def drain(session: Session, *, force: bool, as_json: bool) -> None:
     drained = session.call("Drain", api.DrainRequest(force=force), api.Drained)
     if as_json:
         click.echo(render_json(drained))
-    session.talk.note(f"the daemon ends, without {render_count(drained.mounts, 'mount')} that it had")
+    taken = f" and {render_count(drained.mounts, 'mount')} with it" if drained.mounts else ""
+    session.talk.note(f"the daemon ends{taken}")
 
 
 @click.command()

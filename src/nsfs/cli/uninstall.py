@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 import time
 from contextlib import suppress
 from typing import Final
@@ -16,7 +17,7 @@ import click
 
 from nsfs.cli.locate import answers
 from nsfs.cli.session import Session, pass_session
-from nsfs.errors import BusyError, NotFoundError
+from nsfs.errors import BusyError, NotFoundError, UsageError
 from nsfs.model.encryption import Encrypt
 from nsfs.model.report import render_count
 from nsfs.serve import api
@@ -44,7 +45,7 @@ def uninstall(session: Session, path: str | None, *, purge: bool, force: bool, y
     config = load_config(path) if path is not None else load_system_config()
     layout = Layout(config.root, config.run)
     if purge and not yes:
-        click.confirm(f"Delete {layout.root}, with the contents of all images and snapshots?", abort=True, err=True)
+        _ask(layout.root)
     if purge:
         _check(layout, force=force)
     if answers(config.socket):
@@ -54,7 +55,14 @@ def uninstall(session: Session, path: str | None, *, purge: bool, force: bool, y
         _purge(layout)
     with suppress(OSError):
         delete_tree(layout.run)
-    session.talk.note(f"nsfs is gone from this host{'' if purge else f', but for {layout.root}'}")
+    session.talk.note(f"nsfs is gone from this host{f', but for {layout.root}' if os.path.exists(layout.root) else ''}")
+
+
+def _ask(root: str) -> None:
+    """Go on where somebody agrees; raises UsageError where nobody is there."""
+    if not sys.stdin.isatty():
+        raise UsageError(f"nobody is asked here whether to delete it: {root}", hint="--yes says so beforehand")
+    click.confirm(f"Delete {root}, with the contents of all images and snapshots?", abort=True, err=True)
 
 
 def _drain(config: Config, *, force: bool) -> None:

@@ -25,7 +25,7 @@ from nsfs.model.cache import HeldImage, HeldLayer
 from nsfs.model.digest import Digest
 from nsfs.model.policy import parse_view_name
 from nsfs.model.pool import LayerKey
-from nsfs.model.report import Progress
+from nsfs.model.report import Progress, render_size
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
@@ -331,10 +331,10 @@ class DomainCache:
         for layer in image.layers:
             record = self._layers.record(layer)
             if record is None:
-                yield f"layer {short(layer.digest)} was never read here: {layer.descriptor.size} bytes"
+                yield f"layer {short(layer.digest)} was never read here: {render_size(layer.descriptor.size)}"
                 continue
             if absent := self._absent_of(record.key):
-                yield f"layer {short(layer.digest)} is not complete: {absent} bytes of its contents"
+                yield f"layer {short(layer.digest)} is not complete: {render_size(absent)} of its contents"
 
 
 def _comes_by_ranges(record: LayerRecord) -> bool:

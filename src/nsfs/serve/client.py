@@ -128,11 +128,20 @@ def open_control(path: str) -> Iterator[Control]:
     channel = grpc.insecure_channel(f"unix:{path}", options=_OPTIONS)
     try:
         control = Control(channel, path)
-        control.version = control.call("Version", api.Empty(), api.VersionReport)
+        control.version = _look(control)
         _check_version(control.version)
         yield control
     finally:
         channel.close()
+
+
+def _look(control: Control) -> api.VersionReport:
+    """Who answers. Where nobody came to, though somebody listened at first, it is as where nobody ever did."""
+    try:
+        return control.call("Version", api.Empty(), api.VersionReport)
+    except _LostError:
+        probe(control.path)
+        raise
 
 
 def probe(path: str) -> None:
