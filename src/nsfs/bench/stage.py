@@ -1,8 +1,9 @@
 """What all samples of a bench share: the line, daemons of its own, containerd, a scratch directory.
 
 Owns them: all of it is gone when the block of `open_stage` ends, whatever interrupted it, with every mount below the
-scratch directory. One daemon has all of the image, one has its index alone and is there only where a way needs it; a
-start by a node that has never seen the image has a third. Blocks.
+scratch directory. One daemon has all of the image. Two more are there only where a way needs them: one has the image's
+index alone, one also what its first start read, and so checkpoints that are laid out for that. A start by a node that
+has never seen the image has a daemon of its own. Blocks.
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from nsfs.model.report import ImageReport
     from nsfs.serve.config import Config
 
-_WITHOUT_CONTENTS = {Way.INDEXED, Way.PROFILE}
-"""Ways that begin on a node that has the index and no contents."""
 _LINGER = 1.0
 """Seconds for which a start is recorded after its first output: a server goes on to read until it is killed."""
 
@@ -82,6 +81,9 @@ class Stage:
     containerd: Containerd | None
     local: Node
     indexed: Node | None
+    """Has the index."""
+    profiled: Node | None
+    """Has the index, and has seen a start."""
     stacks: list[StackedRoot] = field(default_factory=list)
     """The one that `overlay` shows, once it was made."""
 
@@ -93,6 +95,10 @@ class Stage:
     def make_ready(self) -> None:
         """Have, over a free line, all of the image on one node, and whatever else the ways begin with."""
         self.line.shape = FREE
+        if self.profiled is not None:
+            # Before anything else, as a lull after the first pass has checkpoints made without a profile.
+            self.profiled.index(self.named, NAMESPACE)
+            self._record(LazyRoot(self.profiled, self.named, profile="record"))
         nodes = [node for node in (self.local, self.indexed) if node is not None]
         with ThreadPoolExecutor(len(nodes)) as pool:
             list(pool.map(lambda node: node.index(self.named, NAMESPACE), nodes))
@@ -101,10 +107,8 @@ class Stage:
             self.stacks.append(self._stack())
         if Way.LOCAL in self.wish.ways:
             self._record(LazyRoot(self.local, self.named, profile="record"))
-        if self.indexed is not None and (Way.PROFILE in self.wish.ways or self.wish.publish):
-            self._record(self._lazy_root("record"))
-        if self.indexed is not None and self.wish.publish:
-            self.indexed.publish(self.named)
+        if self.profiled is not None and self.wish.publish:
+            self.profiled.publish(self.named)
 
     def _record(self, root: LazyRoot) -> None:
         """Have a node know what a start reads, none of which is in memory."""
@@ -116,10 +120,10 @@ class Stage:
         finally:
             root.umount(self.target)
 
-    def _lazy_root(self, profile: str) -> LazyRoot:
-        """By the node without contents."""
-        assert self.indexed is not None
-        return LazyRoot(self.indexed, self.named, evicted=True, profile=profile)
+    def _evicted_root(self, node: Node | None, profile: str) -> LazyRoot:
+        """By a node whose contents go first."""
+        assert node is not None
+        return LazyRoot(node, self.named, evicted=True, profile=profile)
 
     def forget(self, root: Root) -> None:
         """Have what a start reads not be in memory."""
@@ -143,9 +147,9 @@ class Stage:
         if way == Way.LOCAL:
             yield LazyRoot(self.local, self.named)
         elif way == Way.INDEXED:
-            yield self._lazy_root("off")
+            yield self._evicted_root(self.indexed, "off")
         elif way == Way.PROFILE:
-            yield self._lazy_root("use")
+            yield self._evicted_root(self.profiled, "use")
         elif way == Way.OVERLAY:
             yield self.stacks[0]
         elif way == Way.EAGER and self.containerd is not None:
@@ -181,15 +185,30 @@ def open_stage(wish: Wish, config: Config, say: Callable[[str], None]) -> Iterat
             )
         )
         local = stack.enter_context(run_node(f"{directory}/local", config, environment))
-        indexed = None
-        if wish.publish or _WITHOUT_CONTENTS.intersection(wish.ways):
+        indexed = profiled = None
+        if Way.INDEXED in wish.ways:
             indexed = stack.enter_context(run_node(f"{directory}/indexed", config, environment))
+        if wish.publish or Way.PROFILE in wish.ways:
+            profiled = stack.enter_context(run_node(f"{directory}/profiled", config, environment))
         over = replace(parsed, registry=line.host) if direct else parsed
         say(f"asking for {wish.reference}")
         image = local.resolve(str(over), NAMESPACE)
         named = f"{over.registry}/{over.repository}@{image.digest}"
         command = with_config(wish.words, wish.wait_for, image.config)
-        yield Stage(wish, config, line, image, named, environment, directory, command, containerd, local, indexed)
+        yield Stage(
+            wish,
+            config,
+            line,
+            image,
+            named,
+            environment,
+            directory,
+            command,
+            containerd,
+            local=local,
+            indexed=indexed,
+            profiled=profiled,
+        )
 
 
 @contextlib.contextmanager
