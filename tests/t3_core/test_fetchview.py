@@ -56,3 +56,9 @@ def test_a_first_miss_of_a_block_brings_nothing_beside_it() -> None:
     reads = view()
     assert reads.missed(0, FAR, FAR + 50, is_small=True) is None
     assert reads.missed(0, 3 * FAR, 3 * FAR + 50, is_small=False) is not None
+
+
+def test_it_does_where_the_view_was_read_elsewhere_before() -> None:
+    reads = view()
+    assert [reads.missed(0, at * FAR, at * FAR + 50, is_small=True) for at in (1, 3)] == [None, None]
+    assert reads.missed(0, 5 * FAR, 5 * FAR + 50, is_small=True) is not None

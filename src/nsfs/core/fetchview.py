@@ -25,6 +25,9 @@ _SLACK = 256 << 10
 _BEHIND = 512 << 10
 """Bytes of stream before a sequence's first miss that come with its first step: who reads one file of a directory reads
 others, in any order."""
+_SINGLE = 2
+"""Sequences of a view of which nothing comes ahead where they begin with one block: who looks at single files reads no
+more of them. A start goes on to others, whose first files are as small as any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +105,9 @@ class View:
     def missed(self, layer: int, start: int, end: int, *, is_small: bool) -> Head | None:
         """The sequence that is to be fetched further ahead now that a miss lacks the stream from `start`.
 
-        The miss brings the stream up to `end`. None for the first miss of a sequence where it `is_small`, so that the
-        kernel reads nothing around it, or where no sequence lately went on after its first: there reads jump about.
+        The miss brings the stream up to `end`. None for the first miss of one of the view's first sequences where it
+        `is_small`, so that the kernel reads nothing around it, or where no sequence lately went on after its first:
+        there reads jump about.
         """
         for head in self.heads:
             if head.layer == layer and head.start <= start <= head.end + _SLACK:
@@ -113,7 +117,8 @@ class View:
                     return head
         jumps = len(self.heads) == self.heads.maxlen and not any(head.goes_on for head in self.heads)
         self.heads.append(Head(layer, max(0, start - _BEHIND), end))
-        return None if jumps or is_small else self.heads[-1]
+        is_single = is_small and len(self.heads) <= _SINGLE
+        return None if jumps or is_single else self.heads[-1]
 
 
 @dataclass(eq=False, slots=True)
