@@ -33,6 +33,7 @@ from nsfs.core.images import Images, Located
 from nsfs.core.jobs import Jobs
 from nsfs.core.keeping import KeptPool
 from nsfs.core.layers import Layers
+from nsfs.core.libraries import Libraries
 from nsfs.core.looking import Looking
 from nsfs.core.lulls import Lulls
 from nsfs.core.maps import Maps
@@ -229,8 +230,9 @@ def _compose(
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
     prefetches = Prefetches(index, views, nursery)
-    starts = Starts(profiles, recordings, prefetches, startups)
-    shown = ShownTree(index, maps, views, starts, Resident([layout.index]))
+    libraries = Libraries(maps, views, nursery)
+    starts = Starts(profiles, recordings, prefetches, startups, libraries)
+    shown = ShownTree(index, maps, views, starts, libraries, Resident([layout.index]))
     stack.callback(shown.resident.close)
     proofs = Proofs(index, layers, claimed, views, startups)
     completing = Completing(index, proofs, nursery, follows_use=config.fetch.complete)
@@ -412,8 +414,16 @@ class LayerFiles:
 class ShownTree:
     """What the domain's FUSE filesystem shows, by the names that the daemon gives."""
 
-    def __init__(self, index: DomainIndex, maps: Maps, views: Views, starts: Starts, resident: Resident) -> None:
-        self.files = DomainFs(views.read, {})
+    def __init__(
+        self,
+        index: DomainIndex,
+        maps: Maps,
+        views: Views,
+        starts: Starts,
+        libraries: Libraries,
+        resident: Resident,
+    ) -> None:
+        self.files = DomainFs(libraries.read, {})
         self.resident = resident
         """The index, and maps that the kernel reads: what is asked for while the disk fails."""
         self._index = index

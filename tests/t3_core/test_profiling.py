@@ -30,6 +30,7 @@ IMAGE = Digest("sha256:" + "1" * 64)
 LOW, HIGH = (LayerKey(Digest("sha256:" + digit * 64), index) for digit, index in (("a", "plain"), ("b", "plain")))
 LAYERS = [ProfiledLayer(str(LOW.blob)), ProfiledLayer(str(HIGH.blob))]
 MAP = "0" * 32
+MAPS: list[Any] = [MAP]
 
 
 @dataclass
@@ -333,19 +334,56 @@ class FakePacks:
         return [(BLOCK, BLOCK)]
 
 
+class FakeLibraries:
+    """Notes whose programs are looked after."""
+
+    def __init__(self) -> None:
+        self.followed: list[tuple[list[Any], str]] = []
+
+    def follow(self, maps: Sequence[Any], owner: str) -> None:
+        self.followed.append((list(maps), owner))
+
+
 @asynccontextmanager
 async def starts(
-    store: FakeStore, streams: FakeStreams, catalog: FakeCatalog, *, packed: bool = False
+    store: FakeStore,
+    streams: FakeStreams,
+    catalog: FakeCatalog,
+    *,
+    packed: bool = False,
+    libraries: FakeLibraries | None = None,
 ) -> AsyncIterator[tuple[Starts, Recordings]]:
     table: Any = FakeTable
     async with open_tasks() as nursery:
         recordings = Recordings(catalog, table, store, nursery)
-        yield Starts(store, recordings, Prefetches(catalog, streams, nursery), FakePacks(packed)), recordings
+        prefetches, libraries = Prefetches(catalog, streams, nursery), libraries or FakeLibraries()
+        yield Starts(store, recordings, prefetches, FakePacks(packed), libraries), recordings
 
 
 async def start(service: Starts, use: ProfileUse, starter: str = "") -> Begun:
     image: Any = FakeImage()
-    return await service.begin(use, image, [LOW, HIGH], "", starter)
+    return await service.begin(use, image, [LOW, HIGH], MAPS, "", starter)
+
+
+def test_programs_are_looked_after_where_nothing_is_known_to_come() -> None:
+    async def body() -> None:
+        store, streams, libraries = FakeStore(), FakeStreams(), FakeLibraries()
+        async with starts(store, streams, FakeCatalog(), libraries=libraries) as (service, recordings):
+            for use in (ProfileUse.OFF, ProfileUse.USE, ProfileUse.RECORD):
+                await start(service, use)
+            assert libraries.followed == [(MAPS, FakeImage().access.owner)] * 3
+            tag, *_ = await start(service, ProfileUse.FIRST)
+            assert len(libraries.followed) == 4
+            await read(recordings, tag, 32)
+            recordings.end([view_name(MAP, "", "", tag)])
+            await service.wait_kept()
+            await start(service, ProfileUse.USE)
+            assert len(libraries.followed) == 4
+        async with starts(FakeStore(), streams, FakeCatalog(), packed=True, libraries=libraries) as (service, _):
+            await start(service, ProfileUse.USE)
+        assert len(libraries.followed) == 4
+
+    run(body)
 
 
 def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
@@ -513,7 +551,7 @@ def test_a_start_that_reads_what_is_not_the_images_says_so() -> None:
     async def body() -> None:
         store, image = FakeStore(), FakeImage()
         async with starts(store, FakeStreams(), FakeCatalog()) as (service, recordings):
-            tag, *_ = await service.begin(ProfileUse.FIRST, cast("Any", image), [LOW, HIGH], "another's layer")
+            tag, *_ = await service.begin(ProfileUse.FIRST, cast("Any", image), [LOW, HIGH], MAPS, "another's layer")
             await read(recordings, tag, 32)
             recordings.end([view_name(MAP, "", "", tag)])
             await service.wait_kept()

@@ -122,14 +122,15 @@ class Domain:
         async with self._opened(params, report) as image:
             maps = await self._looking.all_maps(image, report)
         records = [self._record(layer) for layer in image.layers]
-        begun = await self._starts.begin(ProfileUse(params.profile), image, [record.key for record in records])
+        keys, shown = [record.key for record in records], visible(maps)
+        begun = await self._starts.begin(ProfileUse(params.profile), image, keys, shown)
         return worker_api.Prepared(
             reference=image.reference,
             digest=str(image.digest),
             platform=str(image.config.platform),
             files=sum(record.files for record in records),
             size=sum(record.content_bytes for record in records),
-            maps=[self._info(each, image) for each in visible(maps)],
+            maps=[self._info(each, image) for each in shown],
             config=image.config.config,
             recording=begun.recording,
             read_ahead=begun.read_ahead,

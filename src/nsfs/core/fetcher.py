@@ -32,6 +32,7 @@ from nsfs.core.fetchplan import (
     address_of,
     blocks_of,
     intersect,
+    join_blocks,
     plan_absent,
     plan_ahead,
     plan_ranges,
@@ -455,9 +456,22 @@ class Fetcher:
             log.exception("a bug: no read-ahead in layer %s", source.key)
             return
         head.end = max([head.end, *(source.table.stream_range(group.spans)[1] for group in groups)])
-        wanted = [_Wanted(source, group) for group in groups]
-        if not source.is_retired:
-            self._join([want for want in wanted if self._is_worth_fetching(want.key)], view, Priority.AHEAD)
+        self._expect(view, groups)
+
+    async def fetch_ahead(self, view: View, runs: Sequence[Range]) -> None:
+        """Begin to fetch what is absent of these addresses, behind whoever reads."""
+
+        def plan() -> list[Group]:
+            absent = [found for run in join_blocks(runs) for found in self._pool.missing(*run)]
+            return plan_read([source.table for source in view.sources], absent).groups
+
+        if not self._is_refused and self._config.read_ahead_most:
+            self._expect(view, await self._run_in_thread(plan))
+
+    def _expect(self, view: View, groups: Iterable[Group]) -> None:
+        wanted = [_Wanted(view.sources[group.layer], group) for group in groups]
+        fresh = [want for want in wanted if not want.source.is_retired and self._is_worth_fetching(want.key)]
+        self._join(fresh, view, Priority.AHEAD)
 
     def _is_worth_fetching(self, key: GroupKey) -> bool:
         return key not in self._failures and self._kept.get(key) is None

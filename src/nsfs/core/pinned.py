@@ -116,13 +116,17 @@ class Pinned:
         owner = next((name.owner for name in params.layers if name is not None), "")
         readers = [self._readers.reader_of(record, owner) for record in maps]
         infos = await trio.to_thread.run_sync(lambda: list(map(self._info, maps, readers)))
-        begun = await self._begin_start(params, images, layers)
+        begun = await self._begin_start(params, images, layers, maps[::-1])
         return worker_api.Stacked(
             maps=infos, recording=begun.recording, read_ahead=begun.read_ahead, warm=list(begun.warm)
         )
 
     async def _begin_start(
-        self, params: worker_api.Stack, images: Mapping[str, Image], layers: Sequence[Layer | None]
+        self,
+        params: worker_api.Stack,
+        images: Mapping[str, Image],
+        layers: Sequence[Layer | None],
+        maps: Sequence[MapRecord],
     ) -> Begun:
         """What `Starts.begin` gives for the image that the whole stack is, if it is one."""
         top = params.layers[-1] if params.layers else None
@@ -132,7 +136,7 @@ class Pinned:
         keys = [self._layers.key_of(layer) for layer in layers if layer is not None]
         same = [layer and layer.digest for layer in layers] == [layer.digest for layer in image.layers]
         flaw = "" if same else "not every layer was read as the image has it"
-        return await self._starts.begin(ProfileUse(params.profile), image, keys, flaw, params.starter)
+        return await self._starts.begin(ProfileUse(params.profile), image, keys, maps, flaw, params.starter)
 
     def _info(self, record: MapRecord, reader: str) -> worker_api.MapInfo:
         with self._maps.opened(record.path) as image:

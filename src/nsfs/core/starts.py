@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nsfs.core.prefetch import Prefetches
     from nsfs.core.recording import Recordings
     from nsfs.model.digest import Digest
-    from nsfs.model.pool import LayerKey
+    from nsfs.model.pool import LayerKey, MapRecord
     from nsfs.model.profile import Profile
 
 
@@ -64,6 +64,13 @@ class Packs(Protocol):
         """Where what the image's brings is in the pool, or will be, in its order: address and size. Any thread."""
 
 
+class Libraries(Protocol):
+    """What is fetched of programs that nothing is known of."""
+
+    def follow(self, maps: Sequence[MapRecord], owner: str) -> None:
+        """A start from these maps, top first, is about to begin."""
+
+
 class Begun(NamedTuple):
     """How views of a start are to be mounted."""
 
@@ -100,23 +107,34 @@ class StartsReport(NamedTuple):
 class Starts:
     """The service."""
 
-    def __init__(self, store: Store, recordings: Recordings, prefetches: Prefetches, packs: Packs) -> None:
+    def __init__(
+        self, store: Store, recordings: Recordings, prefetches: Prefetches, packs: Packs, libraries: Libraries
+    ) -> None:
         self._store = store
         self._recordings = recordings
         self._prefetches = prefetches
         self._packs = packs
+        self._libraries = libraries
 
     async def begin(
-        self, use: ProfileUse, image: Image, layers: Sequence[LayerKey], flaw: str = "", starter: str = ""
+        self,
+        use: ProfileUse,
+        image: Image,
+        layers: Sequence[LayerKey],
+        maps: Sequence[MapRecord],
+        flaw: str = "",
+        starter: str = "",
     ) -> Begun:
-        """Do that for a start from these layers, lowest first.
+        """Do that for a start from these layers, lowest first, which shows these maps, top first.
 
         `flaw` says what of the start is not the image's, so that its profile is only of use here. A `starter` who asks
         again is given the same tag.
         """
+        owner = image.access.owner
+        if use in {ProfileUse.OFF, ProfileUse.RECORD}:
+            self._libraries.follow(maps, owner)
         if use is ProfileUse.OFF:
             return Begun()
-        owner = image.access.owner
         if use is ProfileUse.RECORD:
             return Begun(self._recordings.begin(image.digest, owner, layers, flaw), EXACT_KB)
         profile = await trio.to_thread.run_sync(self._store.get, image.digest, owner)
@@ -126,6 +144,8 @@ class Starts:
             tag = self._recordings.begin_first(image.digest, owner, layers, flaw, starter)
         if self._packs.is_fresh(image):
             return Begun(tag, EXACT_KB, await trio.to_thread.run_sync(self._packs.extents, image))
+        if not is_fetched:
+            self._libraries.follow(maps, owner)
         if profile is None:
             return Begun(tag, CLOSE_KB if tag or is_fetched else self._unknown(layers))
         if is_fetched:

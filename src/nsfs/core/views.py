@@ -133,9 +133,22 @@ class Views:
 
     async def look(self, map_id: str, owner: str, address: int, size: int) -> bytes:
         """As `read`, for who has no mount, whose taking away would end it."""
-        name = f"look/{view_name(map_id, '', owner)}"
-        opened = self._views.get(name) or self._open(name, ViewName(map_id, _LOOKING, owner))
+        opened = self._looked_at(map_id, owner)
         return bytes(await self._fetcher.read(opened.view, address, size, patience=opened.patience))
+
+    async def fetch_ahead(self, map_id: str, owner: str, runs: Sequence[tuple[int, int]]) -> None:
+        """Begin to fetch what is absent of these addresses, behind whoever reads."""
+        await self._fetcher.fetch_ahead(self._looked_at(map_id, owner).view, runs)
+
+    def extent_at(self, map_id: str, owner: str, address: int) -> int:
+        """How many bytes from `address` on are of one file of the map; 0 for none."""
+        tables = (source.table for source in self._looked_at(map_id, owner).view.sources)
+        found = (start + size for table in tables for start, size, _ in table.segments(address, 1))
+        return next(found, address) - address
+
+    def _looked_at(self, map_id: str, owner: str) -> _Open:
+        name = f"look/{view_name(map_id, '', owner)}"
+        return self._views.get(name) or self._open(name, ViewName(map_id, _LOOKING, owner))
 
     def close(self, names: Collection[str]) -> None:
         """Fail who waits for these views, and who asks for them until they are opened again; end their recordings."""
