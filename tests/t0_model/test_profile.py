@@ -18,6 +18,8 @@ from nsfs.model.profile import (
     Profile,
     ProfiledLayer,
     Run,
+    fill_gaps,
+    gather_runs,
     least_use,
     merge_runs,
     parse_profile,
@@ -57,6 +59,24 @@ def test_a_profile_comes_back_as_it_was(runs: list[Run], flaw: str) -> None:
     assert again == made
     assert again.is_complete == (not flaw)
     assert again.size == len(bytes_of(again.runs))
+
+
+def test_gaps_are_filled_once_both_sides_are_used() -> None:
+    runs = [Run(0, 0, 10), Run(0, 40, 10), Run(1, 15, 5), Run(0, 15, 10), Run(0, 70, 10), Run(0, 60, 5)]
+    filled = [*runs[:4], Run(0, 10, 5), *runs[4:], Run(0, 50, 10), Run(0, 65, 5)]
+    assert list(fill_gaps(runs, 10, lambda _: True)) == filled
+    assert list(fill_gaps(runs, 10, lambda _: False)) == list(fill_gaps(runs, 4, lambda _: True)) == runs
+
+
+@given(uses)
+def test_gathered_runs_have_the_same_bytes_and_none_twice(runs: list[Run]) -> None:
+    merged = merge_runs(runs)
+    assert sorted(bytes_of(gather_runs(merged, 16))) == sorted(bytes_of(merged))
+
+
+def test_what_is_near_comes_with_what_is_used_first() -> None:
+    runs = [Run(0, 130, 4), Run(1, 0, 8), Run(0, 70, 4), Run(0, 134, 2), Run(0, 128, 2), Run(1, 300, 100)]
+    assert gather_runs(runs, 64) == [Run(0, 128, 8), Run(1, 0, 8), Run(0, 70, 4), Run(1, 300, 100)]
 
 
 def test_what_is_more_than_a_profile_keeps_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 BLOB = digest_of(b"layer")
 KEY = LayerKey(BLOB, "plain")
 STREAM = bytes(range(256)) * 40
-"""One file, between 512 bytes that are none."""
+"""Two files, before, between and behind which are 512 bytes that are none."""
+FILES = [range(512, 5632), range(6144, len(STREAM) - 512)]
 
 
 class FakeTable:
     def segments_in_stream(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        return [(1 << 30, len(STREAM) - 1024, 512)]
+        return [(1 << 30 + number, len(file), file.start) for number, file in enumerate(FILES)]
 
 
 class FakeStreams:
@@ -74,13 +75,22 @@ def sent(runs: list[Run], flaw: str = "") -> list[Any]:
     return events
 
 
-def test_a_pack_has_what_a_start_read() -> None:
-    runs = [Run(0, 4096, 4096), Run(0, 512, 1000)]
+def test_a_pack_has_what_a_start_read_by_offset_and_small_gaps_in_files() -> None:
+    assert packed([Run(0, 512, 1000)]) == [Run(0, 512, 1000)]
+    assert packed([Run(0, 4608, 1024), Run(0, 512, 1000)]) == [Run(0, 512, 5120)]
+    between_files = [Run(0, 7000, 100), Run(0, 5000, 632)]
+    assert packed(between_files) == between_files[::-1]
+
+
+def packed(runs: list[Run]) -> list[Run]:
+    """The runs of the pack of a start that read these."""
     pack, table = sent(runs)[1::2]
     assert [event.media_type for event in sent(runs)[::2]] == [PACK_TYPE, TABLE_TYPE]
     assert isinstance(pack, Data)
     (piece,) = parse_table(table.data, len(pack.data)).pieces
-    assert open_piece(piece, pack.data) == [(run, STREAM[run.start : run.start + run.length]) for run in runs]
+    found = open_piece(piece, pack.data)
+    assert all(data == STREAM[run.start : run.start + run.length] for run, data in found)
+    return [run for run, _ in found]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,7 @@ def test_a_pack_has_what_a_start_read() -> None:
     ],
 )
 def test_there_is_none_of_a_start_that_may_not_have_been_so(wrong: Run, flaw: str, why: str) -> None:
-    events = sent([Run(0, 4096, 4096), wrong], flaw)
+    events = sent([Run(0, 1024, 512), wrong], flaw)
     assert not any(isinstance(event, Part | Data) for event in events)
     (note,) = events
     assert isinstance(note, Note)

@@ -1,9 +1,9 @@
 """Exports: what a domain knows of an image that may lie beside it in its registry, made for whoever will put it there.
 
 Owns which of it that is: the plain layers' indexes and spans, as this domain found them in its own passes over whole
-blobs, and the bytes of a profile, where one was recorded from nothing. What another table of contents claims is left
-out, and so is a profile that may lack something. Nothing is written anywhere: the parts go to the caller as they are
-made, one behind the other.
+blobs, and the bytes of a profile, where one was recorded from nothing, with what lies close between them. What another
+table of contents claims is left out, and so is a profile that may lack something. Nothing is written anywhere: the
+parts go to the caller as they are made, one behind the other.
 
 Concurrency: one call at a time makes one part at a time; what is taken apart is a job's work, what is packed a
 thread's.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -24,11 +25,11 @@ from nsfs.core.tasks import run_all
 from nsfs.errors import CorruptError
 from nsfs.format.artifact import INDEX_TYPE, PACK_TYPE, SPANS_TYPE, TABLE_TYPE
 from nsfs.format.pack import PackWriter, render_table
-from nsfs.model.profile import TAR
+from nsfs.model.profile import TAR, fill_gaps, gather_runs
 from nsfs.model.report import Data, Note, Part, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
     from msgspec import Struct
 
@@ -37,13 +38,19 @@ if TYPE_CHECKING:
     from nsfs.core.looking import Looking
     from nsfs.model.digest import Digest
     from nsfs.model.pool import LayerKey
-    from nsfs.model.profile import Profile
+    from nsfs.model.profile import Profile, Run
 
     Report = Callable[[Struct], Awaitable[None]]
 
 _PIECE: Final = 1 << 20
 _RUN: Final = 4 << 20
 """Bytes of a run that are held at a time."""
+_GAP: Final = 12 << 10
+"""Of what lies between pages that a start read: tables are read here and there, each time elsewhere. What starts of
+Node.js and of Java lacked of their packs, and waited 0.1 s for, lay in gaps of up to three pages."""
+_TOGETHER: Final = 128 << 10
+"""Bytes of a stream of which everything comes with what is used first: a pack of Node.js is 6 % smaller so, and is read
+into memory in 800 pieces instead of 2,800."""
 
 
 class Profiles(Protocol):
@@ -124,20 +131,34 @@ class Exports:
         else:
             keys = _keys_of(profile, layers)
             try:
-                await trio.to_thread.run_sync(self._check_runs, profile, keys)
+                runs = await trio.to_thread.run_sync(self._plan_runs, profile, keys)
             except CorruptError as error:
                 await report(Note(text=f"no start-up pack: the profile is not of these layers: {error.message}"))
             else:
-                await self._send_runs(profile, keys, image.access.owner, report)
+                await self._send_runs(profile, runs, keys, image.access.owner, report)
 
-    def _check_runs(self, profile: Profile, keys: Mapping[int, LayerKey]) -> None:
-        """Raise CorruptError for what is in no file: a start was recorded by an artifact's word for where files are."""
-        deque(self._streams.locate((keys[run.layer], run.stream) for run in profile.runs if run.layer in keys), 0)
+    def _plan_runs(self, profile: Profile, keys: Mapping[int, LayerKey]) -> list[Run]:
+        """What of the profile's layers is packed.
 
-    async def _send_runs(self, profile: Profile, keys: Mapping[int, LayerKey], owner: str, report: Report) -> None:
+        Raises CorruptError for what is in no file: a start was recorded by an artifact's word for where files are.
+        """
+        runs = [run for run in profile.runs if run.layer in keys]
+        deque(self._streams.locate((keys[run.layer], run.stream) for run in runs), 0)
+
+        def is_whole(run: Run) -> bool:
+            with suppress(CorruptError):
+                deque(self._streams.locate([(keys[run.layer], run.stream)]), 0)
+                return True
+            return False
+
+        return gather_runs(fill_gaps(runs, _GAP, is_whole), _TOGETHER)
+
+    async def _send_runs(
+        self, profile: Profile, runs: Sequence[Run], keys: Mapping[int, LayerKey], owner: str, report: Report
+    ) -> None:
         writer = PackWriter([layer.blob for layer in profile.layers], profile.size)
         await report(Part(media_type=PACK_TYPE))
-        for part in (part for run in profile.runs if run.layer in keys for part in run.cut(_RUN)):
+        for part in (part for run in runs for part in run.cut(_RUN)):
             data = await self._streams.read_stream(keys[part.layer], owner, part.start, part.length)
             await _send(await trio.to_thread.run_sync(writer.add, part, data), report)
         rest, table = await trio.to_thread.run_sync(writer.finish)

@@ -26,7 +26,7 @@ from nsfs.errors import CorruptError, UnsupportedError, UsageError
 from nsfs.model.digest import Digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 VERSION: Final = 1
 TAR: Final = "tar"
@@ -159,6 +159,34 @@ def merge_runs(runs: Iterable[Run]) -> list[Run]:
     return merged
 
 
+def fill_gaps(runs: Iterable[Run], most: int, is_whole: Callable[[Run], bool]) -> Iterator[Run]:
+    """`runs`, which do not overlap, and behind the second of two what lies between them, of up to `most` bytes.
+
+    But for what is not `is_whole`, as part of one file.
+    """
+    seen: defaultdict[int, _Seen] = defaultdict(_Seen)
+    for run in runs:
+        yield run
+        parts = seen[run.layer]
+        parts.add(run.start, run.start + run.length)
+        for start, end in parts.gaps_beside(run.start):
+            gap = Run(run.layer, start, end - start)
+            if gap.length <= most and is_whole(gap):
+                parts.add(start, end)
+                yield gap
+
+
+def gather_runs(runs: Iterable[Run], size: int) -> list[Run]:
+    """`runs` with all that is of the same `size` bytes of a stream where the first of that is used, by stream offset.
+
+    They are cut at multiples of `size` from where they begin.
+    """
+    near: defaultdict[tuple[int, int], list[Run]] = defaultdict(list)
+    for part in (part for run in runs for part in run.cut(size)):
+        near[part.layer, part.start // size].append(part)
+    return merge_runs(part for parts in near.values() for part in sorted(parts, key=lambda part: part.start))
+
+
 class _Seen:
     """Parts of one stream: disjoint and sorted, neighbours joined."""
 
@@ -177,6 +205,12 @@ class _Seen:
         edges = [start, *(edge for part in known for edge in part), end]
         gaps = zip(edges[::2], edges[1::2], strict=True)
         return [(begin, stop) for begin, stop in gaps if begin < stop]
+
+    def gaps_beside(self, at: int) -> list[tuple[int, int]]:
+        """What lies between the part that has this offset and the next ones, (start, end) each, where there are any."""
+        number = bisect_right(self._starts, at) - 1
+        near = slice(max(0, number - 1), number + 2)
+        return list(zip(self._ends[near][:-1], self._starts[near][1:], strict=True))
 
 
 def plan_profile(
