@@ -11,7 +11,7 @@ import trio
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
 from nsfs.core.starts import CLOSE_KB, EXACT_KB, FAR_KB, Begun, Starts, StartsReport
-from nsfs.core.tasks import open_tasks
+from nsfs.core.tasks import open_tasks, run_all
 from nsfs.core.worker_api import StartReport
 from nsfs.errors import CorruptError, NoSpaceError, UnreachableError
 from nsfs.model.digest import Digest
@@ -408,9 +408,7 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
             streams.is_whole = True
             assert not streams.begun
             assert await start(service, ProfileUse.USE) == Begun(warm=[(544 * BLOCK, BLOCK)])
-            while not streams.begun:
-                await trio.lowlevel.checkpoint()
-            assert streams.begun == [(544 * BLOCK, BLOCK)]
+            await begun(streams, [(544 * BLOCK, BLOCK)])
             tag, read_ahead, _ = await start(service, ProfileUse.RECORD)
             assert tag
             assert read_ahead == EXACT_KB
@@ -540,6 +538,32 @@ def test_what_is_to_come_comes_into_memory_with_nothing_beside_it() -> None:
 def test_what_is_not_local_or_of_no_file_is_not_brought_into_memory() -> None:
     assert local([at(1, 0), at(0, 3)], FakeStreams(is_whole=True, present_from=100 * BLOCK)) == [(544, 1)]
     assert local([at(1, 0), at(0, 3)], FakeStreams(is_whole=True, is_of_others=True)) == []
+
+
+def test_the_disk_is_asked_once_for_starts_that_begin_together() -> None:
+    async def body() -> None:
+        streams, extents = FakeStreams(is_whole=True), [(544 * BLOCK, BLOCK)]
+        async with open_tasks() as nursery:
+            service = Prefetches(FakeCatalog(), streams, nursery)
+
+            async def begin() -> None:
+                assert await service.bring([LOW, HIGH], Profile(layers=LAYERS, runs=[at(1, 0)])) == extents
+
+            await run_all([begin] * 3)
+            await begin()
+            await begun(streams, extents)
+            await trio.sleep(3)
+            await begin()
+            await begun(streams, extents * 2)
+
+    run(body)
+
+
+async def begun(streams: FakeStreams, extents: list[tuple[int, int]]) -> None:
+    """Return when the disk was asked for these, by a task that nobody waits for."""
+    while len(streams.begun) < len(extents):
+        await trio.lowlevel.checkpoint()
+    assert streams.begun == extents
 
 
 def test_no_more_than_so_much_is_brought_into_memory() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import trio
 
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _OUTSTANDING: Final = 2
 """Windows of a profile."""
+_TOGETHER_WITHIN: Final = 2.0
+"""Seconds between starts that are many at a time."""
 _WARM: Final = 128 << 20
 """Bytes that are brought into memory for a start."""
 _WARM_EXTENTS: Final = 1 << 13
@@ -83,6 +85,13 @@ class Prefetch:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
+class _Brought(NamedTuple):
+    """What the disk was asked for."""
+
+    since: float
+    extents: list[tuple[int, int]]
+
+
 class Prefetches:
     """The service."""
 
@@ -91,6 +100,8 @@ class Prefetches:
         self._streams = streams
         self._nursery = nursery
         self._running: dict[tuple[Digest, str], Prefetch] = {}
+        self._brought: dict[frozenset[LayerKey], _Brought] = {}
+        self._bringing = trio.Lock()
         self.fetched = 0
         """Bytes that were asked for ahead, by all of them."""
 
@@ -111,11 +122,17 @@ class Prefetches:
     async def bring(self, layers: Sequence[LayerKey], profile: Profile) -> list[tuple[int, int]]:
         """Where what of the profile is in the pool lies there, in its order: address and size, in whole blocks.
 
-        Of long profiles the beginning. The disk begins to read it.
+        Of long profiles the beginning. The disk begins to read it: once for many starts at a time, which share views.
         """
-        extents = await trio.to_thread.run_sync(self._local, layers, profile)
-        self._nursery.start_soon(trio.to_thread.run_sync, self._streams.begin_reading, extents)
-        return extents
+        wanted = frozenset(layers)
+        async with self._bringing:
+            now = trio.current_time()
+            self._brought = {key: each for key, each in self._brought.items() if now - each.since < _TOGETHER_WITHIN}
+            if wanted not in self._brought:
+                extents = await trio.to_thread.run_sync(self._local, layers, profile)
+                self._brought[wanted] = _Brought(now, extents)
+                self._nursery.start_soon(trio.to_thread.run_sync, self._streams.begin_reading, extents)
+            return self._brought[wanted].extents
 
     async def coming(self, layers: Sequence[LayerKey], profile: Profile) -> list[tuple[int, int]]:
         """Where what of the profile is there or is fetched by ranges lies, in its order, and nothing beside it."""
