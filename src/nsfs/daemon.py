@@ -61,7 +61,7 @@ from nsfs.serve.lifecycle import End, Ending, Lifecycle, replace_us
 from nsfs.serve.logs import counted_bugs
 from nsfs.serve.metrics import Metrics
 from nsfs.serve.policy_file import load_policy
-from nsfs.serve.porter import post_porter
+from nsfs.serve.porter import PorterArgs, post_porter
 from nsfs.serve.relay import Broker
 from nsfs.serve.rpc import serve_rpc
 from nsfs.serve.sandbox import module_paths, plan_front_sandbox, plan_readable
@@ -324,7 +324,9 @@ async def _leave(ending: Ending, site: _Site, entrance: Entrance) -> float:
     """Have who comes from now on wait for the daemon that follows; for how long calls under way are waited for."""
     if site.keeper is not None and ending.follows_within:
         try:
-            await site.keeper.post(await post_porter(site.server, entrance.listener, ending.follows_within))
+            pid = os.getpid() if ending.how is End.REPLACE else 0
+            args = PorterArgs(patience=ending.follows_within, pid=pid)
+            await site.keeper.post(await post_porter(site.server, entrance.listener, args))
             entrance.is_left = True
         except NsfsError as error:
             log.warning("who connects before another daemon serves is refused: %s", error)

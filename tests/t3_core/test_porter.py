@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
 import threading
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def posted(path: str, patience: float = 60) -> Iterator[int]:
+def posted(path: str, patience: float = 60, pid: int = 0) -> Iterator[int]:
     """A porter at the socket of a daemon that ended; the near end of its line."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with listening(path) as entrance:
         fds = [os.dup(entrance.listener.fileno()), far.detach()]
         entrance.is_left = True
-    args = msgspec.msgpack.encode(PorterArgs(patience=patience))
+    args = msgspec.msgpack.encode(PorterArgs(patience=patience, pid=pid))
     porter = threading.Thread(target=run_porter, args=(args, fds))
     porter.start()
     try:
@@ -71,6 +72,19 @@ def test_where_no_daemon_follows_who_waits_is_hung_up_on(tmp_path: Path) -> None
         client.connect(path)
     with listening(path), connected(path):
         pass
+
+
+def test_where_the_daemon_to_be_ends_nobody_waits_for_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "door")
+    with (
+        subprocess.Popen(["sleep", "1000"]) as process,
+        posted(path, pid=process.pid) as line,
+        connected(path) as client,
+    ):
+        assert client.recv(100) == GREETING
+        process.kill()
+        assert client.recv(100) == b""
+        assert relieve_porter(line) == []
 
 
 def test_a_place_elsewhere_takes_the_old_one_away_and_who_waits_there_along(tmp_path: Path) -> None:

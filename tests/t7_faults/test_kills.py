@@ -267,6 +267,15 @@ def test_an_upgrade_to_code_that_does_not_start_is_refused(installed: Path, site
     assert site.daemon.json("status")["mounts"] == []
 
 
+def test_an_upgrade_to_a_configuration_that_is_wrong_is_refused_and_says_what_is(site: Site) -> None:
+    with open(f"{site.top}/daemon/config.toml", "a") as file:
+        file.write("nonsense = 1\n")
+    refused = site.daemon.nsfs("upgrade", check=False)
+    assert refused.returncode == 1
+    assert "nonsense" in refused.stderr
+    assert site.daemon.json("status")["mounts"] == []
+
+
 def test_where_a_new_worker_does_not_answer_the_old_one_goes_on(installed: Path, site: Site) -> None:
     with reading(site.mount()) as seen:
         worker = site.worker()

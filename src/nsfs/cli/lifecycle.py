@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Final
 
@@ -17,6 +18,8 @@ from nsfs.serve import api
 _DEADLINE: Final = 120.0
 """Seconds for the new daemon to answer and to have replaced all workers."""
 _LOOK: Final = 0.1
+_GONE: Final = 15.0
+"""Seconds for somebody to be at the socket again: all through an upgrade somebody is, but where it fails."""
 
 
 @click.command()
@@ -47,14 +50,16 @@ def upgrade(session: Session, *, as_json: bool) -> None:
 
 def _wait(session: Session, build: str, before: str) -> None:
     """Until another daemon answers, of that build, and all workers are of the same."""
-    deadline = time.monotonic() + _DEADLINE
+    deadline, gone = time.monotonic() + _DEADLINE, math.inf
     state = "the new daemon does not answer"
-    while time.monotonic() < deadline:
+    while time.monotonic() < min(deadline, gone):
         time.sleep(_LOOK)
         try:
             version = session.look()
         except UnreachableError:
+            gone = min(gone, time.monotonic() + _GONE)
             continue
+        gone = math.inf
         if version.incarnation == before:
             continue
         if version.kept_back:
@@ -65,4 +70,8 @@ def _wait(session: Session, build: str, before: str) -> None:
         if version.build == build and not version.outdated:
             return
         state = f"workers are still of older code: {', '.join(version.outdated)}"
+    if gone < math.inf:
+        raise UnreachableError(
+            "the new daemon has ended", hint="its log says why; mounts go on, for the next nsfs serve"
+        )
     raise UnreachableError(state, hint="the daemon's log says more")

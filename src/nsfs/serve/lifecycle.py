@@ -146,6 +146,7 @@ def _run(command: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise NsfsError(f"what is installed does not start within {_DEADLINE:g} s") from None
     if done.returncode != 0:
-        last = done.stderr.strip().rpartition("\n")[2]
-        raise NsfsError(f"what is installed does not start: {last}", hint="everything goes on as it was")
+        said = [line for line in done.stderr.splitlines() if line and not line.startswith("hint: ")] or [""]
+        reason = said[-1].removeprefix("nsfs: ")
+        raise NsfsError(f"what is installed does not start: {reason}", hint="everything goes on as it was")
     return done.stdout.strip()

@@ -11,10 +11,11 @@ One thread; it reads nothing of what clients say, and judges nobody: the next da
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -37,13 +38,14 @@ class PorterArgs(Struct, frozen=True, kw_only=True):
 
     patience: float
     """Seconds for another daemon to ask."""
+    pid: int = 0
+    """The process that this daemon will be; where it ends, none asks."""
 
 
-async def post_porter(server: ForkServer, listener: socket.socket, patience: float) -> int:
+async def post_porter(server: ForkServer, listener: socket.socket, args: PorterArgs) -> int:
     """Start one, which outlives us; the near end of its line. Raises UnreachableError where it cannot be started."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
-        args = PorterArgs(patience=patience)
         child = await server.spawn(_ENTRY, args, [listener.fileno(), far.fileno()], session=True, tied=False)
         child.close()
         return near.detach()
@@ -65,10 +67,10 @@ def relieve_porter(line: int) -> list[socket.socket]:
 
 def run_porter(args: bytes, fds: list[int]) -> int:
     """Entry point for a fork server; `fds` are the listening socket and the far end of the line."""
-    patience = msgspec.msgpack.decode(args, type=PorterArgs).patience
+    awaited = msgspec.msgpack.decode(args, type=PorterArgs)
     with ExitStack() as stack:
         listener, line = (stack.enter_context(socket.socket(fileno=fd)) for fd in fds)
-        greeted = [stack.enter_context(each) for each in _greet(listener, line, patience)]
+        greeted = [stack.enter_context(each) for each in _greet(listener, line, awaited)]
         with suppress(OSError):  # nobody asked, or is there any more
             line.settimeout(0)
             line.recv(16)
@@ -78,17 +80,35 @@ def run_porter(args: bytes, fds: list[int]) -> int:
     return 0
 
 
-def _greet(listener: socket.socket, line: socket.socket, patience: float) -> Iterator[socket.socket]:
-    """Who connects, until somebody asks at the other end of `line`, or nobody does for so long."""
-    deadline = time.monotonic() + patience
+def _greet(listener: socket.socket, line: socket.socket, awaited: PorterArgs) -> Iterator[socket.socket]:
+    """Who connects, until somebody asks at the other end of `line`, or nobody will any more."""
+    deadline = time.monotonic() + awaited.patience
     poll = select.poll()
-    for each in (listener, line):
-        poll.register(each, select.POLLIN)
-    while (left := deadline - time.monotonic()) > 0:
-        ready = [fd for fd, _ in poll.poll(left * 1000)]
-        if line.fileno() in ready:
-            return
-        with suppress(OSError):  # another has accepted it; or it is gone
-            connection, _ = listener.accept()
-            connection.sendall(GREETING)
-            yield connection
+    with _watched(awaited.pid) as ends:
+        for fd in (listener.fileno(), line.fileno(), *ends):
+            poll.register(fd, select.POLLIN)
+        while (left := deadline - time.monotonic()) > 0:
+            ready = {fd for fd, _ in poll.poll(left * 1000)}
+            if not ready.isdisjoint({line.fileno(), *ends}):
+                return
+            yield from _accept(listener)
+
+
+def _accept(listener: socket.socket) -> Iterator[socket.socket]:
+    with suppress(OSError):  # another has accepted it; or it is gone
+        connection, _ = listener.accept()
+        connection.sendall(GREETING)
+        yield connection
+
+
+@contextmanager
+def _watched(pid: int) -> Iterator[list[int]]:
+    """A descriptor that is readable once the process has ended, where there is one to watch."""
+    if not pid:
+        yield []
+        return
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield [pidfd]
+    finally:
+        os.close(pidfd)
