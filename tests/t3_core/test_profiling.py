@@ -204,6 +204,7 @@ class FakeStreams:
     present_from: int = 0
     asked: list[tuple[LayerKey, list[range]]] = field(default_factory=list)
     begun: list[tuple[int, int]] = field(default_factory=list)
+    located: int = 0
     at_once: int = 0
     most_at_once: int = 0
 
@@ -214,6 +215,7 @@ class FakeStreams:
         return range(3 * size)
 
     def locate(self, parts: Iterable[tuple[LayerKey, range]]) -> Iterator[tuple[int, int]]:
+        self.located += 1
         for key, part in parts:
             start = (16 if key == LOW else 32 + 512) * BLOCK + (part.start - 512) // BLOCK * BLOCK
             yield start, -(-len(part) // BLOCK) * BLOCK
@@ -555,6 +557,20 @@ def test_the_disk_is_asked_once_for_starts_that_begin_together() -> None:
             await trio.sleep(3)
             await begin()
             await begun(streams, extents * 2)
+        assert streams.located == 1, "where that is remembered"
+
+    run(body)
+
+
+def test_where_what_lies_is_remembered_of_some_profiles_and_not_of_an_earlier_one_of_an_image() -> None:
+    async def body() -> None:
+        streams = FakeStreams(is_whole=True)
+        async with open_tasks() as nursery:
+            service = Prefetches(FakeCatalog(), streams, nursery)
+            for recorded in [*range(40), 39, 38, 0]:
+                profile = Profile(layers=LAYERS, runs=[at(1, recorded)], recorded=recorded)
+                assert await service.bring([LOW, HIGH], profile) == [((544 + recorded) * BLOCK, BLOCK)]
+        assert streams.located == 41
 
     run(body)
 
