@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nsfs.model.layer import Entry
 
 SLAB: Final = 64 << 20
-"""Bytes of addresses that are reserved at least at once."""
+"""Bytes of addresses that are reserved at least at once. Each time waits for the disk, behind what is written to it."""
 _BATCH: Final = 4 << 20
 """Bytes of neighbouring contents that are written at once."""
 _BEHIND: Final = 3
@@ -63,7 +63,8 @@ class Contents(Protocol):
 class Placer:
     """Gives every content of a layer its address, and writes those that the domain has not."""
 
-    def __init__(self, disk: Disk, contents: Contents, max_addresses: int) -> None:
+    def __init__(self, disk: Disk, contents: Contents, max_addresses: int, expected: int = 0) -> None:
+        """At first as many addresses are reserved as are `expected` to be needed."""
         self.entries: list[Entry] = []
         self.addresses: list[int] = []
         """Of each entry's content; 0 where it has none."""
@@ -71,7 +72,7 @@ class Placer:
         """Bytes of contents that were known already."""
         self._disk = disk
         self._contents = contents
-        self._writer = _Writer(disk, contents, max_addresses)
+        self._writer = _Writer(disk, contents, max_addresses, expected)
         self._new: dict[bytes, Extent] = {}
         self._large = 0
         self._unused: list[tuple[int, int]] = []
@@ -204,8 +205,9 @@ def _is_zeros(batch: memoryview) -> bool:
 class _Writer:
     """Puts contents at rising addresses, neighbours in one write, each padded with zeros to whole blocks."""
 
-    def __init__(self, disk: Disk, contents: Contents, max_addresses: int) -> None:
+    def __init__(self, disk: Disk, contents: Contents, max_addresses: int, expected: int) -> None:
         self.slabs: list[Slab] = []
+        self._expected = expected
         self._behind = _Behind(disk)
         self._contents = contents
         self._left = max_addresses
@@ -219,7 +221,7 @@ class _Writer:
         """Give out an extent of `size` bytes, which `append` then fills; returns its address."""
         room = -(-size // BLOCK) * BLOCK
         if self._next + room > self._end:
-            self._take_slab(max(room, SLAB))
+            self._take_slab(max(room, SLAB, min(self._expected, self._left)))
         address = self._next
         self._next += room
         if self._base + self._fill != address:
@@ -229,6 +231,7 @@ class _Writer:
 
     def _take_slab(self, size: int) -> None:
         self._left -= size
+        self._expected = 0
         if self._left < 0:
             raise CorruptError("the contents of the layer are larger than allowed")
         self.flush()
