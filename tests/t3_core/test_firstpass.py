@@ -37,8 +37,10 @@ from nsfs.core.firstpass import (
     make_checkpoints,
     run_first_pass,
 )
+from nsfs.core.placing import Placer
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnreachableError
 from nsfs.format.gzip import inflate_deflate
+from nsfs.format.tar import TarParser
 from nsfs.format.zstd import inflate_frames
 from nsfs.model.digest import Digest
 from nsfs.model.layer import Codec, Kind, LayerIndex, Span, Spans
@@ -289,6 +291,20 @@ def test_known_contents_are_joined_and_not_written_again(domain: Domain) -> None
     assert second.addresses[:-1] == first.addresses
     assert domain.local() == before + BLOCK
     assert second.joined == first.record.content_bytes
+
+
+@pytest.mark.parametrize(("most", "reserved"), [(1 << 40, 200 << 20), (100 << 20, 100 << 20)])
+def test_as_many_addresses_as_are_expected_are_reserved_at_once(domain: Domain, most: int, reserved: int) -> None:
+    placer = Placer(domain.pool, domain.index, most, expected=200 << 20)
+    placer.place(TarParser().feed(render_tar([file("f", b"x"), file("g", b"y")])))
+    placer.finish()
+    assert [slab.size for slab in placer.slabs] == [reserved]
+
+
+def test_no_manifest_has_addresses_reserved_by_its_word_alone(domain: Domain) -> None:
+    with pytest.raises(UnreachableError, match="ended early"):
+        domain.first_pass(gzip_layer(ITEMS), blob_size=1 << 40)
+    assert domain.index.reserved() <= 1 << 30
 
 
 class Blinded:

@@ -50,6 +50,8 @@ _SMALL: Final = 4 << 20
 """Bytes of a blob that one thread does as soon as several, which wait for each other."""
 _USUAL_RATIO: Final = 3
 """Of contents to the blob, as most layers have or exceed it hardly."""
+_MOST_EXPECTED: Final = 1 << 30
+"""Bytes of contents that are expected whatever a manifest says: addresses that are given out are gone."""
 _PROGRESS_EVERY: Final = 0.25
 _POLL_MS: Final = 100
 
@@ -166,7 +168,7 @@ def run_first_pass(
     `progress` is called with the bytes of blob so far, a few times a second, from another thread. Raises CorruptError
     (the spool is gone then), UnreachableError if the source ends early (the spool stays, to go on from), NoSpaceError.
     """
-    placer = Placer(disk, catalog, job.max_addresses, _USUAL_RATIO * job.blob_size)
+    placer = Placer(disk, catalog, job.max_addresses, min(_USUAL_RATIO * job.blob_size, _MOST_EXPECTED))
     with _cleared_on_error(job.spool, placer):
         record = _read_layer(job, source_fd, placer, progress)
         index = LayerIndex(placer.entries, record.stream_size)
