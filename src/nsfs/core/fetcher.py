@@ -174,6 +174,8 @@ class Fetcher:
         self._failures = Failures(config, jitter)
         self._runways: dict[str, Runway] = {}
         """By the names of the routes that anything was fetched over."""
+        self._prefetching = 0
+        """How many parts of profiles are being fetched."""
         self._kept = Kept(config.kept_bytes)
         self._waiters: set[_Waiter] = set()
         self._last_read = self._last_wait = trio.current_time()
@@ -434,12 +436,9 @@ class Fetcher:
     def _begin_read_ahead(self, view: View, head: Head) -> None:
         if self._is_refused or not self._config.read_ahead_most:
             return
-        source = view.sources[head.layer]
-        route = source.route()
-        runway = self._runways.get(route.name)
-        if runway is not None and runway.expects(Priority.PROFILE):
+        if self._prefetching:
             return  # a profile knows better what comes next
-        stream = head.advance(self._config, route.under_way)
+        stream = head.advance(self._config, view.sources[head.layer].route().under_way)
         self._nursery.start_soon(self._read_ahead, view, head, stream)
 
     async def _read_ahead(self, view: View, head: Head, stream: range) -> None:
@@ -482,7 +481,13 @@ class Fetcher:
         Raises at the first attempt that fails, NoSpaceError where the pool cannot take them.
         """
         (source,) = view.sources
+        self._prefetching += 1
+        try:
+            await self._prefetch(view, source, parts)
+        finally:
+            self._prefetching -= 1
 
+    async def _prefetch(self, view: View, source: LayerSource, parts: Sequence[range]) -> None:
         def plan() -> tuple[list[Range], list[Group]]:
             table = source.table
             blocks = blocks_of(table, parts)

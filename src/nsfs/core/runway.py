@@ -89,10 +89,6 @@ class Runway:
         """How many are on their way or wait for that."""
         return sum(self._busy.values()) + sum(map(len, self._queues.values()))
 
-    def expects(self, priority: Priority) -> bool:
-        """Whether any of this priority is on its way, or waits for that."""
-        return bool(self._busy[priority] or self._queues[priority])
-
     def enter(self, flight: Flight, filling: int) -> None:
         """Queue up; `departs` is set when it is the flight's turn. So many keep the route full now."""
         self._filling = filling
