@@ -18,7 +18,7 @@ import fcntl
 import mmap
 import os
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from nsfs.errors import CorruptError
@@ -195,11 +195,12 @@ class Pool:
     def begin_reading(self, extents: Iterable[tuple[int, int]]) -> None:
         """Have the disk read what lies there (address, size), all at once, ahead of who will ask for it one by one.
 
-        May block where the disk has much to do.
+        May block where the disk has much to do. What fails costs speed alone.
         """
-        for address, size in extents:
-            os.posix_fadvise(self._disk, address, size, os.POSIX_FADV_WILLNEED)
-            self._note_left(address, -size)
+        with suppress(OSError):
+            for address, size in extents:
+                os.posix_fadvise(self._disk, address, size, os.POSIX_FADV_WILLNEED)
+                self._note_left(address, -size)
 
     def drop_read(self) -> None:
         """Drop the clean pages that reads left behind, unless there was one since the last call."""
