@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pytest
 
 
+ACK = render_frame(Kind.SETTINGS, flags=1)
 NOBODY = 65534
 KNOCK = """
 import os, socket, sys
@@ -87,6 +88,11 @@ def test_a_door_that_is_shut_lets_calls_end_and_leaves_others_to_the_next(tmp_pa
         await early.send_all(PREFACE + call)
         assert await read_exactly(met, len(PREFACE + call)) == PREFACE + call
         nursery.start_soon(door.shut, 60)
+        await trio.testing.wait_all_tasks_blocked()
+        await met.send_all(GREETING)
+        assert await read_exactly(early, len(GREETING)) == GREETING, "nothing comes before it"
+        await early.send_all(ACK)
+        assert await read_exactly(met, len(ACK)) == ACK
         assert await read_exactly(early, 17) == render_frame(Kind.GOAWAY, bytes([0, 0, 0, 1]) + bytes(4))
         async with await trio.open_unix_socket(tmp_path / "door") as late:
             await early.send_all(other)
@@ -113,8 +119,8 @@ def test_a_door_that_is_shut_waits_no_longer_than_it_may(tmp_path: Path) -> None
 def test_who_hears_nothing_any_more_when_the_door_is_shut_is_no_trouble(tmp_path: Path) -> None:
     async def body(door: Door, listener: trio.SocketListener, _nursery: trio.Nursery) -> None:
         async with await trio.open_unix_socket(tmp_path / "door") as client, await listener.accept() as met:
-            await client.send_all(PREFACE)
-            await read_exactly(met, len(PREFACE))
+            await client.send_all(PREFACE + ACK)
+            await read_exactly(met, len(PREFACE + ACK))
             client.socket.shutdown(socket.SHUT_RD)
             await door.shut(60)
 

@@ -117,7 +117,7 @@ def test_an_image_larger_than_the_cap_mounts_and_says_so(
     reference = f"{meter.host}/large:latest"
     (arena / "mnt").mkdir()
     said = daemon.nsfs("mount", reference, str(arena / "mnt")).stderr
-    assert "larger than what pools may take, and is never all here: 15.0 MiB of 12.0 MiB" in said
+    assert "larger than what pools may take, and whole here only if pinned: 15.0 MiB of 12.0 MiB" in said
     for name, data in files.items():
         assert read(f"{arena}/mnt/{name}") == data
     settled(daemon, CAP)

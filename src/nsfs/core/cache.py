@@ -200,7 +200,7 @@ class Cache:
         if size <= most:
             return None
         sizes = f"{render_size(size)} of {render_size(most)}"
-        return Note(text=f"the image is larger than what pools may take, and is never all here: {sizes}")
+        return Note(text=f"the image is larger than what pools may take, and whole here only if pinned: {sizes}")
 
     async def _room(self, used: int, held_up: str = "") -> Room:
         return Room(used, await trio.to_thread.run_sync(self._disks.free), self._limits, held_up)

@@ -137,7 +137,7 @@ class _Relay:
         self._inner = inner
         self._conversation = conversation
         self._changed = changed
-        self._farewell = trio.Event()
+        self._farewell, self._settled = trio.Event(), trio.Event()
         self._to_client = trio.Lock()
 
     @property
@@ -158,6 +158,7 @@ class _Relay:
 
     async def _say_farewell(self) -> None:
         await self._farewell.wait()
+        await self._settled.wait()
         with suppress(OSError):  # it has just gone
             await self._tell_client(self._conversation.say_farewell())
 
@@ -177,6 +178,8 @@ class _Relay:
 
     async def _pass_inwards(self, data: memoryview) -> None:
         await _send(self._inner, self._conversation.inwards(data))
+        if self._conversation.is_settled:
+            self._settled.set()
 
     async def _pass_outwards(self, data: memoryview) -> None:
         await self._tell_client(self._conversation.outwards(data))

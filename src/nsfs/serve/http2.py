@@ -97,6 +97,8 @@ class Conversation:
         self._from_client, self._from_server = Frames(PREFACE), Frames()
         self._is_greeted = is_greeted
         self._has_ended = False
+        self.is_settled = False
+        """The client has acknowledged settings: to it the connection is made, and may be taken leave of."""
         self._last = 0
         self._open: set[int] = set()
 
@@ -127,9 +129,10 @@ class Conversation:
                 self._open.add(frame.stream)
             case Kind.RST_STREAM:
                 self._open.discard(frame.stream)
-            case Kind.SETTINGS if self._is_greeted and frame.flags & _ACK:
-                self._is_greeted = False
-                return False
+            case Kind.SETTINGS if frame.flags & _ACK:
+                self.is_settled = True
+                is_ours, self._is_greeted = self._is_greeted, False
+                return not is_ours
         return True
 
     def _leaves(self, frame: Frame) -> bool:

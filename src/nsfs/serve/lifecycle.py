@@ -49,7 +49,7 @@ class End(enum.Enum):
     TAKE_AWAY = "take away"
 
 
-_FOLLOWS: Final = {End.REPLACE: 60.0, End.LEAVE: 5.0}
+_FOLLOWS: Final = {End.REPLACE: 60.0, End.LEAVE: 10.0}
 """Seconds for another daemon to serve; it is not known whether one follows that was told to leave."""
 
 
