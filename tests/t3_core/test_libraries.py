@@ -148,6 +148,28 @@ def test_the_libraries_of_a_program_that_is_read_are_fetched_once() -> None:
     assert len(site.fetched) == 8, "the front of each, and what is around its end"
 
 
+def test_starts_at_one_time_have_their_libraries_fetched_once_and_a_later_one_again() -> None:
+    site = make_site()
+    tool = site.addresses[b"bin/tool"]
+
+    async def body(libraries: Libraries) -> None:
+        for _ in range(20):
+            libraries.follow(MAPS, "")
+        await trio.sleep(1)
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(libraries.read, view_name(HIGH, ""), tool, 4096)
+        await trio.sleep(5)
+        assert len(site.fetched) == 8
+        libraries.follow(MAPS, "")
+        await trio.sleep(1)
+        await libraries.read(view_name(HIGH, ""), tool, 4096)
+        await trio.sleep(5)
+
+    follow(site, body)
+    assert len(site.fetched) == 16
+
+
 def test_nothing_is_fetched_of_what_is_no_start_s_program() -> None:
     """Another file, another owner's read, a start that is long over, and one that is local."""
     site = make_site()

@@ -94,9 +94,9 @@ class _Start:
     tree: UnionTree | None = None
 
     @property
-    def ids(self) -> set[str]:
+    def ids(self) -> tuple[str, ...]:
         """Of its maps."""
-        return {each.id for each in self.maps}
+        return tuple(each.id for each in self.maps)
 
 
 class Libraries:
@@ -106,16 +106,21 @@ class Libraries:
         self._maps = maps
         self._contents = contents
         self._nursery = nursery
-        self._starts: set[_Start] = set()
+        self._starts: dict[tuple[tuple[str, ...], str], _Start] = {}
+        """By their maps and owners: what begins at the same time from the same maps reads the same."""
 
     def follow(self, maps: Sequence[MapRecord], owner: str) -> None:
         """Look after the programs of a start from these maps, top first, that is about to begin."""
         self._nursery.start_soon(self._follow, _Start(tuple(maps), owner))
 
     async def _follow(self, start: _Start) -> None:
-        self._starts.add(start)
+        self._starts[start.ids, start.owner] = start
         await trio.sleep(_FOLLOWED)
-        self._starts.discard(start)
+        self._forget(start)
+
+    def _forget(self, start: _Start) -> None:
+        if self._starts.get((start.ids, start.owner)) is start:
+            del self._starts[start.ids, start.owner]
 
     async def read(self, view: str, address: int, size: int) -> bytes | memoryview:
         """As `Contents.read`, noticed if it is how a program begins."""
@@ -126,9 +131,11 @@ class Libraries:
 
     def _notice(self, view: ViewName, address: int) -> None:
         """A program is about to run for those starts whose view it is; what is local needs nothing."""
-        for start in [each for each in self._starts if each.owner == view.reader and view.map_id in each.ids]:
+        for start in list(self._starts.values()):
+            if start.owner != view.reader or view.map_id not in start.ids:
+                continue
             if self._contents.are_local({key for each in start.maps for key in (each.key, *each.lowers)}):
-                self._starts.discard(start)
+                self._forget(start)
                 continue
             size = self._contents.extent_at(view.map_id, start.owner, address)
             self._begin(start, _File(view.map_id, address, size))
