@@ -460,6 +460,15 @@ def test_the_disk_reads_ahead_of_who_is_known_to_ask(domain: DomainLayout, pool:
     assert cached_pages(domain.disk, BASE, 1 << 20) == 0
 
 
+def test_what_is_to_be_read_is_not_dropped_behind_a_reader_that_goes_on(domain: DomainLayout, pool: Pool) -> None:
+    pool.write(BASE, os.urandom(6 << 20))
+    pool.flush()
+    pool.begin_reading([(BASE, 1 << 20), (BASE + (4 << 20), 2 << 20)])
+    for offset in range(4 << 20, 6 << 20, 64 << 10):
+        pool.read(BASE + offset, 64 << 10)
+    assert cached_pages(domain.disk, BASE, 1 << 20) == 256
+
+
 def test_what_may_not_have_reached_the_disk_stays_in_memory(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what it failed to write the kernel reads something else, once the page is gone."""
     dropped: list[tuple[int, int]] = []

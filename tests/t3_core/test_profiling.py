@@ -554,9 +554,12 @@ def test_the_disk_is_asked_once_for_starts_that_begin_together() -> None:
             await run_all([begin] * 3)
             await begin()
             await begun(streams, extents)
-            await trio.sleep(3)
+            service.end([LOW])
             await begin()
             await begun(streams, extents * 2)
+            await trio.sleep(3)
+            await begin()
+            await begun(streams, extents * 3)
         assert streams.located == 1, "where that is remembered"
 
     run(body)

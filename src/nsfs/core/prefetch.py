@@ -175,7 +175,8 @@ class Prefetches:
         return len(self._running)
 
     def end(self, layers: Collection[LayerKey]) -> None:
-        """Fetch nothing more for images that have one of these layers."""
+        """Fetch nothing more for images that have one of these layers, and whose views are gone."""
+        self._began = {key: since for key, since in self._began.items() if key.isdisjoint(layers)}
         for prefetch in self._running.values():
             if not prefetch.layers.isdisjoint(layers):
                 prefetch.scope.cancel()

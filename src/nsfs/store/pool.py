@@ -126,7 +126,8 @@ class Pool:
         self._read_in: set[int] = set()
         """Pages of the bitmap in whose blocks something was read."""
         self._left = 0
-        """Bytes that were, but where a read went on, less those that are to be."""
+        """Bytes that were, but where a read went on, less those that are to be: before these were, nothing is dropped
+        behind a read, where they may lie."""
         self._end = 0
         """Of the last read."""
         os.posix_fadvise(disk, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -184,8 +185,9 @@ class Pool:
         """
         data = self._load(address, size)
         self._was_read = True
-        self._note_left(address, 0 if address == self._end else size)
-        if address == self._end and (address + size) % _FOLIO < size:
+        goes_on = address == self._end and self._left >= 0
+        self._note_left(address, 0 if goes_on else size)
+        if goes_on and (address + size) % _FOLIO < size:
             self._drop_behind(address + size)
         elif self._left > _LEFT:
             self._drop()
