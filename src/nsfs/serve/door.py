@@ -7,7 +7,9 @@ own user, whatever the modes of socket and folder have become, with a line in th
 Who is inside when the door is shut is told so: calls that are under way come to their end, and clients know of any
 other that it was never begun (`serve.http2`), so that they ask it of who listens at the same socket next.
 
-Concurrency: a task for each direction of each connection, and one buffer, so that who reads slowly is waited for.
+Concurrency: a task for each direction of each connection, and one buffer, so that who reads slowly is waited for. It
+costs a call 0.1 ms (Stat over one channel, median of 2,000: 0.66 ms without, 0.77 with; two processors, Linux 6.18);
+looking at frames could not be told from noise in that, and takes 0.9 ms of a processor for a MiB of contents.
 """
 
 from __future__ import annotations
