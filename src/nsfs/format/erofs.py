@@ -61,7 +61,7 @@ _FIRST_INODE: Final = DEVICE_SLOT_OFFSET + DEVICE_SLOT.size
 _SLOT: Final = 32
 _SECOND: Final = 1_000_000_000
 _EXTENDED: Final = 1
-_ONE_CHUNK: Final = BLOCK << MAX_CHUNK_BITS
+_MAX_CHUNK: Final = BLOCK << MAX_CHUNK_BITS
 _MAX_XATTR_BODY: Final = XATTR_HEADER + 0xFFFE * 4
 _REGULAR, _DIRECTORY, _SYMLINK = Kind.REGULAR, Kind.DIRECTORY, Kind.SYMLINK
 
@@ -323,7 +323,8 @@ def _chunk_bits(size: int) -> int:
 
 
 def _chunks(size: int) -> int:
-    return 1 if size <= _ONE_CHUNK else -(-size // (BLOCK << MAX_CHUNK_BITS))
+    """How many chunks a file has: one, up to 8 TiB."""
+    return -(-size // _MAX_CHUNK)
 
 
 def _blocks(node: Node) -> range:
