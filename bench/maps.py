@@ -13,6 +13,7 @@ import glob
 import http.client
 import json
 import os
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 _FILES, _LAYERS = 50_000, 10
 _SOME_FILE = "usr/lib/003/0001/000123.py"
+_SETTLED = 0.5
+"""Seconds after which a registry has done with what was pushed to it."""
 
 
 def measure(bench: Bench) -> None:
@@ -79,6 +82,7 @@ def _measure_new_layer(bench: Bench, scratch: str, reference: str) -> None:
         for number in range(bench.samples):
             names = [_push_new(bench, scratch, 2 * number + each) for each in range(2)]
             write_out(scratch)
+            time.sleep(_SETTLED)
             took = _time_mount(control, f"{bench.registry.host}/{names[0]}:latest", target, "srv/new")
             times.append(took - seconds(partial(_ask, bench.registry.host, names[1])))
         _umount(control, base)

@@ -172,7 +172,7 @@ def _first_pass(args: PlainArgs, fds: Sequence[int], channel: Channel) -> LayerM
         blob_size=args.blob_size,
         media_type=args.media_type,
         compression=Compression(args.compression),
-        diff_id=Digest(args.diff_id),
+        diff_id=Digest(args.diff_id) if args.diff_id else None,
         spool=Spool(layout.spool(key), layout.key),
         max_stream=firstpass.plan_max_stream(args.blob_size),
     )

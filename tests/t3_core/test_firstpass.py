@@ -342,6 +342,11 @@ def test_a_wrong_diff_id_leaves_nothing(domain: Domain) -> None:
     assert not os.path.exists(domain.layout.spool(key_of(layer)))
 
 
+def test_a_diff_id_that_nobody_says_is_found(domain: Domain) -> None:
+    layer = gzip_layer(ITEMS)
+    assert domain.first_pass(layer, diff_id=None).record.diff_id == layer.diff_id
+
+
 def test_a_wrong_blob_leaves_nothing(domain: Domain) -> None:
     layer, other = gzip_layer(ITEMS), gzip_layer(ITEMS, level=1)
     claimed = replace(layer, blob=layer.blob[: len(other.blob)].ljust(len(other.blob), b"\0"))

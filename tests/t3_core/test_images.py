@@ -1,12 +1,14 @@
 """From references to images, and from digests to bytes: who is asked, what is believed, and what memory is for."""
 
+from collections.abc import Sequence
+
 import pytest
 import trio
 from msgspec.structs import replace
 
 from core_sources import FakeLocalBlob, FakeMemory, FakeSource, FakeSources, digest_of
 from nsfs.core.blobs import Blobs
-from nsfs.core.images import Image, Images
+from nsfs.core.images import Image, Images, ListedLayer
 from nsfs.core.ports import LocalBlob
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError, UnreachableError
 from nsfs.format.artifact import ARTIFACT_TYPE, CREATED, INDEX_TYPE, SPANS_TYPE, plan_artifact, render_manifest
@@ -59,6 +61,30 @@ def test_an_image_is_its_documents(algorithm: str) -> None:
                 digest_of(x, algorithm) for x in (b"stream of base", b"stream of top")
             ]
             assert (image.reference, image.repository, image.size) == ("registry/app:latest", "registry/app", 7)
+
+    run(body)
+
+
+def test_who_wants_layers_hears_of_them_before_the_configuration_is_there() -> None:
+    async def body() -> None:
+        site = Site()
+        site.registry.add_image("latest", [b"base", b"top"])
+        heard: list[tuple[str, list[Digest]]] = []
+
+        def expect(layers: Sequence[ListedLayer], repository: str) -> None:
+            heard.append((repository, [layer.digest for layer in layers]))
+
+        async def resolve(platform: str | None = None, trust: str = "off") -> None:
+            await site.images.resolve("registry/app:latest", platform, trust=trust, expect=expect)
+
+        await resolve("linux/amd64")
+        site.memory.images.clear()
+        await resolve(trust="same-repository")
+        assert heard == [], "a configuration may say that it is another platform's, an artifact how they are read"
+        site.memory.images.clear()
+        for _ in range(2):
+            await resolve()
+        assert heard == [("registry/app", [digest_of(b"base"), digest_of(b"top")])], "what is remembered is no news"
 
     run(body)
 

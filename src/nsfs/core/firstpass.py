@@ -30,6 +30,7 @@ from nsfs.format.gzip import GzipInflater
 from nsfs.format.spans import is_decodable
 from nsfs.format.tar import TarParser
 from nsfs.format.zstd import FrameScanner, ZstdInflater
+from nsfs.model.digest import Digest
 from nsfs.model.layer import Codec, Covers, Entry, Kind, LayerIndex, Span, Spans
 from nsfs.model.oci import Compression
 from nsfs.model.pool import LayerKey, LayerRecord, MapRecord, Slab
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
     from nsfs.core.ports import Spool
-    from nsfs.model.digest import Digest
 
 PIECE: Final = 1 << 20
 """Bytes that pass from thread to thread at once, about."""
@@ -99,7 +99,8 @@ class FirstPassJob:
     blob_size: int
     media_type: str
     compression: Compression
-    diff_id: Digest
+    diff_id: Digest | None
+    """What it must be; None where nobody says yet: then it is found, by the algorithm of the blob's."""
     spool: Spool
     """Of the blob; what is in it already was received earlier."""
     max_stream: int = 1 << 40
@@ -196,7 +197,7 @@ def _cleared_on_error(spool: Spool, placer: Placer) -> Iterator[None]:
 
 
 def _read_layer(job: FirstPassJob, source_fd: int, placer: Placer, progress: Callable[[int], None]) -> LayerRecord:
-    blob, stream = _Hashed(job.blob), _Hashed(job.diff_id)
+    blob, stream = _Hashed(job.blob), _Hashed(job.diff_id, job.blob.algorithm)
     parser = TarParser()
     refused = threading.Event()
     with Ahead(threaded=job.blob_size > _SMALL) as ahead:
@@ -218,10 +219,10 @@ def _read_layer(job: FirstPassJob, source_fd: int, placer: Placer, progress: Cal
     blob.check("blob")
     stream.check("diff ID")
     placer.finish()
-    return _plan_record(job, placer.entries, stream.size, tuple(placer.slabs))
+    return _plan_record(job, placer.entries, stream, tuple(placer.slabs))
 
 
-def _plan_record(job: FirstPassJob, entries: Sequence[Entry], stream_size: int, slabs: tuple[Slab, ...]) -> LayerRecord:
+def _plan_record(job: FirstPassJob, entries: Sequence[Entry], stream: _Hashed, slabs: tuple[Slab, ...]) -> LayerRecord:
     sizes = [entry.size for entry in entries if entry.kind is Kind.REGULAR]
     return LayerRecord(
         blob=job.blob,
@@ -229,9 +230,9 @@ def _plan_record(job: FirstPassJob, entries: Sequence[Entry], stream_size: int, 
         origin=job.origin,
         blob_size=job.blob_size,
         media_type=job.media_type,
-        diff_id=job.diff_id,
+        diff_id=stream.digest,
         verified="diff-id",
-        stream_size=stream_size,
+        stream_size=stream.size,
         files=len(sizes),
         content_bytes=sum(sizes),
         slabs=slabs,
@@ -399,12 +400,17 @@ _SCANNERS: Final[Mapping[Compression, tuple[Codec, Callable[[Iterable[tuple[int,
 
 
 class _Hashed:
-    """Counts and hashes what passes, to compare it with what was claimed."""
+    """Counts and hashes what passes, to compare it with what was claimed, if anything was."""
 
-    def __init__(self, claimed: Digest) -> None:
+    def __init__(self, claimed: Digest | None, usual: str = "sha256") -> None:
         self._claimed = claimed
-        self._hash = hashlib.new(claimed.algorithm)
+        self._hash = hashlib.new(claimed.algorithm if claimed else usual)
         self.size = 0
+
+    @property
+    def digest(self) -> Digest:
+        """Of what passed by now."""
+        return Digest(f"{self._hash.name}:{self._hash.hexdigest()}")
 
     def through(self, pieces: Iterable[bytes]) -> Generator[bytes, None, None]:
         for piece in pieces:
@@ -414,9 +420,8 @@ class _Hashed:
 
     def check(self, what: str) -> None:
         """Raise CorruptError if it is something else; both digests are in the message."""
-        seen = f"{self._claimed.algorithm}:{self._hash.hexdigest()}"
-        if seen != self._claimed:
-            raise CorruptError(f"the {what} is not what it is said to be: {seen} instead of {self._claimed}")
+        if self._claimed is not None and self.digest != self._claimed:
+            raise CorruptError(f"the {what} is not what it is said to be: {self.digest} instead of {self._claimed}")
 
 
 def _received(fd: int, ahead: Ahead) -> Iterator[bytes]:

@@ -26,7 +26,7 @@ from nsfs.model.policy import TRUST_NONE, TRUST_REPOSITORY
 from nsfs.model.pool import ImageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from nsfs.core.ports import Source
     from nsfs.format.artifact import Artifact, ClaimedLayer, StartupPack
@@ -58,6 +58,21 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class ListedLayer:
+    """A layer as a manifest lists it: enough to read it through."""
+
+    descriptor: oci.Descriptor
+    format: oci.LayerFormat
+    access: Access = NOBODY
+    """As whom its bytes are asked for."""
+
+    @property
+    def digest(self) -> Digest:
+        """Of the blob."""
+        return self.descriptor.digest
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One layer of an image."""
 
@@ -73,6 +88,11 @@ class Layer:
     def digest(self) -> Digest:
         """Of the blob."""
         return self.descriptor.digest
+
+    @property
+    def listed(self) -> ListedLayer:
+        """What the manifest says of it."""
+        return ListedLayer(self.descriptor, self.format, self.access)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +152,13 @@ class Sources(Protocol):
         """Where the blobs of a repository are, as `owner` sees it."""
 
 
+class Expect(Protocol):
+    """Who begins with layers before their image is whole."""
+
+    def __call__(self, layers: Sequence[ListedLayer], repository: str, /) -> None:
+        """These will be wanted."""
+
+
 class ImageMemory(Protocol):
     """Where a domain keeps ImageRecords, durably, by complete reference and platform. Writing may block."""
 
@@ -160,16 +187,28 @@ class Images:
         self._without: dict[tuple[Digest, str, str], float] = {}
         """Until when nothing is looked for beside an image: by manifest, owner and trust."""
 
-    async def resolve(self, reference: str, platform: str | None, owner: str = "", trust: str = TRUST_NONE) -> Image:
+    async def resolve(
+        self,
+        reference: str,
+        platform: str | None,
+        owner: str = "",
+        trust: str = TRUST_NONE,
+        expect: Expect | None = None,
+    ) -> Image:
         """The image that `reference` names now; from memory where its registry cannot be reached.
 
         Raises NotFoundError where there is none for `platform`. Without one the host's is chosen from an index, and a
         single image is taken as it is. `trust` says which artifact beside it is believed (`policy.parse_trust`).
+
+        Where the manifest is new, nothing beside it is believed, and nobody else's leave is needed, `expect` hears of
+        its layers (and the repository) before its configuration is asked for.
         """
         wanted = oci.Platform.parse(platform) if platform else self._platform
         located = await self._sources.locate(reference, owner)
+        if platform or self._gate is not None or trust != TRUST_NONE:
+            expect = None
         async with self._looking(located, trust) as look:
-            image = await self._recall(located, wanted, look)
+            image = await self._recall(located, wanted, look, expect)
             if platform:
                 oci.check_platform(image.config.platform, wanted)
             return await self._with_claims(await self._admitted(image), located.key(wanted), look)
@@ -213,13 +252,13 @@ class Images:
             await self._gate.admit(image)
         return image
 
-    async def _recall(self, located: Located, wanted: oci.Platform, look: _Look) -> Image:
+    async def _recall(self, located: Located, wanted: oci.Platform, look: _Look, expect: Expect | None = None) -> Image:
         key = located.key(wanted)
         remembered = self._memory.image(key)
         if remembered is not None and remembered.manifest_digest == located.version:
             return _read(located, remembered)
         try:
-            record = await _fetch(located, wanted, remembered, look)
+            record = await _fetch(located, wanted, remembered, look, expect)
         except UnreachableError as error:
             if remembered is None:
                 raise
@@ -315,10 +354,16 @@ def _claimed(image: Image, digest: Digest, artifact: Artifact) -> Image:
     return replace(image, layers=tuple(layers), pack=artifact.pack)
 
 
-async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord | None, look: _Look) -> ImageRecord:
+async def _fetch(
+    located: Located,
+    wanted: oci.Platform,
+    remembered: ImageRecord | None,
+    look: _Look,
+    expect: Expect | None = None,
+) -> ImageRecord:
     """The image's documents; a manifest that is `remembered` still has the configuration it had.
 
-    What lies beside one that is not is looked for meanwhile.
+    What lies beside one that is not is looked for meanwhile, and who wants its layers hears of them.
     """
     if remembered is None and ":" in located.version:
         look.begin(Digest(located.version))
@@ -334,6 +379,8 @@ async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord
                     reference=located.reference,
                 )
             look.begin(document.digest)
+            if expect is not None:
+                expect([_listed(each, located.access) for each in parsed.layers], located.repository)
             config = await located.source.read_blob(parsed.config, oci.MAX_CONFIG)
             return ImageRecord(
                 repository=located.repository,
@@ -345,6 +392,10 @@ async def _fetch(located: Located, wanted: oci.Platform, remembered: ImageRecord
             )
         document = await located.source.manifest(oci.choose_platform(parsed, wanted).digest)
     raise CorruptError(f"image indexes are nested too deeply: {located.reference}")
+
+
+def _listed(descriptor: oci.Descriptor, access: Access) -> ListedLayer:
+    return ListedLayer(descriptor, oci.layer_format(descriptor.media_type, descriptor.annotations), access)
 
 
 def _read(located: Located, record: ImageRecord, stale: str = "") -> Image:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from nsfs.core.blobs import Blobs, OriginBlob
     from nsfs.core.claimed import ClaimedLayers
-    from nsfs.core.images import Claim, Image
+    from nsfs.core.images import Claim, Image, ListedLayer
     from nsfs.core.jobs import Jobs
     from nsfs.core.lulls import Lulls
     from nsfs.core.ports import Spool
@@ -101,6 +101,7 @@ class PlainArgs(Struct, kw_only=True):
     media_type: str
     compression: str
     diff_id: str
+    """As the image says; "" where its configuration is still to come."""
     nice: int
     """Of the process: what decides when an image can be shown goes first."""
 
@@ -157,7 +158,7 @@ class Rendered(Struct, kw_only=True):
 class LayerProgress:
     """How far one layer is, for whoever wants to show it."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: ListedLayer) -> None:
         self.layer = layer
         self.done = 0
         self.total = layer.descriptor.size
@@ -190,8 +191,8 @@ class Layers:
         self._indexing: Flights[LayerKey] = Flights(nursery)
         self._spanning: Flights[LayerKey] = Flights(nursery)
         self._mapping: Flights[MapRecord] = Flights(nursery)
-        self._claims: dict[LayerKey, DiffId] = {}
-        """What the image for which a plain layer is read says that its diff ID is."""
+        self._claims: dict[LayerKey, DiffId | None] = {}
+        """What the image for which a plain layer is read says that its diff ID is; None where that is still to come."""
         self._background = trio.CapacityLimiter(1)
         self._begun: set[tuple[Digest, Access]] = set()
         """Images, by their manifests, and for whom."""
@@ -267,6 +268,36 @@ class Layers:
         except Exception:
             log.exception("a bug: %s is not indexed ahead of its use", image.reference)
 
+    def expect(self, layers: Iterable[ListedLayer], repository: str) -> None:
+        """Begin to read the plain ones of a manifest's layers, whose image's configuration is still to come.
+
+        Who indexes one then finds it under way, and hears how it went.
+        """
+        plain = [layer for layer in layers if not layer.format.toc and not layer.format.refused]
+        unique = {layer.digest: layer for layer in plain if self._catalog.layer(_plain(layer)) is None}
+        largest_first = sorted(unique.values(), key=lambda layer: layer.descriptor.size, reverse=True)
+        if largest_first:
+            self._nursery.start_soon(self._read_expected, largest_first, repository)
+
+    async def _read_expected(self, layers: Sequence[ListedLayer], repository: str) -> None:
+        """Of connections that are open the largest layer takes the first."""
+        await self._blobs.add([layer.digest for layer in layers], repository, layers[0].access)
+        for layer in layers:
+            self._nursery.start_soon(self._read_quietly, layer)
+            await trio.lowlevel.checkpoint()
+
+    async def _read_quietly(self, layer: ListedLayer) -> None:
+        key = _plain(layer)
+        if self._catalog.layer(key) is not None:
+            return
+        self._claims.setdefault(key, None)
+        try:
+            await self._indexing.join(str(key), partial(self._read_plain, layer, key, None), layer.access.owner)
+        except NsfsError as error:
+            log.info("layer %s is not read ahead of its image: %s", short(layer.digest), error)
+        except Exception:
+            log.exception("a bug: layer %s is not read ahead of its image", short(layer.digest))
+
     async def index(self, image: Image, layer: Layer) -> LayerKey:
         """Make the layer's index complete: for eStargz its TOC, for a plain layer one pass over all of it.
 
@@ -308,26 +339,27 @@ class Layers:
         key = _plain(layer)
         while (found := self._catalog.layer(key)) is None:
             claim = self._claims.setdefault(key, layer.diff_id)
+            work = partial(self._read_plain, layer.listed, key, layer.diff_id)
             try:
-                await self._indexing.join(str(key), partial(self._read_plain, layer, key), layer.access.owner)
+                await self._indexing.join(str(key), work, layer.access.owner)
             except CorruptError:
-                if claim == layer.diff_id:
+                if claim in {None, layer.diff_id}:
                     raise
                 log.info("layer %s is read again: another image said something else of it", short(layer.digest))
         _check_claim(found, layer)
         return key
 
-    async def _read_plain(self, layer: Layer, key: LayerKey) -> LayerKey:
+    async def _read_plain(self, layer: ListedLayer, key: LayerKey, claim: DiffId | None) -> LayerKey:
         blob = self._blobs.blob(layer.digest, layer.descriptor.size, layer.access)
         with self._shown(layer, key) as progress:
-            self._claims[key] = layer.diff_id
-            made = await self._resumed(blob, key, lambda: self._read_all(layer, blob, progress))
+            self._claims[key] = claim
+            made = await self._resumed(blob, key, lambda: self._read_all(layer, claim, blob, progress))
         self._written(made.ranges)
         self._nursery.start_soon(self._make_spans_in_a_lull, key, layer.access.owner)
         return key
 
     @contextmanager
-    def _shown(self, layer: Layer, key: LayerKey) -> Iterator[LayerProgress]:
+    def _shown(self, layer: ListedLayer, key: LayerKey) -> Iterator[LayerProgress]:
         """Count the layer as running."""
         self.running[key] = LayerProgress(layer)
         try:
@@ -371,11 +403,13 @@ class Layers:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
         return await (_twice(blob, work) if self._files.spool(key).size() else work())
 
-    def _is_largest(self, layer: Layer) -> bool:
+    def _is_largest(self, layer: ListedLayer) -> bool:
         """No layer that is being read now is larger."""
         return layer.descriptor.size >= max(each.layer.descriptor.size for each in self.running.values())
 
-    async def _read_all(self, layer: Layer, blob: OriginBlob, progress: LayerProgress) -> LayerMade:
+    async def _read_all(
+        self, layer: ListedLayer, claim: DiffId | None, blob: OriginBlob, progress: LayerProgress
+    ) -> LayerMade:
         args = PlainArgs(
             domain=self._domain,
             blob=str(layer.digest),
@@ -383,7 +417,7 @@ class Layers:
             blob_size=layer.descriptor.size,
             media_type=layer.descriptor.media_type,
             compression=layer.format.compression.value,
-            diff_id=str(layer.diff_id),
+            diff_id=str(claim or ""),
             nice=0 if self._is_largest(layer) else _NICE,
         )
 
@@ -597,7 +631,7 @@ def _sources_of(maps: Sequence[MapRecord]) -> Iterable[LayerKey]:
     return dict.fromkeys(key for record in maps for key in (record.key, *record.lowers))
 
 
-def _plain(layer: Layer) -> LayerKey:
+def _plain(layer: Layer | ListedLayer) -> LayerKey:
     return LayerKey(layer.digest, PLAIN, layer.access.origin)
 
 
