@@ -52,9 +52,15 @@ class Site:
         return {f"{self.top}/{driver}/{name}": data for driver in DRIVERS for name, data in FILES.items()}
 
     def worker(self) -> int:
-        """The worker that answers now."""
-        assert wait_until(lambda: DOMAIN in self.daemon.workers())
-        return self.daemon.workers()[DOMAIN]
+        """The worker that answers now; one that has just been killed may still be listed, and then none."""
+        seen: list[int] = []
+
+        def look() -> bool:
+            seen.extend(pid for domain, pid in self.daemon.workers().items() if domain == DOMAIN)
+            return bool(seen)
+
+        assert wait_until(look)
+        return seen[0]
 
     def kill_daemon(self) -> None:
         os.kill(self.daemon.pid, signal.SIGKILL)
