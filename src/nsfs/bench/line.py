@@ -120,16 +120,21 @@ class _Proxy:
     async def _carry(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, bucket: _Bucket, *, counted: bool
     ) -> None:
-        """Move bytes, each as late as the line makes it."""
+        """Move bytes, each as late as the line makes it; raises OSError where either side is gone."""
         on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._deliver(on_the_way, sink, counted=counted))
-            loop = asyncio.get_running_loop()
-            while data := await source.read(_PIECE):
-                departure = bucket.departure(loop.time(), len(data))
-                on_the_way.put_nowait((departure + self.line.shape.round_trip / 2, data))
-                await asyncio.sleep(max(0.0, departure - loop.time() - _BUFFERED))
-            on_the_way.put_nowait((loop.time() + self.line.shape.round_trip / 2, b""))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._deliver(on_the_way, sink, counted=counted))
+                loop = asyncio.get_running_loop()
+                while data := await source.read(_PIECE):
+                    departure = bucket.departure(loop.time(), len(data))
+                    on_the_way.put_nowait((departure + self.line.shape.round_trip / 2, data))
+                    await asyncio.sleep(max(0.0, departure - loop.time() - _BUFFERED))
+                on_the_way.put_nowait((loop.time() + self.line.shape.round_trip / 2, b""))
+        except ExceptionGroup as errors:
+            if errors.split(OSError)[1] is not None:
+                raise
+            raise ConnectionError("cut off") from errors
 
     async def _deliver(
         self, on_the_way: asyncio.Queue[tuple[float, bytes]], sink: asyncio.StreamWriter, *, counted: bool
