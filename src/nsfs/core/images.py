@@ -252,7 +252,7 @@ class Images:
             await self._gate.admit(image)
         return image
 
-    async def _recall(self, located: Located, wanted: oci.Platform, look: _Look, expect: Expect | None = None) -> Image:
+    async def _recall(self, located: Located, wanted: oci.Platform, look: _Look, expect: Expect | None) -> Image:
         key = located.key(wanted)
         remembered = self._memory.image(key)
         if remembered is not None and remembered.manifest_digest == located.version:
@@ -402,9 +402,10 @@ def _read(located: Located, record: ImageRecord, stale: str = "") -> Image:
     document = oci.Document(record.manifest, record.media_type, record.manifest_digest)
     manifest = oci.parse_manifest(document)
     config = oci.parse_config(record.config, manifest)
+    listed = (_listed(each, located.access) for each in manifest.layers)
     layers = tuple(
-        Layer(descriptor, diff_id, oci.layer_format(descriptor.media_type, descriptor.annotations), located.access)
-        for descriptor, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
+        Layer(each.descriptor, diff_id, each.format, each.access)
+        for each, diff_id in zip(listed, config.diff_ids, strict=True)
     )
     return Image(
         located.reference,
