@@ -84,6 +84,8 @@ def assert_reads_back(image: ErofsImage, root: Node) -> None:
         by_node.setdefault(node, set()).add(nids[path])
     assert all(len(nids) == 1 for nids in by_node.values())
     assert len(by_node) == image.inodes
+    files = [(node.address, node.size, *nids) for node, nids in by_node.items() if node.kind is Kind.REGULAR]
+    assert sorted(image.extents()) == sorted(file for file in files if file[1])
 
 
 def assert_fsck_accepts(image: bytes, directory: Path) -> None:
@@ -319,6 +321,7 @@ def read_all(image: ErofsImage) -> None:
             image.extent(nid)
         elif inode.kind is Kind.SYMLINK:
             image.readlink(nid)
+    assert sum(1 for _ in image.extents()) <= image.inodes
 
 
 def test_an_image_cut_off_anywhere_is_refused() -> None:

@@ -34,6 +34,7 @@ INCOMPAT: Final = 0x4 | 0x8
 """Chunk-based files; a device table."""
 DEVICE_SLOT: Final = struct.Struct("<64sII56x")
 DEVICE_SLOT_OFFSET: Final = SUPERBLOCK_OFFSET + SUPERBLOCK.size
+FIRST_INODE: Final = DEVICE_SLOT_OFFSET + DEVICE_SLOT.size
 INODE: Final = struct.Struct("<HHHHQIIIIqII16x")
 """format, xattr count, mode, -, size, union, ino, uid, gid, seconds, nanoseconds, links."""
 CHUNK: Final = struct.Struct("<HHI")
@@ -57,7 +58,6 @@ MAX_CHUNK_BITS: Final = 31
 FILE_TYPES: Final = (0, 0o100000, 0o040000, 0o020000, 0o060000, 0o010000, 0o140000, 0o120000)
 """File type bits of a mode, by kind."""
 
-_FIRST_INODE: Final = DEVICE_SLOT_OFFSET + DEVICE_SLOT.size
 _SLOT: Final = 32
 _SECOND: Final = 1_000_000_000
 _EXTENDED: Final = 1
@@ -140,7 +140,7 @@ class _Writer:
         self._data: dict[Node, tuple[int, int]] = {}
         """Of directories and symlinks: their first block behind the inodes, and their length behind the inode."""
         self._bodies: dict[tuple[tuple[bytes, bytes], ...], bytes] = {(): b""}
-        self._end = _FIRST_INODE
+        self._end = FIRST_INODE
         self._blocks = 0
         self._base = 0
         self._buffer = bytearray()

@@ -29,6 +29,10 @@ _SLOT: Final = 32
 _KINDS: Final = {bits: Kind(number) for number, bits in enumerate(erofs.FILE_TYPES) if number}
 _KIND_BY_NUMBER: Final = (None, *(Kind(number) for number in range(1, 8)))
 _NAME_OFFSET: Final = struct.Struct("<8xH2x")
+_HEAD: Final = struct.Struct("<HHH2xQ")
+"""What of an inode says how long it is: format, xattr count, mode, size."""
+_TYPE, _REGULAR = 0o170000, 0o100000
+_CHUNK_SHIFT: Final = BLOCK.bit_length() - 1 + erofs.MAX_CHUNK_BITS
 _PER_BLOCK: Final = 512
 """More than the entries that fit a block: positions in a directory are block * 512 + entry."""
 
@@ -102,7 +106,7 @@ class ErofsImage:
             _refuse(f"no inode can be at nid {nid}")
         fields = INODE.unpack_from(self._data, offset)
         form, xattrs, mode, _, size, union, _, uid, gid, seconds, nanoseconds, links = fields
-        kind = _KINDS.get(mode & 0o170000)
+        kind = _KINDS.get(mode & _TYPE)
         if kind is None or form & ~0xE != 1:
             _refuse(f"nid {nid} is no inode of ours: format {form}, mode {mode:o}")
         return Inode(
@@ -133,11 +137,39 @@ class ErofsImage:
             return 0, 0
         if inode.layout != erofs.CHUNKED:
             _refuse(f"nid {nid} has layout {inode.layout}")
-        behind = nid * _SLOT + INODE.size + inode.xattr_size
-        high, device, block = CHUNK.unpack(self._bytes((behind + 7) & -8, CHUNK.size))
+        return self._address(nid, nid * _SLOT + INODE.size + inode.xattr_size), inode.size
+
+    def extents(self) -> Iterator[tuple[int, int, int]]:
+        """Address, size and nid of every regular file with content, once, in the order in which their inodes lie.
+
+        Looks at inodes and at no names, which takes a quarter of a walk's time: 0.6 us for each.
+        """
+        data, last = self._data, self.size - INODE.size
+        at, left = erofs.FIRST_INODE, self.inodes
+        while left:
+            if at > last:
+                _refuse(f"it has {left} inodes less than it says")
+            form, xattrs, mode, size = _HEAD.unpack_from(data, at)
+            if not mode:
+                at = (at + BLOCK) & -BLOCK
+                continue
+            end = at + INODE.size + (erofs.XATTR_HEADER + (xattrs - 1) * 4 if xattrs else 0)
+            if mode & _TYPE == _REGULAR and size:
+                yield self._address(at // _SLOT, end), size, at // _SLOT
+                end = (end + 7 & -8) + CHUNK.size * (1 + (size - 1 >> _CHUNK_SHIFT))
+            elif form >> 1 == erofs.INLINE:
+                end += size % BLOCK
+            at, left = (end + _SLOT - 1) & -_SLOT, left - 1
+
+    def _address(self, nid: int, end: int) -> int:
+        """Where a file lies whose inode, with what belongs to it, ends there."""
+        at = end + 7 & -8
+        if at + CHUNK.size > self.size:
+            _refuse(f"nid {nid} is cut off")
+        high, device, block = CHUNK.unpack_from(self._data, at)
         if high or device != 1 or block == 0xFFFFFFFF:
             _refuse(f"nid {nid} points at block {block} of device {device}")
-        return block * BLOCK, inode.size
+        return int(block) * BLOCK
 
     def readlink(self, nid: int) -> bytes:
         """A symlink's target."""

@@ -14,7 +14,6 @@ MOVE_MOUNT: Final = 429
 FSOPEN: Final = 430
 FSCONFIG: Final = 431
 FSMOUNT: Final = 432
-OPENAT2: Final = 437
 MOUNT_SETATTR: Final = 442
 
 _libc = ctypes.CDLL(None, use_errno=True)
