@@ -25,13 +25,13 @@ from nsfs.core.layers import (
     PlainArgs,
     RenderArgs,
     Rendered,
-    SpanArgs,
     TocArgs,
     map_id_of,
     map_record,
 )
 from nsfs.core.maps import Maps
 from nsfs.core.proving import check_contents, check_index
+from nsfs.core.spanning import SpanArgs
 from nsfs.core.union import LowerTree
 from nsfs.errors import CorruptError, NsfsError
 from nsfs.format import estargz

@@ -41,6 +41,7 @@ from nsfs.core.pinned import Pinned
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.proving import Proofs
 from nsfs.core.recording import Recordings
+from nsfs.core.spanning import Spanning
 from nsfs.core.starts import Starts, usage_of
 from nsfs.core.startup import Startups
 from nsfs.core.tasks import open_tasks
@@ -143,7 +144,7 @@ async def _run(params: WorkerArgs, config: Config, fds: list[int]) -> None:
         forks = LentServer(uplink, nursery)
         contents = await _open_contents(stack, layout, config, pool, index, fds[1:3], forks, reach)
         worker = _compose(stack, layout, config, index, forks, reach, contents)
-        worker.layers.finish(unfinished)
+        worker.spanning.begin(unfinished)
         worker.shown.show_again(params.views, params.trees)
         worker.cache.resume()
         await _serve(params, config, fds, control, pool, worker, uplink)
@@ -157,14 +158,14 @@ class _Worker:
         domain: Domain,
         methods: Methods,
         cache: DomainCache,
-        layers: Layers,
+        spanning: Spanning,
         shown: ShownTree,
         kept: KeptPool,
     ) -> None:
         self.domain = domain
         self.methods = methods
         self.cache = cache
-        self.layers = layers
+        self.spanning = spanning
         self.shown = shown
         self.kept = kept
 
@@ -179,6 +180,7 @@ class _Contents(NamedTuple):
     claimed: ClaimedLayers
     profiles: Profiles
     recordings: Recordings
+    spanning: Spanning
     layers: Layers
     views: Views
 
@@ -211,9 +213,10 @@ async def _open_contents(
     profiles = Profiles(layout)
     recordings = Recordings(index, files.table, profiles, nursery)
     lulls = Lulls(fetcher.idle_for, recordings.are_running)
-    layers = Layers(index, files, blobs, jobs, nursery, written=written, claimed=claimed, lulls=lulls)
-    views = Views(index, files.table, blobs, layers, pool, fetcher, recordings, startups)
-    return _Contents(nursery, kept, blobs, startups, claimed, profiles, recordings, layers, views)
+    spanning = Spanning(index, files, blobs, jobs, nursery, claimed=claimed, lulls=lulls)
+    layers = Layers(index, files, blobs, jobs, nursery, written=written, claimed=claimed, spanning=spanning)
+    views = Views(index, files.table, blobs, spanning, pool, fetcher, recordings, startups)
+    return _Contents(nursery, kept, blobs, startups, claimed, profiles, recordings, spanning, layers, views)
 
 
 def _compose(
@@ -225,7 +228,7 @@ def _compose(
     reach: Reach,
     contents: _Contents,
 ) -> _Worker:
-    nursery, kept, blobs, startups, claimed, profiles, recordings, layers, views = contents
+    nursery, kept, blobs, startups, claimed, profiles, recordings, spanning, layers, views = contents
     maps = Maps(partial(load_content, key=layout.key))
     images = Images(reach.sources, index, host_platform(), reach.gate(index, blobs))
     looking = Looking(layers, maps, views.look)
@@ -237,16 +240,16 @@ def _compose(
     proofs = Proofs(index, layers, claimed, views, startups)
     completing = Completing(index, proofs, nursery, follows_use=config.fetch.complete)
     uses = Uses(index, shown, completing, prefetches, nursery)
-    cache = DomainCache(index, images, layers, views, looking, uses, kept, completing)
+    cache = DomainCache(index, images, layers, spanning, views, looking, uses, completing)
     bugs = stack.enter_context(counted_bugs())
     noted = NotedUse(shown, uses.note)
     domain = Domain(images, layers, blobs, views, looking, noted, lambda: Health(bugs.count, kept.trouble), starts)
     pinned = Pinned(images, layers, maps, index, views, starts)
-    exports = Exports(images, layers, looking, profiles, views)
-    services = (domain.methods(), pinned.methods(), cache.methods(), exports.methods(), Shares(index, views).methods())
-    parts = (*services, reach.methods(blobs), forks.methods())
+    exports = Exports(images, layers, spanning, looking, profiles, views)
+    services = domain, pinned, cache, exports, Shares(index, views), kept
+    parts = (*(service.methods() for service in services), reach.methods(blobs), forks.methods())
     methods = {name: method for part in parts for name, method in part.items()}
-    return _Worker(domain, methods, cache, layers, shown, kept)
+    return _Worker(domain, methods, cache, spanning, shown, kept)
 
 
 def _recover(layout: DomainLayout, index: DomainIndex, pool: Pool) -> list[LayerKey]:

@@ -77,7 +77,7 @@ class FakeDomain(FakeMemory):
             raise self.trouble
         self.touched.append(set(keys))
 
-    # Layers and views
+    # Layers, spans and views
 
     def record(self, layer: Layer) -> LayerRecord | None:
         key = key_of(layer.digest)
@@ -86,7 +86,7 @@ class FakeDomain(FakeMemory):
     def is_spooled(self, record: LayerRecord) -> bool:
         return record.key in self.spooled
 
-    async def ensure_spans(self, key: LayerKey, owner: str = "") -> None:
+    async def ensure(self, key: LayerKey, owner: str = "") -> None:
         if self.trouble:
             raise self.trouble
         self.made_spans.append(key)
@@ -186,13 +186,13 @@ class Site:
         self.images = Images(FakeSources(self.registry), self.domain, Platform("amd64", "linux"))
         self.prefetches = FakePrefetches()
         self.uses = Uses(Catalog(self.domain), fake, fake, cast("Any", self.prefetches), nursery)
-        self.cache = DomainCache(Catalog(self.domain), self.images, fake, fake, fake, self.uses, self.pool, fake)
+        self.cache = DomainCache(Catalog(self.domain), self.images, fake, fake, fake, fake, self.uses, fake)
 
     async def ask(self, method: str, params: msgspec.Struct | None = None) -> Any:
         async def report(_: object) -> None:
             await trio.lowlevel.checkpoint()
 
-        kind, handler = self.cache.methods()[method]
+        kind, handler = (self.cache.methods() | self.pool.methods())[method]
         return await handler(params or kind(), report)
 
     async def read(self, *references: str, local: int = SIZE) -> list[LayerKey]:

@@ -68,7 +68,7 @@ def sent(runs: list[Run], flaw: str = "") -> list[Any]:
         events.append(event)
 
     async def body() -> None:
-        exports = Exports(nothing, nothing, nothing, FakeProfiles(runs, flaw), streams)
+        exports = Exports(nothing, nothing, nothing, nothing, FakeProfiles(runs, flaw), streams)
         await exports._send_pack(image, {BLOB: KEY}, report)
 
     run(body)

@@ -17,9 +17,10 @@ from core_sources import LAYER, FakeBlob, FakeMemory, FakeSource, FakeSources, d
 from nsfs.core.blobs import Blobs
 from nsfs.core.claimed import ClaimedLayers, LayerMade, MapMade
 from nsfs.core.images import Image, Layer, ListedLayer
-from nsfs.core.layers import Layers, MapArgs, PlainArgs, SpanArgs, map_id_of
+from nsfs.core.layers import Layers, MapArgs, PlainArgs, map_id_of
 from nsfs.core.lulls import Lulls
 from nsfs.core.recording import QUIET
+from nsfs.core.spanning import SpanArgs, Spanning
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, UnreachableError, UnsupportedError
 from nsfs.model.digest import DiffId, Digest
@@ -161,16 +162,11 @@ class Site:
         jobs: Any = FakeJobs(self)
         self.jobs = jobs
         self.written: list[tuple[int, int]] = []
-        self.layers = Layers(
-            self.catalog,
-            self.files,
-            self.blobs,
-            jobs,
-            nursery,
-            written=self.written.extend,
-            claimed=ClaimedLayers(self.files.path, self.blobs, jobs, self.startups),
-            lulls=Lulls(lambda: inf, lambda: False),
-        )
+        services = self.catalog, self.files, self.blobs, jobs, nursery
+        claimed = ClaimedLayers(self.files.path, self.blobs, jobs, self.startups)
+        lulls = Lulls(lambda: inf, lambda: False)
+        self.spanning = Spanning(*services, claimed=claimed, lulls=lulls)
+        self.layers = Layers(*services, written=self.written.extend, claimed=claimed, spanning=self.spanning)
         self.image = Image("r:latest", "r", "latest", digest_of(b""), CONFIG, tuple(map(layer, range(len(DATA)))))
 
     def commit(self, blob: Digest, size: int) -> None:
@@ -418,11 +414,11 @@ def test_checkpoints_that_fail_are_a_warning_and_are_made_when_they_are_wanted(
         assert "disk full" in caplog.text
         os.unlink(site.files.spool_path(key))
         site.jobs.hooks.clear()
-        assert (await site.layers.ensure_spans(key)).has_spans
-        await site.layers.ensure_spans(key)
+        assert (await site.spanning.ensure(key)).has_spans
+        await site.spanning.ensure(key)
         assert site.jobs.ran.count("make_checkpoints") == 2
         with pytest.raises(NotFoundError):
-            await site.layers.ensure_spans(LayerKey(digest_of(b"unknown"), "plain"))
+            await site.spanning.ensure(LayerKey(digest_of(b"unknown"), "plain"))
 
     with_site(tmp_path, test)
 

@@ -163,12 +163,12 @@ class Site:
         pool: Any = FakePool()
         fetcher: Any = FakeFetcher()
         blobs: Any = FakeBlobs()
-        layers: Any = None
+        spanning: Any = None
         self.pool, self.fetcher = pool, fetcher
         recordings: Any = FakeRecordings()
         self.recordings = recordings
         self.views = Views(
-            catalog or FakeCatalog(), self.open_table, blobs, layers, pool, fetcher, recordings, FakeStartups()
+            catalog or FakeCatalog(), self.open_table, blobs, spanning, pool, fetcher, recordings, FakeStartups()
         )
 
     def open_table(self, of: LayerKey) -> Any:

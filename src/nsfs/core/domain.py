@@ -14,7 +14,7 @@ import msgspec
 import trio
 
 from nsfs.core import worker_api
-from nsfs.core.layers import PLAIN, short
+from nsfs.core.layers import PLAIN
 from nsfs.core.starts import Starts, usage_of
 from nsfs.core.tasks import run_all, running
 from nsfs.errors import NsfsError
@@ -149,9 +149,7 @@ class Domain:
             await trio.sleep(_PROGRESS_EVERY)
             for key, progress in list(self._layers.running.items()):
                 if key.blob in ours:
-                    await report(
-                        Progress(stage="index", what=short(key.blob), done=progress.done, total=progress.total)
-                    )
+                    await report(Progress(stage="index", what=key.blob.short, done=progress.done, total=progress.total))
 
     def _record(self, layer: Layer) -> LayerRecord:
         record = self._layers.record(layer)
@@ -165,7 +163,7 @@ class Domain:
             try:
                 await self._layers.index(image, layer)
             except NsfsError as error:
-                await report(Note(text=f"layer {short(layer.digest)} cannot be served: {error}"))
+                await report(Note(text=f"layer {layer.digest.short} cannot be served: {error}"))
 
         async with self._opened(params, report) as image:
             layers = {layer.digest: layer for layer in image.layers}.values()

@@ -19,7 +19,6 @@ import trio
 
 from nsfs.core import domain, worker_api
 from nsfs.core.completing import InUse, blobs_of
-from nsfs.core.layers import short
 from nsfs.errors import BusyError, NotFoundError, NsfsError
 from nsfs.model.cache import HeldImage, HeldLayer
 from nsfs.model.digest import Digest
@@ -34,10 +33,10 @@ if TYPE_CHECKING:
 
     from nsfs.core.completing import Completing
     from nsfs.core.images import Image, Images
-    from nsfs.core.keeping import KeptPool
     from nsfs.core.layers import Layers
     from nsfs.core.looking import Looking
     from nsfs.core.prefetch import Prefetches
+    from nsfs.core.spanning import Spanning
     from nsfs.core.views import Views
     from nsfs.model.pool import ImageRecord, LayerRecord, MapRecord
 
@@ -166,19 +165,19 @@ class DomainCache:
         catalog: Catalog,
         images: Images,
         layers: Layers,
+        spanning: Spanning,
         views: Views,
         looking: Looking,
         uses: Uses,
-        pool: KeptPool,
         completing: Completing,
     ) -> None:
         self._catalog = catalog
         self._images = images
         self._layers = layers
+        self._spanning = spanning
         self._views = views
         self._looking = looking
         self._uses = uses
-        self._pool = pool
         self._completing = completing
 
     def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, Report], Awaitable[Struct | None]]]]:
@@ -188,7 +187,6 @@ class DomainCache:
             "Held": (worker_api.Empty, self._held),
             "Settle": (worker_api.Empty, self._settle),
             "Drop": (worker_api.Drop, self._drop),
-            "Keep": (worker_api.Keep, self._keep),
             "Pin": (worker_api.Name, self._pin),
             "Unpin": (worker_api.Name, self._unpin),
             "Offline": (worker_api.Name, self._offline),
@@ -213,7 +211,7 @@ class DomainCache:
                 used=record.last_used,
                 mounted=record.key in mounted,
                 pinned=record.blob in pinned,
-                returns=_comes_by_ranges(record) or self._layers.is_spooled(record),
+                returns=_comes_by_ranges(record) or self._spanning.is_spooled(record),
             )
             for record in self._catalog.layers()
         ]
@@ -224,20 +222,16 @@ class DomainCache:
         """Blobs of pinned images."""
         return {blob for record in self._catalog.images() if record.pinned for blob in blobs_of(record)}
 
-    async def _keep(self, params: worker_api.Keep, _report: Report) -> worker_api.Empty:
-        self._pool.refuse(params.unless)
-        return worker_api.Empty()
-
     async def _settle(self, _params: worker_api.Empty, _report: Report) -> worker_api.Evicted:
         """Make now what checkpoints wait for a lull: that takes no content from anybody, and spools go."""
         freed = settled = 0
         for record in self._catalog.layers():
-            if _comes_by_ranges(record) or not self._layers.is_spooled(record):
+            if _comes_by_ranges(record) or not self._spanning.is_spooled(record):
                 continue
             try:
-                await self._layers.ensure_spans(record.key)
+                await self._spanning.ensure(record.key)
             except NsfsError as error:
-                log.warning("layer %s stays, as it could not be fetched again: %s", short(record.blob), error)
+                log.warning("layer %s stays, as it could not be fetched again: %s", record.blob.short, error)
                 continue
             freed += record.blob_size
             settled += 1
@@ -269,8 +263,8 @@ class DomainCache:
         self._uses.give_up(keys)
         freed = 0
         for key in keys:
-            await report(Progress(stage="evict", what=short(key.blob)))
-            await self._layers.ensure_spans(key, params.owner)
+            await report(Progress(stage="evict", what=key.blob.short))
+            await self._spanning.ensure(key, params.owner)
             freed += await self._views.evict(key)
         return worker_api.Evicted(layers=len(keys), freed=freed)
 
@@ -331,10 +325,10 @@ class DomainCache:
         for layer in image.layers:
             record = self._layers.record(layer)
             if record is None:
-                yield f"layer {short(layer.digest)} was never read here: {render_size(layer.descriptor.size)}"
+                yield f"layer {layer.digest.short} was never read here: {render_size(layer.descriptor.size)}"
                 continue
             if absent := self._absent_of(record.key):
-                yield f"layer {short(layer.digest)} is not complete: {render_size(absent)} of its contents"
+                yield f"layer {layer.digest.short} is not complete: {render_size(absent)} of its contents"
 
 
 def _comes_by_ranges(record: LayerRecord) -> bool:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import trio
 
 from nsfs.core import worker_api
-from nsfs.core.layers import short
 from nsfs.core.tasks import run_all
 from nsfs.errors import CorruptError
 from nsfs.format.artifact import INDEX_TYPE, PACK_TYPE, SPANS_TYPE, TABLE_TYPE
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from nsfs.core.images import Image, Images, Layer
     from nsfs.core.layers import Layers
     from nsfs.core.looking import Looking
+    from nsfs.core.spanning import Spanning
     from nsfs.model.digest import Digest
     from nsfs.model.pool import LayerKey
     from nsfs.model.profile import Profile, Run
@@ -73,9 +73,12 @@ class Streams(Protocol):
 class Exports:
     """The service."""
 
-    def __init__(self, images: Images, layers: Layers, looking: Looking, profiles: Profiles, streams: Streams) -> None:
+    def __init__(
+        self, images: Images, layers: Layers, spanning: Spanning, looking: Looking, profiles: Profiles, streams: Streams
+    ) -> None:
         self._images = images
         self._layers = layers
+        self._spanning = spanning
         self._looking = looking
         self._profiles = profiles
         self._streams = streams
@@ -90,7 +93,7 @@ class Exports:
         async with self._turn:
             layers = await self._indexed(image, report)
             for digest, key in layers.items():
-                await report(Progress(stage="export", what=short(digest)))
+                await report(Progress(stage="export", what=digest.short))
                 await self._send_layer(key, report)
             if layers:
                 await self._send_pack(image, layers, report)
@@ -106,11 +109,11 @@ class Exports:
 
         async def index(layer: Layer) -> None:
             key = await self._layers.index(image, layer)
-            record = await self._layers.ensure_spans(key, image.access.owner)
+            record = await self._spanning.ensure(key, image.access.owner)
             if record.has_spans:
                 found[layer.digest] = key
             else:
-                await report(Note(text=f"layer {short(layer.digest)} is left out: it cannot be decompressed in parts"))
+                await report(Note(text=f"layer {layer.digest.short} is left out: it cannot be decompressed in parts"))
 
         await run_all(partial(index, layer) for layer in layers.values())
         return {digest: found[digest] for digest in layers if digest in found}

@@ -10,13 +10,15 @@ Concurrency: any thread, as `store.pool`; each field is one reference.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from nsfs.core import landing
+from nsfs.core import landing, worker_api
 from nsfs.errors import NoSpaceError, NsfsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from msgspec import Struct
 
 
 class Pool(landing.Pool, Protocol):
@@ -42,6 +44,14 @@ class KeptPool:
     def trouble(self) -> str:
         """Why what is fetched is not kept; empty where it is."""
         return self._refusal or self._trouble
+
+    def methods(self) -> dict[str, tuple[type[Struct], Callable[[Any, object], Awaitable[Struct | None]]]]:
+        """What the daemon may call, by name."""
+        return {"Keep": (worker_api.Keep, self._keep)}
+
+    async def _keep(self, params: worker_api.Keep, _report: object) -> worker_api.Empty:
+        self.refuse(params.unless)
+        return worker_api.Empty()
 
     def refuse(self, why: str) -> None:
         """Write nothing from now on; again what comes, where `why` is empty."""

@@ -25,9 +25,9 @@ import trio
 from msgspec import Struct
 
 from nsfs.core.claimed import LayerMade, MapMade, memory_file
-from nsfs.core.firstpass import CheckpointJob
 from nsfs.core.flights import Flights
 from nsfs.core.images import Layer
+from nsfs.core.spanning import twice
 from nsfs.core.tasks import run_all
 from nsfs.core.toc_image import fetch_toc
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnsupportedError
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from nsfs.core.claimed import ClaimedLayers
     from nsfs.core.images import Claim, Image, ListedLayer
     from nsfs.core.jobs import Jobs
-    from nsfs.core.lulls import Lulls
     from nsfs.core.ports import Spool
+    from nsfs.core.spanning import Spanning
     from nsfs.model.digest import Digest
 
 log = logging.getLogger(__name__)
@@ -119,16 +119,6 @@ class TocArgs(Struct, kw_only=True):
     toc_size: int
 
 
-class SpanArgs(Struct, kw_only=True):
-    """For `make_checkpoints`."""
-
-    domain: str
-    blob: str
-    origin: str
-    index: str
-    compression: str
-
-
 class RenderArgs(Struct, kw_only=True):
     """For `render_layer`. Two more descriptors: memory files for the index and for the spans."""
 
@@ -177,7 +167,7 @@ class Layers:
         *,
         written: Callable[[Sequence[tuple[int, int]]], None],
         claimed: ClaimedLayers,
-        lulls: Lulls,
+        spanning: Spanning,
     ) -> None:
         self._catalog = catalog
         self._files = files
@@ -187,13 +177,11 @@ class Layers:
         self._domain = files.path
         self._written = written
         self._claimed = claimed
-        self._lulls = lulls
+        self._spanning = spanning
         self._indexing: Flights[LayerKey] = Flights(nursery)
-        self._spanning: Flights[LayerKey] = Flights(nursery)
         self._mapping: Flights[MapRecord] = Flights(nursery)
         self._claims: dict[LayerKey, DiffId | None] = {}
         """What the image for which a plain layer is read says that its diff ID is; None where that is still to come."""
-        self._background = trio.CapacityLimiter(1)
         self._begun: set[tuple[Digest, Access]] = set()
         """Images, by their manifests, and for whom."""
         self.running: dict[LayerKey, LayerProgress] = {}
@@ -248,7 +236,7 @@ class Layers:
     def check(self, layer: Layer) -> None:
         """Raise UnsupportedError for a layer that cannot be shown."""
         if layer.format.refused:
-            raise UnsupportedError(f"layer {short(layer.digest)} cannot be shown: {layer.format.refused}")
+            raise UnsupportedError(f"layer {layer.digest.short} cannot be shown: {layer.format.refused}")
 
     def begin(self, image: Image) -> None:
         """Index and map an image's layers in the background; whoever needs one asks for it, and hears how it went."""
@@ -294,9 +282,9 @@ class Layers:
         try:
             await self._indexing.join(str(key), partial(self._read_plain, layer, key, None), layer.access.owner)
         except NsfsError as error:
-            log.info("layer %s is not read ahead of its image: %s", short(layer.digest), error)
+            log.info("layer %s is not read ahead of its image: %s", layer.digest.short, error)
         except Exception:
-            log.exception("a bug: layer %s is not read ahead of its image", short(layer.digest))
+            log.exception("a bug: layer %s is not read ahead of its image", layer.digest.short)
 
     async def index(self, image: Image, layer: Layer) -> LayerKey:
         """Make the layer's index complete: for eStargz its TOC, for a plain layer one pass over all of it.
@@ -324,7 +312,7 @@ class Layers:
         except (CorruptError, NotFoundError, UnsupportedError) as error:
             log.warning(
                 "layer %s is read through, since what artifact %s says of it is not to be used: %s",
-                short(layer.digest),
+                layer.digest.short,
                 claim.artifact,
                 error,
             )
@@ -345,7 +333,7 @@ class Layers:
             except CorruptError:
                 if claim in {None, layer.diff_id}:
                     raise
-                log.info("layer %s is read again: another image said something else of it", short(layer.digest))
+                log.info("layer %s is read again: another image said something else of it", layer.digest.short)
         _check_claim(found, layer)
         return key
 
@@ -355,7 +343,7 @@ class Layers:
             self._claims[key] = claim
             made = await self._resumed(blob, key, lambda: self._read_all(layer, claim, blob, progress))
         self._written(made.ranges)
-        self._nursery.start_soon(self._make_spans_in_a_lull, key, layer.access.owner)
+        self._spanning.begin([key], layer.access.owner)
         return key
 
     @contextmanager
@@ -363,7 +351,7 @@ class Layers:
         """Count the layer as running."""
         self.running[key] = LayerProgress(layer)
         try:
-            with self._lulls.disturbed():
+            with self._spanning.put_off():
                 yield self.running[key]
         finally:
             self._claims.pop(key, None)
@@ -390,7 +378,7 @@ class Layers:
         return await fetch_toc(source, image.tag, layer.digest, image.config.platform)
 
     async def _index_without_toc(self, layer: Layer, error: NotFoundError) -> LayerKey:
-        log.warning("layer %s is read as a plain one: %s", short(layer.digest), error)
+        log.warning("layer %s is read as a plain one: %s", layer.digest.short, error)
         key = await self._index_plain(layer)
 
         def note(record: LayerRecord) -> LayerRecord:
@@ -401,7 +389,7 @@ class Layers:
 
     async def _resumed(self, blob: OriginBlob, key: LayerKey, work: Callable[[], Awaitable[T]]) -> T:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
-        return await (_twice(blob, work) if self._files.spool(key).size() else work())
+        return await (twice(blob, work) if self._files.spool(key).size() else work())
 
     def _is_largest(self, layer: ListedLayer) -> bool:
         """No layer that is being read now is larger."""
@@ -491,22 +479,6 @@ class Layers:
         await trio.to_thread.run_sync(self._catalog.put_map, record)
         return record
 
-    def is_spooled(self, record: LayerRecord) -> bool:
-        """Whether the layer's checkpoints can be made without its registry."""
-        return self._files.spool(record.key).size() >= record.blob_size
-
-    async def ensure_spans(self, key: LayerKey, owner: str = "") -> LayerRecord:
-        """Make the layer's content fetchable by ranges; reads the whole blob again where it is no longer spooled.
-
-        The record says then whether it is, or can only be had `whole`.
-        """
-        record = self._known(key)
-        if record.has_spans or record.whole:
-            return record
-        work = partial(self._take_spans if record.spans_blob else self._make_spans, record, owner)
-        await self._spanning.join(str(key), work, owner)
-        return self._known(key)
-
     @asynccontextmanager
     async def rendered(self, key: LayerKey) -> AsyncIterator[tuple[int, int]]:
         """What an artifact says of a layer, a descriptor to read each from: its index, and its spans."""
@@ -516,40 +488,6 @@ class Layers:
             for fd in (index, spans):
                 os.lseek(fd, 0, os.SEEK_SET)
             yield index, spans
-
-    def _blob(self, record: LayerRecord, owner: str) -> OriginBlob:
-        return self._blobs.blob(record.blob, record.blob_size, Access(owner, record.origin))
-
-    async def refill(self, key: LayerKey, work: Callable[[CheckpointJob], None], owner: str = "") -> None:
-        """Read the whole blob of a layer again, and have `work` done with it in a thread."""
-        record = self._known(key)
-        blob = self._blob(record, owner)
-        job = CheckpointJob(
-            key=key,
-            blob_size=record.blob_size,
-            stream_size=record.stream_size,
-            compression=oci.layer_format(record.media_type).compression,
-            spool=self._files.spool(record.key),
-        )
-
-        async def run() -> LayerKey:
-            await _fill(job.spool, blob)
-            await trio.to_thread.run_sync(work, job)
-            job.spool.remove()
-            return key
-
-        await self._spanning.join(str(key), partial(_twice, blob, run), owner)
-
-    def _known(self, key: LayerKey) -> LayerRecord:
-        record = self._catalog.layer(key)
-        if record is None:
-            raise NotFoundError(f"no such layer in this domain: {short(key.blob)}")
-        return record
-
-    def finish(self, keys: Iterable[LayerKey]) -> None:
-        """Make the spans of layers whose making was interrupted, in the background."""
-        for key in keys:
-            self._nursery.start_soon(self._make_spans_in_a_lull, key, "")
 
     async def read_through(self, record: LayerRecord, owner: str) -> None:
         """Read a layer that is only claimed as the plain layer that it is; raises as `index` does.
@@ -567,39 +505,7 @@ class Layers:
             key = await self._index_plain(layer)
         except CorruptError:
             key = await self._index_plain(layer)
-        await self.ensure_spans(key, owner)
-
-    async def _take_spans(self, record: LayerRecord, owner: str) -> LayerKey:
-        await self._claimed.take_spans(record, owner)
-        return record.key
-
-    async def _make_spans(self, record: LayerRecord, owner: str) -> LayerKey:
-        blob = self._blob(record, owner)
-        return await _twice(blob, partial(self._make_checkpoints, record, blob))
-
-    async def _make_checkpoints(self, record: LayerRecord, blob: OriginBlob) -> LayerKey:
-        await _fill(self._files.spool(record.key), blob)
-        args = SpanArgs(
-            domain=self._domain,
-            blob=str(record.blob),
-            origin=record.origin,
-            index=record.index,
-            compression=oci.layer_format(record.media_type).compression.value,
-        )
-        await self._jobs.run("nsfs.layer_jobs:make_checkpoints", args, [], LayerMade)
-        return record.key
-
-    async def _make_spans_in_a_lull(self, key: LayerKey, owner: str) -> None:
-        """Make checkpoints when no start is under way, one layer at a time."""
-        begun = trio.current_time()
-        try:
-            async with self._background:
-                await self._lulls.wait(begun)
-                await self.ensure_spans(key, owner)
-        except NsfsError as error:
-            log.warning("no checkpoints for layer %s, which cannot be evicted without: %s", short(key.blob), error)
-        except Exception:
-            log.exception("a bug: no checkpoints for layer %s, which cannot be evicted without", short(key.blob))
+        await self._spanning.ensure(key, owner)
 
 
 def map_id_of(key: LayerKey, lowers: Sequence[MapRecord] | None = None) -> str:
@@ -635,18 +541,13 @@ def _plain(layer: Layer | ListedLayer) -> LayerKey:
     return LayerKey(layer.digest, PLAIN, layer.access.origin)
 
 
-def short(digest: Digest) -> str:
-    """For people."""
-    return digest.hex[:12]
-
-
 def _check_claim(record: LayerRecord, layer: Layer) -> None:
     """Refuse an image whose configuration says something else of a layer than what was found, and a false index."""
     if record.fenced:
-        raise CorruptError(f"layer {short(layer.digest)} cannot be read: {record.fenced}")
+        raise CorruptError(f"layer {layer.digest.short} cannot be read: {record.fenced}")
     if record.diff_id is not None and record.diff_id != layer.diff_id:
         raise CorruptError(
-            f"layer {short(layer.digest)} is not what the image's configuration says: "
+            f"layer {layer.digest.short} is not what the image's configuration says: "
             f"its diff ID is {record.diff_id}, not {layer.diff_id}"
         )
 
@@ -687,23 +588,3 @@ async def _feed(blob: OriginBlob, offset: int, work: Callable[[int], Awaitable[N
         await run_all((pump, consume))
     except NsfsError as error:
         raise failure[0] if failure else error from None
-
-
-async def _twice(blob: OriginBlob, work: Callable[[], Awaitable[T]]) -> T:
-    """Do work on a spooled blob; once more from nothing where what was spooled turns out to be damaged."""
-    try:
-        return await work()
-    except CorruptError as error:
-        log.warning("what came of layer %s is given up, and all of it read again: %s", short(blob.digest), error)
-    return await work()
-
-
-async def _fill(spool: Spool, blob: OriginBlob) -> None:
-    """Complete the spool, from wherever it ends."""
-    have = spool.size()
-    if have >= blob.size:
-        return
-    with spool.appending(have) as append:
-        async with blob.stream(have) as pieces:
-            async for piece in pieces:
-                await trio.to_thread.run_sync(append, piece)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from nsfs.core.layers import short
 from nsfs.core.tasks import run_all
 from nsfs.core.union import UnionTree, decide
 from nsfs.errors import UsageError
@@ -149,7 +148,7 @@ class Looking:
         costs = await self._layers.left_to_download(image, layers)
         plain = [digest for digest, cost in costs.items() if cost]
         if plain:
-            what = f"plain layer {short(plain[0])}" if len(plain) == 1 else f"{len(plain)} plain layers"
+            what = f"plain layer {plain[0].short}" if len(plain) == 1 else f"{len(plain)} plain layers"
             size = render_size(sum(costs.values()))
             await report(Note(text=f"{what} must be read once, whole, to be indexed: {size} to download"))
 

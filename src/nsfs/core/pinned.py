@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import trio
 
 from nsfs.core import worker_api
-from nsfs.core.layers import short
 from nsfs.core.starts import Begun
 from nsfs.errors import CorruptError, NotFoundError, UnsupportedError
 from nsfs.model.digest import chain_ids
@@ -164,7 +163,7 @@ class Pinned:
             foreign = foreign or layer is None
             if foreign and layer is not None and (await self._layers.map_alone(layer)).needs_lower:
                 raise UnsupportedError(
-                    f"layer {short(layer.digest)} cannot be shown without a layer below that containerd unpacked",
+                    f"layer {layer.digest.short} cannot be shown without a layer below that containerd unpacked",
                     hint="pull the image again, without lazy layers",
                 )
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from nsfs.core.blobs import Blobs
     from nsfs.core.fetcher import Fetcher
-    from nsfs.core.layers import Layers
     from nsfs.core.recording import Recording, Recordings
+    from nsfs.core.spanning import Spanning
     from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
 
 
@@ -99,7 +99,7 @@ class Views:
         catalog: Catalog,
         open_table: Callable[[LayerKey], LayerTable],
         blobs: Blobs,
-        layers: Layers,
+        spanning: Spanning,
         pool: Pool,
         fetcher: Fetcher,
         recordings: Recordings,
@@ -108,7 +108,7 @@ class Views:
         self._catalog = catalog
         self._open_table = open_table
         self._blobs = blobs
-        self._layers = layers
+        self._spanning = spanning
         self._pool = pool
         self._fetcher = fetcher
         self._recordings = recordings
@@ -351,10 +351,10 @@ class Views:
                 raise CorruptError(f"layer {key.blob} is fenced off: {record.fenced}")
 
             async def make_spans() -> Table:
-                found = await self._layers.ensure_spans(key, owner)
+                found = await self._spanning.ensure(key, owner)
                 table = self._open_table(key)
                 if found.whole:
-                    await self._layers.refill(key, lambda job: refill(job, self._pool, table), owner)
+                    await self._spanning.refill(key, lambda job: refill(job, self._pool, table), owner)
                 return table
 
             blob = self._blobs.blob(record.blob, record.blob_size, Access(owner, key.origin))

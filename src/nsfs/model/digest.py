@@ -41,6 +41,11 @@ class Digest(str):
         """The digits alone."""
         return self.partition(":")[2]
 
+    @property
+    def short(self) -> str:
+        """The first 12 digits, for people."""
+        return self.hex[:12]
+
 
 DiffId = NewType("DiffId", Digest)
 """Digest of a layer's uncompressed tar."""
