@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -23,6 +24,7 @@ from nsfs.format.artifact import (
     LAYER,
     MAX_BLOB,
     PACK_TYPE,
+    PROMISE,
     SPANS_TYPE,
     TABLE_TYPE,
     Artifact,
@@ -30,7 +32,9 @@ from nsfs.format.artifact import (
     StartupPack,
     parse_index,
     parse_manifest,
+    parse_promise,
     parse_spans,
+    plan_notes,
     render_index,
     render_manifest,
     render_spans,
@@ -297,6 +301,34 @@ def test_a_pack_begins_with_what_is_wanted_before_it() -> None:
     found = parse_manifest(render_manifest(ARTIFACT, SUBJECT)).pack
     assert found is not None
     assert (found.table, found.size) == (HEAD[-1], 5)
+
+
+def test_its_annotations_say_which_pack_it_has() -> None:
+    notes = json.loads(render_manifest(ARTIFACT, SUBJECT))["annotations"]
+    assert ARTIFACT.pack is not None
+    assert notes == plan_notes(ARTIFACT)
+    assert parse_promise(notes) == (ARTIFACT.pack.pack, ARTIFACT.pack.pack.size - ARTIFACT.pack.size)
+    assert PROMISE not in plan_notes(replace(ARTIFACT, pack=None))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "sha256:" + "a" * 64,
+        "sha256:" + "a" * 64 + " 7",
+        "sha256:" + "a" * 64 + " 7 8",
+        "sha256:" + "a" * 64 + " -7 -8",
+        "sha256:" + "a" * 64 + " 7 3 1",
+        "sha256:" + "a" * 64 + " \u0667 \u0663",
+        "sha256:" + "a" * 64 + f" {MAX_BLOB * 2} {MAX_BLOB + 1}",
+        "sha256:" + "a" * 64 + f" {'7' * 13} 3",
+        "sha256:../../etc 7 3",
+    ],
+)
+def test_what_cannot_be_a_pack_is_not_promised(said: str) -> None:
+    assert parse_promise({PROMISE: said}) is None
+    assert parse_promise({PROMISE: "sha256:" + "a" * 64 + " 7 7"}) is not None
 
 
 def test_a_manifest_is_cut_off_nowhere() -> None:

@@ -11,7 +11,16 @@ from nsfs.core.blobs import Blobs
 from nsfs.core.images import Image, Images, ListedLayer
 from nsfs.core.ports import LocalBlob
 from nsfs.errors import CorruptError, DeniedError, NotFoundError, NsfsError, UnreachableError
-from nsfs.format.artifact import ARTIFACT_TYPE, CREATED, INDEX_TYPE, SPANS_TYPE, plan_artifact, render_manifest
+from nsfs.format.artifact import (
+    ARTIFACT_TYPE,
+    CREATED,
+    INDEX_TYPE,
+    PROMISE,
+    SPANS_TYPE,
+    PromisedPack,
+    plan_artifact,
+    render_manifest,
+)
 from nsfs.model.digest import Digest
 from nsfs.model.oci import OCI_INDEX, OCI_MANIFEST, Descriptor, Document, Platform
 from nsfs.model.pool import Access
@@ -30,8 +39,13 @@ class Site:
     async def resolve(self, version: str = ":latest", platform: str | None = None, trust: str = "off") -> Image:
         return await self.images.resolve("registry/app" + version, platform, trust=trust)
 
-    def attach(self, image: Digest, layer: Digest, created: str, *, about: Digest | None = None) -> Digest:
-        """An artifact beside the image; `about` which one it says it is, if that is another."""
+    def attach(
+        self, image: Digest, layer: Digest, created: str, *, about: Digest | None = None, pack: str = ""
+    ) -> Digest:
+        """An artifact beside the image; `about` which one it says it is, if that is another.
+
+        `pack` is what its entry in the list promises.
+        """
         part = Descriptor(media_type=SPANS_TYPE, digest=digest_of(b"spans"), size=5)
         index = Descriptor(media_type=INDEX_TYPE, digest=digest_of(created.encode()), size=7)
         artifact = plan_artifact(image, [(index, layer), (part, layer)], created)
@@ -39,8 +53,25 @@ class Site:
         digest = digest_of(data)
         self.registry.documents[digest] = Document(data, OCI_MANIFEST, digest)
         listed = Referrer(media_type=OCI_MANIFEST, digest=digest, size=len(data), artifact_type=ARTIFACT_TYPE)
-        self.registry.attached.setdefault(image, []).append(replace(listed, annotations={CREATED: created}))
+        self.registry.attached.setdefault(image, []).append(
+            replace(listed, annotations={CREATED: created} | ({PROMISE: pack} if pack else {}))
+        )
         return digest
+
+
+class Heard:
+    """`Ahead`, who does nothing about it."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[str, list[Digest]]] = []
+        self.packs: list[PromisedPack] = []
+
+    def expect(self, layers: Sequence[ListedLayer], repository: str) -> None:
+        self.layers.append((repository, [layer.digest for layer in layers]))
+
+    def expect_pack(self, promised: PromisedPack, repository: str, access: Access) -> None:
+        assert (repository, access.owner) == ("registry/app", "")
+        self.packs.append(promised)
 
 
 def entry(digest: Digest, machine: str, kind: str = OCI_MANIFEST) -> dict[str, object]:
@@ -69,22 +100,45 @@ def test_who_wants_layers_hears_of_them_before_the_configuration_is_there() -> N
     async def body() -> None:
         site = Site()
         site.registry.add_image("latest", [b"base", b"top"])
-        heard: list[tuple[str, list[Digest]]] = []
-
-        def expect(layers: Sequence[ListedLayer], repository: str) -> None:
-            heard.append((repository, [layer.digest for layer in layers]))
+        ahead = Heard()
 
         async def resolve(platform: str | None = None, trust: str = "off") -> None:
-            await site.images.resolve("registry/app:latest", platform, trust=trust, expect=expect)
+            await site.images.resolve("registry/app:latest", platform, trust=trust, ahead=ahead)
 
         await resolve("linux/amd64")
         site.memory.images.clear()
         await resolve(trust="same-repository")
-        assert heard == [], "a configuration may say that it is another platform's, an artifact how they are read"
+        assert ahead.layers == [], (
+            "a configuration may say that it is another platform's, an artifact how they are read"
+        )
         site.memory.images.clear()
         for _ in range(2):
             await resolve()
-        assert heard == [("registry/app", [digest_of(b"base"), digest_of(b"top")])], "what is remembered is no news"
+        found = [("registry/app", [digest_of(b"base"), digest_of(b"top")])]
+        assert ahead.layers == found, "what is remembered is no news"
+        assert ahead.packs == []
+
+    run(body)
+
+
+def test_who_wants_a_pack_hears_of_it_while_its_artifact_is_asked_for() -> None:
+    async def body() -> None:
+        site, ahead = Site(), Heard()
+        digest = site.registry.add_image("latest", [b"base"])
+        for created, pack in (("2026-01-01", "old"), ("2026-03-01", "new"), ("2026-02-01", "other")):
+            site.attach(digest, digest_of(b"base"), created, pack=f"{digest_of(pack.encode())} 9 4")
+
+        async def resolve(trust: str, platform: str | None = None) -> None:
+            site.memory.images.clear()
+            await site.images.resolve(f"registry/app@{digest}", platform, trust=trust, ahead=ahead)
+
+        await resolve("off")
+        await resolve("same-repository", "linux/amd64")
+        assert ahead.packs == []
+        await resolve("same-repository")
+        assert [each.pack.digest for each in ahead.packs] == [digest_of(b"new")]
+        await site.images.resolve(f"registry/app@{digest}", None, trust="same-repository", ahead=ahead)
+        assert len(ahead.packs) == 1, "what is believed already is no news"
 
     run(body)
 

@@ -108,6 +108,32 @@ def test_what_a_daemon_refuses_is_not_asked_again() -> None:
     run(body)
 
 
+def test_one_that_is_ready_is_not_asked_for_again() -> None:
+    async def body() -> None:
+        uplink = Uplink()
+        async with trio.open_nursery() as nursery:
+            daemons, lent, ends = Daemons(uplink, nursery), LentServer(uplink, nursery), []
+            ((kind, take),) = lent.methods().values()
+
+            async def report(_progress: object) -> None:
+                raise AssertionError("there is nothing on the way")
+
+            async def give() -> None:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ends.append(theirs)
+                await take(kind(fds=[ours.detach()]), report)
+
+            daemons.script = give
+            scope = await daemons.start()
+            for _ in range(2):
+                await lent.make_ready()
+            assert daemons.asked == 1
+            ends[0].close()
+            scope.cancel()
+
+    run(body)
+
+
 def test_one_that_died_is_followed_by_another() -> None:
     async def body() -> None:
         uplink = Uplink()

@@ -12,7 +12,7 @@ from msgspec import Raw, Struct
 
 from nsfs.core import jobs
 from nsfs.errors import CorruptError, NsfsError, UnreachableError
-from nsfs.serve.forkserver import ServerProcess, open_fork_server, serve
+from nsfs.serve.forkserver import ForkServer, ServerProcess, open_fork_server, serve
 from trio_tests import run
 
 
@@ -61,6 +61,9 @@ class FakeSpawner:
         with socket.socket(fileno=os.dup(fds[0])) as channel:
             self.talk(channel, process)
         return process
+
+    async def make_ready(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 def say(channel: socket.socket, *messages: Struct) -> None:
@@ -146,9 +149,14 @@ def test_where_no_process_starts_nothing_is_left() -> None:
         async def spawn(self, entry: str, args: Struct | None, fds: Sequence[int] = ()) -> FakeProcess:
             raise UnreachableError("cannot start a process")
 
+        async def make_ready(self) -> None:
+            raise UnreachableError("there is nobody to start one")
+
     async def body() -> None:
-        with no_descriptor_is_left(), pytest.raises(UnreachableError):
-            await jobs.Jobs(Broken(), 1, 1).run("m:f", Args(1), [], Answer)
+        service = jobs.Jobs(Broken(), 1, 1)
+        await service.make_ready()
+        with no_descriptor_is_left(), pytest.raises(UnreachableError, match="cannot start a process"):
+            await service.run("m:f", Args(1), [], Answer)
 
     run(body)
 
@@ -202,12 +210,22 @@ def forked_server() -> ServerProcess:
     return ServerProcess(ours, pid)
 
 
+class Forked:
+    """Starts real ones."""
+
+    def __init__(self, server: ForkServer) -> None:
+        self.spawn = server.spawn
+
+    async def make_ready(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
 def test_a_real_process_answers_and_raises() -> None:
     server = forked_server()
 
     async def body() -> None:
         async with open_fork_server(server) as spawner:
-            service = jobs.Jobs(spawner, 1, 1)
+            service = jobs.Jobs(Forked(spawner), 1, 1)
             name = "t3_core.test_jobs:entry"
             assert await service.run(name, Args(4), [], Answer) == Answer(8)
             with pytest.raises(CorruptError, match="negative") as caught:

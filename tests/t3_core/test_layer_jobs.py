@@ -23,9 +23,10 @@ from nsfs.core.recording import QUIET
 from nsfs.core.spanning import SpanArgs, Spanning
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NoSpaceError, NotFoundError, UnreachableError, UnsupportedError
+from nsfs.format.artifact import PromisedPack
 from nsfs.model.digest import DiffId, Digest
 from nsfs.model.oci import Descriptor, ImageConfig, Platform, Runtime, layer_format
-from nsfs.model.pool import LayerKey, LayerRecord, MapRecord
+from nsfs.model.pool import Access, LayerKey, LayerRecord, MapRecord
 from nsfs.store.spool import Spool
 from trio_tests import run
 
@@ -139,6 +140,9 @@ class FakeStartups:
     def __init__(self) -> None:
         self.begun: list[str] = []
         self.known: list[LayerKey] = []
+
+    def expect(self, promised: PromisedPack, repository: str, access: Access) -> None:
+        raise AssertionError("nobody has told of a pack")
 
     def begin(self, image: Image) -> None:
         self.begun.append(image.reference)

@@ -11,13 +11,13 @@ import trio
 import trio.testing
 
 from core_sources import FakeBlob, FakeMemory, FakeSource, FakeSources, digest_of
-from nsfs.core.blobs import Blobs
+from nsfs.core.blobs import NOBODY, Blobs
 from nsfs.core.fetchplan import join_blocks
 from nsfs.core.images import Claim, Image, Layer
 from nsfs.core.startup import SOON, Startup, Startups
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import NoSpaceError
-from nsfs.format.artifact import StartupPack
+from nsfs.format.artifact import PromisedPack, StartupPack
 from nsfs.format.pack import PackPiece, PackTable, PackWriter, render_table
 from nsfs.model.digest import DiffId, Digest
 from nsfs.model.oci import Descriptor, ImageConfig, Platform, Runtime, layer_format
@@ -123,6 +123,11 @@ class Site:
         self.startups = Startups(tables, self.pool, blobs, nursery, lambda key: key in self.known)
         self.image = replace(IMAGE, pack=StartupPack(head, named))
 
+    def promised(self) -> PromisedPack:
+        """What a list says of the pack."""
+        assert self.image.pack is not None
+        return PromisedPack(self.image.pack.pack, sum(each.size for each in self.image.pack.head))
+
     def named(self, data: bytes) -> Descriptor:
         self.source.blobs[digest_of(data)] = data
         return descriptor(data)
@@ -180,6 +185,78 @@ def test_a_pack_that_begins_with_something_else_ends(caplog: pytest.LogCaptureFi
             assert await site.startups.take_head(site.image, digest_of(b"an index")) is None
             assert site.awaited(0, 0) is None
             assert "begins with something else than it should" in caplog.text
+
+    run(body)
+
+
+def test_what_a_pack_begins_with_is_held_until_its_artifact_is_believed() -> None:
+    async def body() -> None:
+        async with open_tasks() as nursery:
+            site = Site(nursery, RUNS)
+            promised = site.promised()
+            site.startups.expect(promised, "r", NOBODY)
+            await trio.sleep(1)
+            assert site.source.asked == [(0, promised.head)]
+            assert site.awaited(0, 0) is None, "nobody has reason to wait for it"
+            assert await site.startups.take_head(site.image, digest_of(b"an index")) is None
+            for _ in range(2):
+                site.startups.begin(site.image)
+            assert await site.startups.take_head(site.image, digest_of(b"an index")) == b"an index"
+            await trio.sleep(1)
+            assert site.source.asked == [(0, promised.head), (promised.head, -1)]
+            assert site.has(0, 0, 2 << 20)
+            assert site.has(1, 0, 2 << 20)
+
+    run(body)
+
+
+def test_what_nobody_comes_to_believe_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    async def body() -> None:
+        caplog.set_level("INFO")
+        async with open_tasks() as nursery:
+            site = Site(nursery, RUNS)
+            site.startups.expect(site.promised(), "r", NOBODY)
+            await trio.sleep(60)
+            assert "a start-up pack of r ends: no artifact that is believed has it" in caplog.text
+            assert len(site.source.asked) == 1
+            assert not site.pool.blocks
+            site.startups.begin(site.image)
+            await trio.sleep(1)
+            assert site.has(0, 0, 2 << 20), "it is asked for anew"
+
+    run(body)
+
+
+def test_a_false_promise_of_what_it_begins_with_costs_nothing() -> None:
+    async def body() -> None:
+        async with open_tasks() as nursery:
+            site = Site(nursery, RUNS)
+            site.startups.expect(site.promised()._replace(head=5), "r", NOBODY)
+            site.startups.begin(site.image)
+            assert await site.startups.take_head(site.image, digest_of(b"an index")) == b"an index"
+            await trio.sleep(1)
+            assert site.has(0, 0, 2 << 20)
+
+    run(body)
+
+
+def test_the_largest_layer_goes_first() -> None:
+    async def body() -> None:
+        async with open_tasks() as nursery:
+            site = Site(nursery, RUNS)
+            assert site.image.pack is not None
+            order: list[Digest] = []
+
+            async def take(blob: Descriptor) -> None:
+                await site.startups.take_head(site.image, blob.digest)
+                order.append(blob.digest)
+
+            site.startups.begin(site.image)
+            for blob in site.image.pack.head:
+                nursery.start_soon(take, blob)
+            await trio.sleep(1)
+            sizes = {blob.digest: blob.size for blob in site.image.pack.head}
+            assert [sizes[each] for each in order] == sorted(sizes.values(), reverse=True)
 
     run(body)
 
@@ -285,7 +362,7 @@ def test_a_pack_that_lies_ends_and_nobody_waits_for_it(caplog: pytest.LogCapture
             await trio.sleep(1)
             assert not site.pool.blocks
             assert site.awaited(0, 0) is None
-            assert "a start-up pack of r:latest ends: a piece of a pack does not have the digest" in caplog.text
+            assert "a start-up pack of r ends: a piece of a pack does not have the digest" in caplog.text
 
     run(body)
 

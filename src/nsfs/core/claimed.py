@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nsfs.core.blobs import Blobs
     from nsfs.core.images import Claim, Image, Layer
     from nsfs.core.jobs import Jobs
+    from nsfs.format.artifact import PromisedPack
     from nsfs.model.pool import LayerKey, LayerRecord
 
 
@@ -72,6 +73,9 @@ class MapMade(Struct, kw_only=True):
 class Startups(Protocol):
     """What is known to be read first of images that an artifact says how to read."""
 
+    def expect(self, promised: PromisedPack, repository: str, access: Access) -> None:
+        """Ask for what a pack begins with that an image may turn out to have."""
+
     def begin(self, image: Image) -> None:
         """Begin to have it here, for layers as soon as they are ready."""
 
@@ -92,15 +96,19 @@ class ClaimedLayers:
         self._jobs = jobs
         self._startups = startups
 
+    def expect(self, promised: PromisedPack, repository: str, access: Access) -> None:
+        """What an artifact has of layers may soon be wanted."""
+        self._startups.expect(promised, repository, access)
+
     async def index(self, image: Image, layer: Layer, claim: Claim, key: LayerKey) -> None:
         """Take the layer's index from the artifact, while what a start reads begins to come; raises NsfsError."""
         self._startups.begin(image)
+        spans = claim.layer.spans
+        await self._blobs.add([spans.digest], image.repository, layer.access)
         data = await self._startups.take_head(image, claim.layer.index.digest)
         if data is None:
             source = await self._blobs.source(image.repository, layer.access.owner)
             data = await source.read_blob(claim.layer.index, MAX_BLOB)
-        spans = claim.layer.spans
-        await self._blobs.add([spans.digest], image.repository, layer.access)
         args = ClaimArgs(
             domain=self._directory,
             blob=str(key.blob),

@@ -106,8 +106,8 @@ class Domain:
 
     async def _resolve(self, params: worker_api.Prepare | worker_api.Name, report: Report) -> Image:
         """The image that is meant; whoever asks hears where that is no news."""
-        expect = self._layers.expect if isinstance(params, worker_api.Prepare) else None
-        image = await self._images.resolve(params.reference, params.platform, params.owner, params.trust, expect)
+        ahead = self._layers if isinstance(params, worker_api.Prepare) else None
+        image = await self._images.resolve(params.reference, params.platform, params.owner, params.trust, ahead)
         if image.stale:
             await report(Note(text=f"{image.reference} is as it was known before: {image.stale}"))
         return image

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -19,17 +18,17 @@ import trio
 from nsfs.core.blobs import NOBODY
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnreachableError
-from nsfs.format.artifact import ARTIFACT_TYPE, CREATED, parse_manifest
+from nsfs.format.artifact import ARTIFACT_TYPE, CREATED, parse_manifest, parse_promise
 from nsfs.model import oci
 from nsfs.model.digest import Digest
 from nsfs.model.policy import TRUST_NONE, TRUST_REPOSITORY
 from nsfs.model.pool import ImageRecord
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
     from nsfs.core.ports import Source
-    from nsfs.format.artifact import Artifact, ClaimedLayer, StartupPack
+    from nsfs.format.artifact import Artifact, ClaimedLayer, PromisedPack, StartupPack
     from nsfs.model.digest import DiffId
     from nsfs.model.pool import Access
 
@@ -152,11 +151,14 @@ class Sources(Protocol):
         """Where the blobs of a repository are, as `owner` sees it."""
 
 
-class Expect(Protocol):
-    """Who begins with layers before their image is whole."""
+class Ahead(Protocol):
+    """Who begins with what an image will want before that is whole."""
 
-    def __call__(self, layers: Sequence[ListedLayer], repository: str, /) -> None:
-        """These will be wanted."""
+    def expect(self, layers: Sequence[ListedLayer], repository: str) -> None:
+        """These layers will be read."""
+
+    def expect_pack(self, promised: PromisedPack, repository: str, access: Access) -> None:
+        """An artifact that may be believed has this pack, as a list says."""
 
 
 class ImageMemory(Protocol):
@@ -193,31 +195,31 @@ class Images:
         platform: str | None,
         owner: str = "",
         trust: str = TRUST_NONE,
-        expect: Expect | None = None,
+        ahead: Ahead | None = None,
     ) -> Image:
         """The image that `reference` names now; from memory where its registry cannot be reached.
 
         Raises NotFoundError where there is none for `platform`. Without one the host's is chosen from an index, and a
         single image is taken as it is. `trust` says which artifact beside it is believed (`policy.parse_trust`).
 
-        Where the manifest is new, nothing beside it is believed, and nobody else's leave is needed, `expect` hears of
-        its layers (and the repository) before its configuration is asked for.
+        Where the manifest is new, and nobody else's leave is needed, `ahead` hears of its layers before its
+        configuration is asked for; where something beside it may be believed instead, of the pack that a list names.
         """
         wanted = oci.Platform.parse(platform) if platform else self._platform
         located = await self._sources.locate(reference, owner)
-        if platform or self._gate is not None or trust != TRUST_NONE:
-            expect = None
-        async with self._looking(located, trust) as look:
-            image = await self._recall(located, wanted, look, expect)
+        if platform or self._gate is not None:
+            ahead = None
+        async with self._looking(located, trust, ahead) as look:
+            image = await self._recall(located, wanted, look)
             if platform:
                 oci.check_platform(image.config.platform, wanted)
             return await self._with_claims(await self._admitted(image), located.key(wanted), look)
 
     @asynccontextmanager
-    async def _looking(self, located: Located, trust: str) -> AsyncIterator[_Look]:
+    async def _looking(self, located: Located, trust: str, ahead: Ahead | None = None) -> AsyncIterator[_Look]:
         """What is looked for beside images while the block lasts."""
         async with open_tasks() as nursery:
-            yield _Look(trust, partial(self._look_beside, located, trust), nursery)
+            yield _Look(trust, located, ahead, self._look_beside, nursery)
 
     async def _with_claims(self, image: Image, key: str, look: _Look) -> Image:
         """The image with what the artifact says that is to be believed, if there is one."""
@@ -232,13 +234,14 @@ class Images:
             await self._remember(key, record)
         return _claimed(image, Digest(record.artifact_digest), parse_manifest(record.artifact))
 
-    async def _look_beside(self, located: Located, trust: str, image: Digest) -> oci.Document | None:
+    async def _look_beside(self, look: _Look, image: Digest) -> oci.Document | None:
         """The artifact to be believed; where there is none, nobody looks again for a while."""
-        asked, now = (image, located.access.owner, trust), trio.current_time()
+        located = look.located
+        asked, now = (image, located.access.owner, look.trust), trio.current_time()
         if now < self._without.get(asked, 0):
             return None
         try:
-            found = await find_artifact(located.source, image, trust)
+            found = await find_artifact(located.source, image, look.trust, look.expect_pack)
         except NsfsError as error:
             log.warning("nothing beside %s is believed: %s", located.reference, error)
             found = None
@@ -252,13 +255,13 @@ class Images:
             await self._gate.admit(image)
         return image
 
-    async def _recall(self, located: Located, wanted: oci.Platform, look: _Look, expect: Expect | None) -> Image:
+    async def _recall(self, located: Located, wanted: oci.Platform, look: _Look) -> Image:
         key = located.key(wanted)
         remembered = self._memory.image(key)
         if remembered is not None and remembered.manifest_digest == located.version:
             return _read(located, remembered)
         try:
-            record = await _fetch(located, wanted, remembered, look, expect)
+            record = await _fetch(located, wanted, remembered, look)
         except UnreachableError as error:
             if remembered is None:
                 raise
@@ -302,12 +305,22 @@ class Images:
 
 
 class _Look:
-    """Looks for what is to be believed beside the manifests that an image may have, as soon as each is named."""
+    """Looks for what is to be believed beside the manifests that an image may have, as soon as each is named.
+
+    Whoever begins ahead hears of what is found out before the image is.
+    """
 
     def __init__(
-        self, trust: str, ask: Callable[[Digest], Awaitable[oci.Document | None]], nursery: trio.Nursery
+        self,
+        trust: str,
+        located: Located,
+        ahead: Ahead | None,
+        ask: Callable[[_Look, Digest], Awaitable[oci.Document | None]],
+        nursery: trio.Nursery,
     ) -> None:
         self.trust = trust
+        self.located = located
+        self._ahead = ahead
         self._ask = ask
         self._nursery = nursery
         self._found: dict[Digest, oci.Document | None] = {}
@@ -319,8 +332,19 @@ class _Look:
             self._ended[image] = trio.Event()
             self._nursery.start_soon(self._run, image)
 
+    def expect(self, layers: Iterable[oci.Descriptor]) -> None:
+        """A manifest has these; they are read whole where nothing beside it is believed."""
+        if self._ahead is not None and self.trust == TRUST_NONE:
+            listed = [_listed(each, self.located.access) for each in layers]
+            self._ahead.expect(listed, self.located.repository)
+
+    def expect_pack(self, promised: PromisedPack) -> None:
+        """The artifact that is looked at is said to have this."""
+        if self._ahead is not None:
+            self._ahead.expect_pack(promised, self.located.repository, self.located.access)
+
     async def _run(self, image: Digest) -> None:
-        self._found[image] = await self._ask(image)
+        self._found[image] = await self._ask(self, image)
         self._ended[image].set()
 
     async def find(self, image: Digest) -> oci.Document | None:
@@ -330,13 +354,20 @@ class _Look:
         return self._found[image]
 
 
-async def find_artifact(source: Source, image: Digest, trust: str) -> oci.Document | None:
-    """The manifest of the artifact beside an image that `trust` means, the newest of several; raises NsfsError."""
+async def find_artifact(
+    source: Source, image: Digest, trust: str, expect_pack: Callable[[PromisedPack], None]
+) -> oci.Document | None:
+    """The manifest of the artifact beside an image that `trust` means, the newest of several; raises NsfsError.
+
+    `expect_pack` hears what the list says of that one's pack while the manifest is asked for.
+    """
     if trust != TRUST_REPOSITORY:
         document = await source.manifest(trust)
         return document if parse_manifest(document.data).subject == image else None
     listed = await source.referrers(image, ARTIFACT_TYPE)
     newest = sorted(listed, key=lambda each: (each.annotations or {}).get(CREATED, ""), reverse=True)
+    if newest and (promised := parse_promise(newest[0].annotations or {})) is not None:
+        expect_pack(promised)
     for referrer in newest[:_MOST]:
         try:
             document = await source.manifest(str(referrer.digest))
@@ -359,7 +390,6 @@ async def _fetch(
     wanted: oci.Platform,
     remembered: ImageRecord | None,
     look: _Look,
-    expect: Expect | None = None,
 ) -> ImageRecord:
     """The image's documents; a manifest that is `remembered` still has the configuration it had.
 
@@ -379,8 +409,7 @@ async def _fetch(
                     reference=located.reference,
                 )
             look.begin(document.digest)
-            if expect is not None:
-                expect([_listed(each, located.access) for each in parsed.layers], located.repository)
+            look.expect(parsed.layers)
             config = await located.source.read_blob(parsed.config, oci.MAX_CONFIG)
             return ImageRecord(
                 repository=located.repository,

@@ -130,6 +130,9 @@ class Spawner(Protocol):
     async def spawn(self, entry: str, args: Struct | None, fds: Sequence[int] = ()) -> Process:
         """Run `entry` in a process of its own."""
 
+    async def make_ready(self) -> None:
+        """Have what the first `spawn` would wait for; raises NsfsError."""
+
 
 class Jobs:
     """The worker's side: runs jobs, at most `limit` at a time; jobs that are fed, `fed_limit` beside them.
@@ -144,6 +147,11 @@ class Jobs:
         """The first descriptors of every job: what the domain's processes share."""
         self._limiter = trio.CapacityLimiter(limit)
         self._fed_limiter = trio.CapacityLimiter(fed_limit)
+
+    async def make_ready(self) -> None:
+        """Have the first job begin at once; where that cannot be, it says why."""
+        with suppress(NsfsError):
+            await self._spawner.make_ready()
 
     async def run(
         self,

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from nsfs.core.jobs import Jobs
     from nsfs.core.ports import Spool
     from nsfs.core.spanning import Spanning
+    from nsfs.format.artifact import PromisedPack
     from nsfs.model.digest import Digest
 
 log = logging.getLogger(__name__)
@@ -266,6 +267,11 @@ class Layers:
         largest_first = sorted(unique.values(), key=lambda layer: layer.descriptor.size, reverse=True)
         if largest_first:
             self._nursery.start_soon(self._read_expected, largest_first, repository)
+
+    def expect_pack(self, promised: PromisedPack, repository: str, access: Access) -> None:
+        """Begin to have what an artifact may have of layers; nothing of it is believed before that is."""
+        self._nursery.start_soon(self._jobs.make_ready)
+        self._claimed.expect(promised, repository, access)
 
     async def _read_expected(self, layers: Sequence[ListedLayer], repository: str) -> None:
         """Of connections that are open the largest layer takes the first."""

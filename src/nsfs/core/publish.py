@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from nsfs.core.tasks import run_all
 from nsfs.errors import CorruptError, NsfsError, UnsupportedError
-from nsfs.format.artifact import ARTIFACT_TYPE, CREATED, EMPTY, parse_manifest, plan_artifact, render_manifest
+from nsfs.format.artifact import ARTIFACT_TYPE, EMPTY, parse_manifest, plan_artifact, plan_notes, render_manifest
 from nsfs.model import oci
 from nsfs.model.digest import Digest
 from nsfs.model.referrers import Referrer, Upload, upload_of
@@ -143,7 +143,7 @@ async def publish(
         digest=Digest.of(data),
         size=len(data),
         artifact_type=ARTIFACT_TYPE,
-        annotations={CREATED: created},
+        annotations=plan_notes(artifact),
     )
     await beside.attach(data, oci.OCI_MANIFEST, image.digest, referrer)
     return _report(referrer.digest, image.digest, artifact)

@@ -2,6 +2,8 @@
 
 Owns the packs that are under way: each comes once at a time for an owner, is verified piece by piece, and goes to those
 layers only that are read by the index of the artifact which has the pack. A read of what is soon to come waits for it.
+What a pack begins with may be asked for before anybody believes that artifact: it is held until then, and goes nowhere
+without.
 Refuses nothing: whatever goes wrong ends the pack, and reads fetch by ranges what it did not bring.
 
 Concurrency: tasks in the worker's nursery. One receives, at most `_AHEAD` parts ahead of the one that stores, which
@@ -24,7 +26,7 @@ import trio
 from nsfs.core.fetchplan import Window, blocks_of, join_blocks
 from nsfs.core.landing import store_window
 from nsfs.core.tasks import run_all
-from nsfs.errors import CorruptError, NsfsError
+from nsfs.errors import CorruptError, NotFoundError, NsfsError
 from nsfs.format.pack import open_piece, parse_table
 from nsfs.model.pool import LayerKey
 
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
     from nsfs.core.images import Image
     from nsfs.core.landing import Pool
     from nsfs.core.ports import Blob
-    from nsfs.format.artifact import StartupPack
+    from nsfs.format.artifact import PromisedPack, StartupPack
     from nsfs.format.pack import PackPiece, PackTable
     from nsfs.model.digest import Digest
     from nsfs.model.oci import Descriptor
+    from nsfs.model.pool import Access
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,8 @@ _AHEAD: Final = 128
 """Parts of the stream, of 64 KiB at most over a network, that are received and not taken apart yet."""
 _FRESH: Final = 30.0
 """Seconds for which a start that a pack was for may go on."""
+_BELIEVED: Final = 10.0
+"""Seconds for which the beginning of a pack is held that nobody believes."""
 _READY: Final = 30.0
 """Seconds that a piece waits for its layer."""
 _EXTENTS: Final = 1 << 13
@@ -69,10 +74,39 @@ class _Coming:
 class _Asked:
     """A pack whose table is asked for."""
 
-    keys: frozenset[LayerKey]
+    ahead: int = 0
+    """Bytes that are asked for before anybody believes its artifact."""
+    image: Image | None = None
+    """That is to have it; None until then."""
+    keys: frozenset[LayerKey] = frozenset()
     """The layers that may be to have it."""
+    is_believed: trio.Event = field(default_factory=trio.Event)
     is_here: trio.Event = field(default_factory=trio.Event)
     """The table, or nothing comes."""
+
+    def believe(self, image: Image) -> None:
+        """The image's artifact is believed, and has the pack."""
+        self.image = image
+        self.keys = frozenset(_claimed(image))
+        self.is_believed.set()
+
+    async def wait_believed(self) -> tuple[Image, StartupPack]:
+        """The image, and its pack; raises NotFoundError where nobody comes to have that."""
+        with trio.move_on_after(_BELIEVED):
+            await self.is_believed.wait()
+        if self.image is None or self.image.pack is None:
+            raise NotFoundError("no artifact that is believed has it")
+        return self.image, self.image.pack
+
+    async def receive(self, blob: Blob, send: trio.MemorySendChannel[bytes]) -> None:
+        """Give all of a blob as it comes; but for its beginning, it is asked for once it is believed."""
+        async with send:
+            if self.ahead:
+                await send.send(await blob.fetch(0, self.ahead))
+                await self.is_believed.wait()
+            async with blob.stream(self.ahead) as stream:
+                async for data in stream:
+                    await send.send(data)
 
     def awaited(self, key: LayerKey, _start: int, _end: int) -> trio.Event | None:
         """See Startup."""
@@ -188,25 +222,38 @@ class Startups:
         """Others that ended a moment ago, and when, by trio's clock."""
         self._became_ready = trio.Event()
 
+    def expect(self, promised: PromisedPack, repository: str, access: Access) -> None:
+        """Ask for what a pack begins with that an image may turn out to have; for a while it is held for `begin`."""
+        self._ask(promised.pack, repository, access.owner, promised.head)
+
+    def _ask(self, pack: Descriptor, repository: str, owner: str, ahead: int = 0) -> tuple[str, str]:
+        """Have it under way; gives its name."""
+        name = _name(pack, owner)
+        if name not in self._running:
+            self._running[name] = asked = _Asked(ahead)
+            self._nursery.start_soon(self._run, name, pack, repository, asked)
+        return name
+
     def begin(self, image: Image) -> None:
         """Begin to have what a start of the image reads, if its artifact has that and nobody did."""
-        if image.pack is not None:
-            name = _name(image, image.pack)
-            if name not in self._running:
-                self._running[name] = asked = _Asked(frozenset(_claimed(image)))
-                self._heads[name] = _Head(image.pack.head)
-                self._nursery.start_soon(self._run, image, image.pack, asked)
+        if image.pack is None:
+            return
+        name = self._ask(image.pack.pack, image.repository, image.access.owner)
+        asked = self._running[name]
+        if isinstance(asked, _Asked) and asked.image is None:
+            self._heads[name] = _Head(image.pack.head)
+            asked.believe(image)
 
     async def take_head(self, image: Image, blob: Digest) -> bytes | None:
         """A blob that the pack begins with, verified; None where that does not come, or came earlier."""
-        head = self._heads.get(_name(image, image.pack)) if image.pack is not None else None
+        head = self._heads.get(_name(image.pack.pack, image.access.owner)) if image.pack is not None else None
         return None if head is None else await head.take(blob)
 
     def is_fresh(self, image: Image) -> bool:
         """Whether the image's pack is under way, or came a moment ago: its start has that, and little else."""
         if image.pack is None:
             return False
-        name = _name(image, image.pack)
+        name = _name(image.pack.pack, image.access.owner)
         when, _ = self._came.get(name, (-math.inf, None))
         return name in self._running or trio.current_time() - when < _FRESH
 
@@ -215,7 +262,7 @@ class Startups:
 
         In the order of its pieces. Looks at memory maps alone; any thread.
         """
-        startup = None if image.pack is None else self._fresh(_name(image, image.pack))
+        startup = None if image.pack is None else self._fresh(_name(image.pack.pack, image.access.owner))
         if startup is None:
             return []
         tables = {layer: self._open_table(key) for layer, key in startup.keys.items() if self._is_known(key)}
@@ -257,23 +304,17 @@ class Startups:
             for event in startup.stored:
                 await event.wait()
 
-    async def _run(self, image: Image, pack: StartupPack, asked: _Asked) -> None:
-        name = _name(image, pack)
+    async def _run(self, name: tuple[str, str], pack: Descriptor, repository: str, asked: _Asked) -> None:
         try:
-            source = await self._blobs.source(image.repository, image.access.owner)
+            source = await self._blobs.source(repository, name[1])
             send, receive = trio.open_memory_channel[bytes](_AHEAD)
-            await run_all(
-                (
-                    partial(_receive, source.blob(pack.pack), send),
-                    partial(self._take, image, pack, asked, receive),
-                )
-            )
+            await run_all((partial(asked.receive, source.blob(pack), send), partial(self._take, name, asked, receive)))
         except NsfsError as error:
-            log.info("a start-up pack of %s ends: %s", image.reference, error)
+            log.info("a start-up pack of %s ends: %s", repository, error)
         except Exception:
-            log.exception("a bug: no start-up pack of %s", image.reference)
+            log.exception("a bug: no start-up pack of %s", repository)
         finally:
-            self._heads.pop(name).end()
+            self._heads.pop(name, _Head(())).end()
             ended = self._running.pop(name)
             now = trio.current_time()
             self._came = {each: came for each, came in self._came.items() if now - came[0] < _FRESH}
@@ -282,13 +323,13 @@ class Startups:
             for event in ended.stored if isinstance(ended, Startup) else [asked.is_here]:
                 event.set()
 
-    async def _take(
-        self, image: Image, pack: StartupPack, asked: _Asked, stream: trio.MemoryReceiveChannel[bytes]
-    ) -> None:
-        """Give out the head of a pack, and store its pieces."""
-        name, parts = _name(image, pack), _Parts(stream)
-        for blob in pack.head:
-            self._heads[name].put(blob.digest, await parts.take(blob.size))
+    async def _take(self, name: tuple[str, str], asked: _Asked, stream: trio.MemoryReceiveChannel[bytes]) -> None:
+        """Give out the head of a pack that is believed, and store its pieces."""
+        (image, pack), parts = await asked.wait_believed(), _Parts(stream)
+        head = [(blob.digest, await parts.take(blob.size)) for blob in pack.head]
+        for digest, data in sorted(head, key=lambda each: len(each[1]), reverse=True):
+            self._heads[name].put(digest, data)
+            await trio.lowlevel.checkpoint()  # who waits for the largest goes on first
         table = parse_table(await self._heads[name].take(pack.table.digest) or b"", pack.size)
         startup = await trio.to_thread.run_sync(Startup.plan, image, table)
         self._running[name] = startup
@@ -322,8 +363,8 @@ class Startups:
                 raise refused
 
 
-def _name(image: Image, pack: StartupPack) -> tuple[str, str]:
-    return str(pack.pack.digest), image.access.owner
+def _name(pack: Descriptor, owner: str) -> tuple[str, str]:
+    return str(pack.digest), owner
 
 
 def _claimed(image: Image) -> list[LayerKey]:
@@ -333,13 +374,6 @@ def _claimed(image: Image) -> list[LayerKey]:
         for layer in image.layers
         if layer.claim is not None
     ]
-
-
-async def _receive(blob: Blob, send: trio.MemorySendChannel[bytes]) -> None:
-    """Give all of a blob as it comes; it is asked for at once."""
-    async with send, blob.stream() as stream:
-        async for data in stream:
-            await send.send(data)
 
 
 def _extents(tables: Mapping[int, Table], piece: PackPiece) -> list[tuple[int, int]]:

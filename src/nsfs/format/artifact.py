@@ -10,6 +10,7 @@ that are not the whole stream or lie outside of the blob. Whether the claim is t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from nsfs.model.layer import Codec, Covers, Entry, Kind, LayerIndex, Span, Spans
 from nsfs.model.oci import Compression, Descriptor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 ARTIFACT_TYPE: Final = "application/vnd.nsfs.index.v1"
 INDEX_TYPE: Final = "application/vnd.nsfs.index.layer.v1+zstd"
@@ -40,6 +41,9 @@ EMPTY: Final = b"{}"
 LAYER: Final = "dev.nsfs.layer"
 """The annotation that names the layer's blob which a blob of the artifact is about."""
 CREATED: Final = "org.opencontainers.image.created"
+PROMISE: Final = "dev.nsfs.pack"
+"""The annotation that names the pack: digest, size, and bytes of what it begins with. Registries' lists have it (OCI
+distribution specification 1.1, "Listing Referrers"): who reads one can ask for that beside the manifest."""
 
 MAX_BLOB: Final = 64 << 20
 """Bytes of an index or of spans as they are sent. Checkpoints take 12 KiB for each MiB of stream: 5 GiB of it."""
@@ -52,6 +56,7 @@ _MAX_SIZE: Final = 1 << 62
 _MAX_WINDOW: Final = 33 << 10
 """Bytes of a checkpoint's window as zlib has it; 32 KiB that do not compress take a few more."""
 _MAX_TEXT: Final = 200
+_PROMISED: Final = re.compile(r"([^ ]{1,200}) ([0-9]{1,12}) ([0-9]{1,12})", re.ASCII)
 
 CODECS: Final = {Compression.NONE: Codec.NONE, Compression.GZIP: Codec.DEFLATE, Compression.ZSTD: Codec.ZSTD}
 """How the spans of a layer's tar are compressed."""
@@ -133,9 +138,40 @@ def render_manifest(artifact: Artifact, subject: Descriptor) -> bytes:
         config=Descriptor(media_type=ARTIFACT_TYPE, digest=Digest.of(EMPTY), size=len(EMPTY)),
         layers=[*blobs, *pack],
         subject=subject,
-        annotations={CREATED: artifact.created} if artifact.created else {},
+        annotations=plan_notes(artifact),
     )
     return msgspec.json.encode(_without_none(msgspec.to_builtins(manifest, enc_hook=str)), order="deterministic")
+
+
+def plan_notes(artifact: Artifact) -> dict[str, str]:
+    """The annotations of an artifact's manifest, and so of its entry in lists."""
+    created = {CREATED: artifact.created} if artifact.created else {}
+    return created if artifact.pack is None else created | {PROMISE: _render_promise(artifact.pack)}
+
+
+def _render_promise(pack: StartupPack) -> str:
+    return f"{pack.pack.digest} {pack.pack.size} {pack.pack.size - pack.size}"
+
+
+class PromisedPack(NamedTuple):
+    """What a list says of an artifact's pack."""
+
+    pack: Descriptor
+    head: int
+    """Bytes that it begins with, before its pieces."""
+
+
+def parse_promise(notes: Mapping[str, str]) -> PromisedPack | None:
+    """The pack that an artifact with these annotations says it has; None where it says nothing that can be."""
+    found = _PROMISED.fullmatch(notes.get(PROMISE, ""))
+    if found is None:
+        return None
+    try:
+        pack = Descriptor(media_type=PACK_TYPE, digest=Digest(found[1]), size=int(found[2]))
+    except NsfsError:
+        return None
+    head = int(found[3])
+    return PromisedPack(pack, head) if head <= min(pack.size, MAX_BLOB) else None
 
 
 def _noted(descriptor: Descriptor, blob: Digest) -> Descriptor:

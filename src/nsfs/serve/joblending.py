@@ -75,11 +75,17 @@ class LentServer:
 
     async def spawn(self, entry: str, args: Struct | None, fds: Sequence[int] = ()) -> Child:
         """See Spawner; raises UnreachableError where there can be no server."""
+        server = await self._get()
+        return await server.spawn(entry, args, fds)
+
+    async def make_ready(self) -> None:
+        """See Spawner."""
+        await self._get()
+
+    async def _get(self) -> ForkServer:
         async with self._lock:
             server = self._server
-            if server is None or not server.is_alive:
-                server = await self._ask()
-        return await server.spawn(entry, args, fds)
+            return server if server is not None and server.is_alive else await self._ask()
 
     async def _ask(self) -> ForkServer:
         self._server = None
