@@ -50,7 +50,7 @@ from nsfs.serve.credentials import Keychain
 from nsfs.serve.dumps import forbid_core_dumps
 from nsfs.serve.entrance import listening
 from nsfs.serve.fdstore import HolderStore, Notifier, SystemdStore
-from nsfs.serve.forkserver import launch_server, open_fork_server
+from nsfs.serve.forkclient import launch_server, open_fork_server
 from nsfs.serve.fronts import open_fronts
 from nsfs.serve.hostfiles import HostFiles
 from nsfs.serve.keeping import Keeper
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     from nsfs.core.snapshots import Snapshots
     from nsfs.serve.config import Config
     from nsfs.serve.entrance import Entrance
-    from nsfs.serve.forkserver import ForkServer, ServerProcess
+    from nsfs.serve.forkclient import ForkServer, ServerProcess
     from nsfs.serve.keeping import Left
     from nsfs.serve.sandbox import Place
     from nsfs.serve.supervisor import Supervisor, Terms

@@ -57,7 +57,7 @@ from nsfs.remote.source import open_remote
 from nsfs.remote.transport import Timeouts
 from nsfs.serve.config import unpack_config
 from nsfs.serve.credentials import AskedCredentials
-from nsfs.serve.forkserver import received_fds
+from nsfs.serve.forkclient import received_fds
 from nsfs.serve.fuse import FuseOperations
 from nsfs.serve.joblending import LentServer, limit_memory
 from nsfs.serve.lending import Borrowing, Uplink

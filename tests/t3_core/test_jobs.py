@@ -12,7 +12,8 @@ from msgspec import Raw, Struct
 
 from nsfs.core import jobs
 from nsfs.errors import CorruptError, NsfsError, UnreachableError
-from nsfs.serve.forkserver import ForkServer, ServerProcess, open_fork_server, serve
+from nsfs.serve.forkclient import ForkServer, ServerProcess, open_fork_server
+from nsfs.serve.forkserver import serve
 from trio_tests import run
 
 

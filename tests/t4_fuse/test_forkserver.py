@@ -15,8 +15,8 @@ from msgspec import Struct
 
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import DeniedError, UnreachableError
-from nsfs.serve import forkserver
-from nsfs.serve.forkserver import ForkServer, ServerProcess, open_fork_server
+from nsfs.serve.forkclient import ForkServer, ServerProcess, launch_server, open_fork_server
+from nsfs.serve.forking import MAX_MESSAGE
 from nsfs.serve.joblending import ENTRY, JobServerArgs
 
 ME = "test_forkserver_entries"
@@ -84,7 +84,7 @@ def with_server(
 ) -> None:
     async def limited() -> None:
         with trio.fail_after(60):
-            async with open_fork_server(process or forkserver.launch_server([ME]), relaunch) as server:
+            async with open_fork_server(process or launch_server([ME]), relaunch) as server:
                 await body(server)
 
     trio.run(limited)
@@ -106,7 +106,7 @@ def test_what_a_server_did_first_its_children_find_done() -> None:
         assert await server.run(f"{ME}:count_warmed", None) == 1
         assert await server.run(f"{ME}:count_warmed", None) == 1
 
-    with_server(body, forkserver.launch_server([f"{ME}:warm_up"]))
+    with_server(body, launch_server([f"{ME}:warm_up"]))
 
 
 def test_a_child_gets_its_arguments_and_descriptors_and_nothing_else() -> None:
@@ -175,7 +175,7 @@ def test_tied_children_die_with_the_server_and_others_do_not() -> None:
         tied.close()
         free.close()
 
-    process = forkserver.launch_server([ME])
+    process = launch_server([ME])
     with_server(body, process)
 
 
@@ -183,7 +183,7 @@ def test_a_server_that_died_is_followed_by_another(caplog: pytest.LogCaptureFixt
     launched: list[ServerProcess] = []
 
     def launch() -> ServerProcess:
-        launched.append(forkserver.launch_server([ME]))
+        launched.append(launch_server([ME]))
         return launched[-1]
 
     async def body(server: ForkServer) -> None:
@@ -252,7 +252,7 @@ async def spare_of(process: ServerProcess) -> int:
 
 
 def test_a_spare_is_the_next_child_and_another_follows() -> None:
-    process = forkserver.launch_server([ME])
+    process = launch_server([ME])
 
     async def body(server: ForkServer) -> None:
         assert await server.run(f"{ME}:nothing", None) == 0  # what it starts on its way up is over
@@ -268,7 +268,7 @@ def test_a_spare_is_the_next_child_and_another_follows() -> None:
 
 
 def test_a_spare_that_is_killed_is_missed_by_nobody_and_none_outlives_its_server() -> None:
-    process, spares = forkserver.launch_server([ME]), []
+    process, spares = launch_server([ME]), []
 
     async def body(server: ForkServer) -> None:
         assert await server.run(f"{ME}:nothing", None) == 0
@@ -290,8 +290,8 @@ def test_a_spare_that_is_killed_is_missed_by_nobody_and_none_outlives_its_server
 def test_requests_that_are_too_large_are_refused() -> None:
     async def body(server: ForkServer) -> None:
         with pytest.raises(ValueError, match="too large"):
-            await server.spawn(f"{ME}:nothing", Text("x" * forkserver.MAX_MESSAGE))
-        assert await server.run(f"{ME}:nothing", Text("x" * (forkserver.MAX_MESSAGE - 200))) == 0
+            await server.spawn(f"{ME}:nothing", Text("x" * MAX_MESSAGE))
+        assert await server.run(f"{ME}:nothing", Text("x" * (MAX_MESSAGE - 200))) == 0
 
     with_server(body)
 

@@ -15,7 +15,7 @@ from nsfs.errors import CorruptError
 from nsfs.format.erofs import render_erofs
 from nsfs.model.layer import Kind, Node
 from nsfs.serve import mounts, wire
-from nsfs.serve.forkserver import ForkServer, launch_server, open_fork_server
+from nsfs.serve.forkclient import ForkServer, launch_server, open_fork_server
 from nsfs.serve.fronts import FrontArgs
 from nsfs.store.layout import Layout
 from nsfs.store.pool import Pool, open_pool

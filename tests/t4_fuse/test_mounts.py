@@ -19,7 +19,7 @@ from nsfs.format.erofs import render_erofs
 from nsfs.model.layer import Kind, Node
 from nsfs.model.mounts import Driver, Host, Lower
 from nsfs.serve import mounts
-from nsfs.serve.forkserver import ForkServer, launch_server, open_fork_server
+from nsfs.serve.forkclient import ForkServer, launch_server, open_fork_server
 from nsfs.serve.kernel import HostKernel
 from nsfs.store.layout import Layout
 

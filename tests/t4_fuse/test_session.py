@@ -18,7 +18,7 @@ import trio
 import mounting
 from mounting import arena, make_directory
 from nsfs.serve import mounts, session
-from nsfs.serve.forkserver import Child, ForkServer, ServerProcess, launch_server, open_fork_server
+from nsfs.serve.forkclient import Child, ForkServer, ServerProcess, launch_server, open_fork_server
 from users import wait_until
 from workers import MAP_BYTES, VIEW, WorkerArgs
 

@@ -15,7 +15,7 @@ import trio
 from nsfs.errors import UnreachableError
 
 if TYPE_CHECKING:
-    from nsfs.serve.forkserver import Child
+    from nsfs.serve.forkclient import Child
 
 _DEATH: Final = 5.0
 """Seconds that a killed worker may take to be gone; longer only where a disk does not answer."""

@@ -24,7 +24,7 @@ from nsfs.serve.session import is_connected, read_init
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from nsfs.serve.forkserver import Child, ForkServer
+    from nsfs.serve.forkclient import Child, ForkServer
     from nsfs.serve.sandbox import Confinement
 
 log = logging.getLogger(__name__)

@@ -19,14 +19,15 @@ from msgspec import Struct
 
 from nsfs.core.worker_api import Empty
 from nsfs.errors import UnreachableError
-from nsfs.serve.forkserver import ForkServer, serve
+from nsfs.serve.forkclient import ForkServer
+from nsfs.serve.forkserver import serve
 from nsfs.serve.logs import start_logging
 from nsfs.serve.wire import Passing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nsfs.serve.forkserver import Child
+    from nsfs.serve.forkclient import Child
     from nsfs.serve.lending import Uplink
     from nsfs.serve.wire import Methods, Report
 

@@ -21,7 +21,7 @@ import trio
 from msgspec import Struct
 
 from nsfs.core import worker_api  # noqa: TC001  msgspec looks it up
-from nsfs.serve.forkserver import find_process
+from nsfs.serve.forkclient import find_process
 from nsfs.serve.porter import relieve_porter
 from nsfs.store.layout import escape_component
 

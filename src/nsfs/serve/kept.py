@@ -14,13 +14,13 @@ import trio
 
 from nsfs.core import worker_api
 from nsfs.serve.children import end_child
-from nsfs.serve.forkserver import started_at
+from nsfs.serve.forkclient import started_at
 from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE, Memo
 
 if TYPE_CHECKING:
     from msgspec import Struct
 
-    from nsfs.serve.forkserver import Child
+    from nsfs.serve.forkclient import Child
     from nsfs.serve.line import Line
     from nsfs.serve.wire import Peer
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from nsfs.core import worker_api
     from nsfs.model.mounts import Host, MountRecord, Overlay, Rootfs
     from nsfs.model.shift import Shift
-    from nsfs.serve.forkserver import ForkServer
+    from nsfs.serve.forkclient import ForkServer
     from nsfs.store.layout import Layout
 
 READ_AHEAD_KB = 2048

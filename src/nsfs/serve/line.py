@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from nsfs.errors import UnreachableError
-from nsfs.serve.forkserver import received_fds
+from nsfs.serve.forkclient import received_fds
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ from nsfs.serve.idmap import attach, cloned, user_namespace
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from nsfs.serve.forkserver import Child, ForkServer
+    from nsfs.serve.forkclient import Child, ForkServer
 
 FUSE_TYPE: Final = "fuse.nsfs"
 MAX_OPTIONS: Final = 4095

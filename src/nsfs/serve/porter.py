@@ -26,7 +26,7 @@ from nsfs.serve.http2 import GREETING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nsfs.serve.forkserver import ForkServer
+    from nsfs.serve.forkclient import ForkServer
 
 _ENTRY: Final = "nsfs.serve.porter:run_porter"
 _DEADLINE: Final = 5.0

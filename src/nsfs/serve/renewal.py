@@ -28,7 +28,7 @@ from nsfs.serve.worker_args import Ready
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from nsfs.serve.forkserver import Child
+    from nsfs.serve.forkclient import Child
     from nsfs.serve.wire import Methods
 
 _TRIAL: Final = 15.0

@@ -29,7 +29,7 @@ from nsfs.errors import NsfsError, UnreachableError, UsageError
 from nsfs.model.policy import owner_of, parse_view_name
 from nsfs.serve.children import cancel_when_gone, end_child, end_trial, status_of
 from nsfs.serve.config import Config, pack_config
-from nsfs.serve.forkserver import find_process
+from nsfs.serve.forkclient import find_process
 from nsfs.serve.joblending import ENTRY as JOB_SERVER
 from nsfs.serve.joblending import JobServerArgs, TakeJobServer
 from nsfs.serve.keeping import BITMAP, FAR_LINE, FUSE, KEY, LINE
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from nsfs.model.policy import Domain
-    from nsfs.serve.forkserver import Child, ForkServer
+    from nsfs.serve.forkclient import Child, ForkServer
     from nsfs.serve.keeping import Keeper, Left
     from nsfs.serve.sandbox import Confinement
     from nsfs.serve.wire import Methods

@@ -30,7 +30,7 @@ from nsfs.serve.handles import ViewFiles
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
-    from nsfs.serve.forkserver import ForkServer
+    from nsfs.serve.forkclient import ForkServer
 
 log = logging.getLogger(__name__)
 
