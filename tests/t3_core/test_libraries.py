@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from kernel import DISK_BLOCKS
-from nsfs.core.libraries import Libraries
+from nsfs.core.libraries import Libraries, plan_programs
 from nsfs.core.tasks import open_tasks
 from nsfs.errors import UnreachableError
 from nsfs.format.erofs import render_erofs
 from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.digest import Digest
+from nsfs.model.oci import Runtime
 from nsfs.model.policy import view_name
 from nsfs.model.pool import MapRecord
 from nsfs.model.tree import plan_tree
@@ -41,6 +42,9 @@ class Site:
     fetched: list[tuple[str, int, int]] = field(default_factory=list)
     is_local: bool = False
     is_down: bool = False
+    comes_ahead: bool = True
+    looked: int = 0
+    """How often somebody waited for bytes."""
 
     def add(self, map_id: str, first: int, contents: dict[bytes, bytes], links: dict[bytes, bytes]) -> None:
         """A layer whose files have addresses from `first` on."""
@@ -70,10 +74,12 @@ class Site:
         if self.is_down:
             raise UnreachableError("the registry does not answer")
         await trio.sleep(0.1)
+        self.looked += 1
         return self._slice(address, size)
 
-    async def fetch_ahead(self, map_id: str, _owner: str, runs: Sequence[tuple[int, int]]) -> None:
+    async def fetch_ahead(self, map_id: str, _owner: str, runs: Sequence[tuple[int, int]]) -> bool:
         self.fetched += [(map_id, address, size) for address, size in runs]
+        return self.comes_ahead
 
     def extent_at(self, _map_id: str, _owner: str, address: int) -> int:
         return len(self.files.get(address, b""))
@@ -114,17 +120,30 @@ def make_site() -> Site:
         b"usr/lib/libc.so.6": render_program([b"libz.so.1"]),
     }
     site.add(LOW, 1 << 30, libraries, {b"usr/lib/libz.so.1": b"libz.so.1.2"})
-    site.add(HIGH, 2 << 30, {b"bin/tool": render_program([b"libz.so.1"], LINKER), b"bin/script": b"#!/bin/sh\n"}, {})
+    programs = {
+        b"bin/tool": render_program([b"libz.so.1"], LINKER),
+        b"bin/script": b"#!/bin/env tool\nexit\n",
+        b"etc/passwd": b"root:x:0:0::/root:/bin/sh\n",
+        b"srv/data": b"data",
+    }
+    site.add(HIGH, 2 << 30, programs, {})
     return site
 
 
-def follow(site: Site, body: Callable[[Libraries], Awaitable[None]], owner: str = "") -> None:
+NOTHING = Runtime()
+"""What an image runs that does not say so."""
+
+
+def follow(
+    site: Site, body: Callable[[Libraries], Awaitable[None]], owner: str = "", runtime: Runtime = NOTHING
+) -> None:
     async def test() -> None:
         async with open_tasks() as nursery:
             maps: Any = site
             libraries = Libraries(maps, site, nursery)
-            libraries.follow(MAPS, owner)
+            libraries.follow(MAPS, owner, runtime)
             await trio.sleep(1)
+            site.fetched = [each for each in site.fetched if runtime is not NOTHING]
             await body(libraries)
             await trio.sleep(1)
             nursery.cancel_scope.cancel()
@@ -154,20 +173,20 @@ def test_starts_at_one_time_have_their_libraries_fetched_once_and_a_later_one_ag
 
     async def body(libraries: Libraries) -> None:
         for _ in range(20):
-            libraries.follow(MAPS, "")
+            libraries.follow(MAPS, "", NOTHING)
         await trio.sleep(1)
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(libraries.read, view_name(HIGH, ""), tool, 4096)
         await trio.sleep(5)
         assert len(site.fetched) == 8
-        libraries.follow(MAPS, "")
+        libraries.follow(MAPS, "", NOTHING)
         await trio.sleep(1)
         await libraries.read(view_name(HIGH, ""), tool, 4096)
         await trio.sleep(5)
 
     follow(site, body)
-    assert len(site.fetched) == 16
+    assert len(site.fetched) == 17, "and what is usual"
 
 
 def test_nothing_is_fetched_of_what_is_no_start_s_program() -> None:
@@ -182,7 +201,7 @@ def test_nothing_is_fetched_of_what_is_no_start_s_program() -> None:
         await trio.sleep(120)
         await libraries.read(view_name(HIGH, ""), tool, 4096)
         site.is_local = True
-        libraries.follow(MAPS, "")
+        libraries.follow(MAPS, "", NOTHING)
         await trio.sleep(1)
         await libraries.read(view_name(HIGH, ""), tool, 4096)
 
@@ -211,3 +230,66 @@ def test_a_program_that_lies_is_read_no_further_than_it_reaches() -> None:
 
     follow(site, body)
     assert site.names() == [b"bin/tool", b"lib64/ld.so"]
+
+
+def idle() -> Callable[[Libraries], Awaitable[None]]:
+    async def body(_: Libraries) -> None:
+        await trio.sleep(5)
+
+    return body
+
+
+TOOL = [b"bin/tool", b"lib64/ld.so", b"usr/lib/libc.so.6", b"usr/lib/libz.so.1.2"]
+"""The program, and what its linker reads."""
+
+
+def test_what_an_image_runs_is_fetched_before_anybody_reads_it() -> None:
+    site = make_site()
+    follow(site, idle(), runtime=Runtime(env=["PATH=/sbin:/bin"], entrypoint=["tool", "--fast"], cmd=["absent"]))
+    assert site.names() == [*TOOL[:1], b"etc/passwd", *TOOL[1:]]
+    assert len(site.fetched) == 9
+
+
+def test_so_is_what_a_script_runs_that_an_image_begins_with() -> None:
+    site = make_site()
+    follow(site, idle(), runtime=Runtime(env=["PATH=/bin"], cmd=["script"]))
+    assert site.names() == [b"bin/script", *TOOL[:1], b"etc/passwd", *TOOL[1:]]
+
+
+def test_twenty_starts_at_one_time_are_one() -> None:
+    site = make_site()
+
+    async def body(libraries: Libraries) -> None:
+        for _ in range(20):
+            libraries.follow(MAPS, "", Runtime(cmd=["/bin/tool"]))
+        await trio.sleep(5)
+
+    follow(site, body, runtime=Runtime(cmd=["/bin/tool"]))
+    assert len(site.fetched) == 9
+
+
+def test_nothing_is_fetched_for_an_image_that_is_local() -> None:
+    site = make_site()
+    site.is_local = True
+    follow(site, idle(), runtime=Runtime(cmd=["/bin/tool"]))
+    assert site.fetched == []
+
+
+def test_nobody_looks_at_programs_where_nothing_comes_ahead() -> None:
+    site = make_site()
+    site.comes_ahead = False
+    follow(site, idle(), runtime=Runtime(cmd=["/bin/tool"]))
+    assert not site.looked
+
+
+def test_programs_are_sought_where_execvp_does() -> None:
+    runtime = Runtime(env=["PATH=/a:/b", "EMPTY", "A=B=C"], working_dir="/srv")
+    assert plan_programs(["x", "", "-c", "./y", "/bin/z", "n" * 999], runtime) == [
+        [b"/a/x", b"/b/x"],
+        [b"/srv/./y"],
+        [b"/bin/z"],
+    ]
+    usual = plan_programs(["x"], Runtime())
+    assert len(usual) == 1
+    assert b"/usr/bin/x" in usual[0]
+    assert len(plan_programs(["x"] * 99, Runtime())) == 8

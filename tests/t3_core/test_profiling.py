@@ -10,11 +10,12 @@ import trio
 
 from nsfs.core.prefetch import Prefetches
 from nsfs.core.recording import Recordings
-from nsfs.core.starts import CLOSE_KB, EXACT_KB, FAR_KB, Begun, Starts, StartsReport
+from nsfs.core.starts import CLOSE_KB, EXACT_KB, FAR_KB, NEAR_KB, Begun, Starts, StartsReport
 from nsfs.core.tasks import open_tasks, run_all
 from nsfs.core.worker_api import StartReport
 from nsfs.errors import CorruptError, NoSpaceError, UnreachableError
 from nsfs.model.digest import Digest
+from nsfs.model.oci import ImageConfig, Platform, Runtime
 from nsfs.model.policy import view_name
 from nsfs.model.pool import Access, LayerKey
 from nsfs.model.profile import WINDOW_LEAST, Profile, ProfiledLayer, ProfileUse, Run
@@ -309,6 +310,11 @@ def test_a_prefetch_ends_with_the_use_of_a_layer_and_may_begin_again() -> None:
     run(body)
 
 
+RUNTIME = Runtime(cmd=["tool"])
+UNKNOWN = Begun("", NEAR_KB)
+"""A start of which nothing is known."""
+
+
 @dataclass
 class FakeImage:
     """As far as a start asks."""
@@ -318,6 +324,10 @@ class FakeImage:
     @property
     def access(self) -> Access:
         return Access("team", "")
+
+    @property
+    def config(self) -> ImageConfig:
+        return ImageConfig(Platform("linux", "amd64"), (), RUNTIME, {})
 
 
 @dataclass
@@ -340,10 +350,10 @@ class FakeLibraries:
     """Notes whose programs are looked after."""
 
     def __init__(self) -> None:
-        self.followed: list[tuple[list[Any], str]] = []
+        self.followed: list[tuple[list[Any], str, Runtime]] = []
 
-    def follow(self, maps: Sequence[Any], owner: str) -> None:
-        self.followed.append((list(maps), owner))
+    def follow(self, maps: Sequence[Any], owner: str, runtime: Runtime) -> None:
+        self.followed.append((list(maps), owner, runtime))
 
 
 @asynccontextmanager
@@ -373,7 +383,7 @@ def test_programs_are_looked_after_where_nothing_is_known_to_come() -> None:
         async with starts(store, streams, FakeCatalog(), libraries=libraries) as (service, recordings):
             for use in (ProfileUse.OFF, ProfileUse.USE, ProfileUse.RECORD):
                 await start(service, use)
-            assert libraries.followed == [(MAPS, FakeImage().access.owner)] * 3
+            assert libraries.followed == [(MAPS, FakeImage().access.owner, RUNTIME)] * 3
             tag, *_ = await start(service, ProfileUse.FIRST)
             assert len(libraries.followed) == 4
             await read(recordings, tag, 32)
@@ -394,12 +404,12 @@ def test_the_first_start_is_recorded_and_the_next_is_fetched_ahead() -> None:
     async def body() -> None:
         store, streams = FakeStore(), FakeStreams()
         async with starts(store, streams, FakeCatalog()) as (service, recordings):
-            assert await start(service, ProfileUse.OFF) == await start(service, ProfileUse.USE) == Begun()
+            assert await start(service, ProfileUse.OFF) == await start(service, ProfileUse.USE) == UNKNOWN
             tag, read_ahead, _ = await start(service, ProfileUse.FIRST, "a")
             assert tag
             assert read_ahead == CLOSE_KB
             assert await start(service, ProfileUse.FIRST, "a") == Begun(tag, CLOSE_KB)
-            assert await start(service, ProfileUse.FIRST, "b") == Begun()
+            assert await start(service, ProfileUse.FIRST, "b") == UNKNOWN
             await read(recordings, tag, 32)
             recordings.end([view_name(MAP, "", "", tag)])
             await service.wait_kept()
@@ -433,7 +443,7 @@ def test_what_was_prepared_and_not_started_keeps_nobody_from_being_recorded() ->
         async with starts(store, streams, FakeCatalog()) as (service, recordings):
             never, *_ = await start(service, ProfileUse.FIRST, "a")
             assert recordings.are_running()
-            assert await start(service, ProfileUse.FIRST, "b") == Begun()
+            assert await start(service, ProfileUse.FIRST, "b") == UNKNOWN
             await trio.sleep(11)
             assert not recordings.are_running()
             tag, *_ = await start(service, ProfileUse.FIRST, "b")
@@ -491,7 +501,7 @@ def test_beside_a_pack_no_more_is_read_than_was_recorded_and_that_in_its_order()
     async def body() -> None:
         async with starts(FakeStore(), FakeStreams(), FakeCatalog(marked=HIGH), packed=True) as (service, _):
             assert await start(service, ProfileUse.USE) == Begun("", EXACT_KB, [(BLOCK, BLOCK)])
-            assert await start(service, ProfileUse.OFF) == Begun()
+            assert await start(service, ProfileUse.OFF) == UNKNOWN
 
     run(body)
 

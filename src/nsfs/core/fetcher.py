@@ -457,15 +457,17 @@ class Fetcher:
         head.end = max([head.end, *(source.table.stream_range(group.spans)[1] for group in groups)])
         self._expect(view, groups)
 
-    async def fetch_ahead(self, view: View, runs: Sequence[Range]) -> None:
-        """Begin to fetch what is absent of these addresses, behind whoever reads."""
+    async def fetch_ahead(self, view: View, runs: Sequence[Range]) -> bool:
+        """Begin to fetch what is absent of these addresses, behind whoever reads; False where nothing comes ahead."""
 
         def plan() -> list[Group]:
             absent = [found for run in join_blocks(runs) for found in self._pool.missing(*run)]
             return plan_read([source.table for source in view.sources], absent).groups
 
-        if not self._is_refused and self._config.read_ahead_most:
-            self._expect(view, await self._run_in_thread(plan))
+        if self._is_refused or not self._config.read_ahead_most:
+            return False
+        self._expect(view, await self._run_in_thread(plan))
+        return True
 
     def _expect(self, view: View, groups: Iterable[Group]) -> None:
         wanted = [_Wanted(view.sources[group.layer], group) for group in groups]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nsfs.core.prefetch import Prefetches
     from nsfs.core.recording import Recordings
     from nsfs.model.digest import Digest
+    from nsfs.model.oci import Runtime
     from nsfs.model.pool import LayerKey, MapRecord
     from nsfs.model.profile import Profile
 
@@ -36,6 +37,9 @@ read beyond would be recorded, or fetched. A start of Node.js by its profile has
 CLOSE_KB: Final = 20
 """Of a first start, which is recorded by the way and is not to be slowed by that: 1.2 times the bytes are read that a
 start of Python touches, in a fifth as many reads. And of one of which only a builder's landmark is fetched ahead."""
+NEAR_KB: Final = 512
+"""Of one of which nothing is known, and not all is local: what lies around a read is fetched behind it, so that it need
+not be asked for with it, and wait for its turn. NumPy's takes 3.4 s and not 3.55, and 29.7 MB instead of 31.3."""
 FAR_KB: Final = 8192
 """Of one that nobody recorded, of what is local: what it will read is not known, and a fault that has to wait for the
 worker costs as much as half a mebibyte more. A start of gcc takes 0.23 s and not 0.30, of Node.js 0.40 and not 0.46."""
@@ -67,8 +71,8 @@ class Packs(Protocol):
 class Libraries(Protocol):
     """What is fetched of programs that nothing is known of."""
 
-    def follow(self, maps: Sequence[MapRecord], owner: str) -> None:
-        """A start from these maps, top first, is about to begin."""
+    def follow(self, maps: Sequence[MapRecord], owner: str, runtime: Runtime) -> None:
+        """A start from these maps, top first, is about to begin, of what `runtime` says."""
 
 
 class Begun(NamedTuple):
@@ -132,9 +136,9 @@ class Starts:
         """
         owner = image.access.owner
         if use in {ProfileUse.OFF, ProfileUse.RECORD}:
-            self._libraries.follow(maps, owner)
+            self._libraries.follow(maps, owner, image.config.runtime)
         if use is ProfileUse.OFF:
-            return Begun()
+            return Begun("", 0 if self._prefetches.have_all(layers) else NEAR_KB)
         if use is ProfileUse.RECORD:
             return Begun(self._recordings.begin(image.digest, owner, layers, flaw), EXACT_KB)
         profile = await trio.to_thread.run_sync(self._store.get, image.digest, owner)
@@ -145,7 +149,7 @@ class Starts:
         if self._packs.is_fresh(image):
             return Begun(tag, EXACT_KB, await trio.to_thread.run_sync(self._packs.extents, image))
         if not is_fetched:
-            self._libraries.follow(maps, owner)
+            self._libraries.follow(maps, owner, image.config.runtime)
         if profile is None:
             return Begun(tag, CLOSE_KB if tag or is_fetched else self._unknown(layers))
         if is_fetched:
@@ -154,7 +158,7 @@ class Starts:
 
     def _unknown(self, layers: Collection[LayerKey]) -> int:
         """Read-ahead of a start of which nothing is known or noted."""
-        return FAR_KB if self._prefetches.have_all(layers) else 0
+        return FAR_KB if self._prefetches.have_all(layers) else NEAR_KB
 
     def under_way(self, layers: Collection[LayerKey]) -> StartReport | None:
         """What is done now for a start from these layers."""

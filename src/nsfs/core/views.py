@@ -136,9 +136,9 @@ class Views:
         opened = self._looked_at(map_id, owner)
         return bytes(await self._fetcher.read(opened.view, address, size, patience=opened.patience))
 
-    async def fetch_ahead(self, map_id: str, owner: str, runs: Sequence[tuple[int, int]]) -> None:
-        """Begin to fetch what is absent of these addresses, behind whoever reads."""
-        await self._fetcher.fetch_ahead(self._looked_at(map_id, owner).view, runs)
+    async def fetch_ahead(self, map_id: str, owner: str, runs: Sequence[tuple[int, int]]) -> bool:
+        """Begin to fetch what is absent of these addresses, behind whoever reads; False where nothing comes ahead."""
+        return await self._fetcher.fetch_ahead(self._looked_at(map_id, owner).view, runs)
 
     def extent_at(self, map_id: str, owner: str, address: int) -> int:
         """How many bytes from `address` on are of one file of the map; 0 for none."""
