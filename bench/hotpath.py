@@ -116,7 +116,11 @@ def _measure_view(bench: Bench, scratch: str, reference: str) -> None:
     forget_maps(f"{scratch}/view/root")
     with _running(f"{scratch}/view") as (daemon, node):
         node.resolve(reference, _NAMESPACE)
-        _profile(bench, daemon, "view build", lambda: node.mount(reference, target, _NAMESPACE))
+
+        def mount() -> None:
+            node.mount(reference, target, _NAMESPACE)
+
+        _profile(bench, daemon, "view build", mount)
         node.umount(target)
 
 

@@ -247,7 +247,7 @@ class Site:
         usual = {"isolation": "shared", "driver": "auto", "writable": False, "on_error": "wait", "profile": "use"}
         chosen: dict[str, Any] = {**usual, **choices}
         wish = Wish(reference=str(image), target=target, namespace="default", platform=None, **chosen)
-        return await self.manual.mount(wish, hear)
+        return (await self.manual.mount(wish, hear)).record
 
     def check(self) -> None:
         """What is mounted and shown is what the records need, once each."""

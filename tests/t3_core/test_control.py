@@ -11,12 +11,13 @@ from msgspec import Struct
 from mount_records import mount_record
 from nsfs.core import worker_api
 from nsfs.core.cache import Cache
+from nsfs.core.manual import Made
 from nsfs.core.scopes import Scopes
 from nsfs.errors import DeniedError, NotFoundError, UnreachableError
 from nsfs.model.cache import Limits
 from nsfs.model.mounts import MountRecord
 from nsfs.model.policy import Domain, Isolation, Policy
-from nsfs.model.report import EntryReport, ImageReport
+from nsfs.model.report import EntryReport, ImageReport, Phases
 from nsfs.serve import api
 from nsfs.serve.caching import Caching
 from nsfs.serve.config import Config
@@ -42,10 +43,10 @@ class FakeMounts:
     def records(self) -> list[MountRecord]:
         return [record(0, "a"), record(1, "b"), record(2, "a")]
 
-    async def mount(self, wish: Any, report: Callable[[Struct], Any]) -> MountRecord:
+    async def mount(self, wish: Any, report: Callable[[Struct], Any]) -> Made:
         self.wishes.append(wish)
         await report(wish)
-        return record(7, "a")
+        return Made(record(7, "a"), Phases(resolve=1.0, index=2.0, mount=3.0))
 
     async def umount(self, target: str, *, force: bool) -> None:
         self.gone.append((target, force))

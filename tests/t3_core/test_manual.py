@@ -1,6 +1,7 @@
 """Manual mounts: whatever is asked, fails, or is given up, exactly what the records need is mounted and shown."""
 
 from functools import partial
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manual_fakes import FAIL, HANG, USER, Site
-from nsfs.core.manual import Lowers
+from nsfs.core.manual import Lowers, plan_phases
 from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UnreachableError, UsageError
 from nsfs.model.mounts import Driver, Lower
+from nsfs.model.report import Phases
 from trio_tests import run
 
 
@@ -418,3 +420,9 @@ async def _do(site: Site, step: tuple[str, dict[str, Any]], begins: float, lasts
                     await site.manual.forget_gone()
         except NsfsError:
             pass
+
+
+@pytest.mark.parametrize(("indexing", "index"), [(3.0, 3.0), (0.0, 0.0), (-1.0, 0.0), (inf, 5.0), (nan, 0.0)])
+def test_a_mount_says_what_it_spent_its_time_with_whatever_its_worker_says(indexing: float, index: float) -> None:
+    phases = plan_phases(1.0, 6.0, 8.0, indexing)
+    assert phases == Phases(resolve=5.0 - index, index=index, mount=2.0)

@@ -77,6 +77,8 @@ def test_a_writable_mount_takes_everything_and_keeps_nothing(
         assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid, found.st_nlink) == (0o4711, 5, 6, 2)
         (mount,) = daemon.json("status")["mounts"]
         assert mount["writable"]
+        assert mount["phases"] is None
+        assert min(report["phases"][each] for each in ("resolve", "index", "mount")) > 0
         assert f"{report['driver']},rw" in daemon.nsfs("status").stdout
     assert os.listdir(target) == []
     assert os.listdir(f"{daemon.root}/uppers") == []

@@ -25,6 +25,7 @@ from nsfs.serve.client import Control, open_control, probe
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from nsfs.model.report import Phases
     from nsfs.serve.config import Config
 
 _DEADLINE = 60.0
@@ -58,12 +59,16 @@ class Node:
         if refused := [layer.why for layer in report.layers if not layer.indexed]:
             raise NsfsError(f"the image cannot be had lazily: {refused[0]}")
 
-    def mount(self, reference: str, target: str, namespace: str, *, driver: str = "auto", profile: str = "use") -> None:
-        """Show it at `target`, writable."""
+    def mount(
+        self, reference: str, target: str, namespace: str, *, driver: str = "auto", profile: str = "use"
+    ) -> Phases:
+        """Show it at `target`, writable; how long that took."""
         request = api.MountRequest(
             reference=reference, target=target, namespace=namespace, driver=driver, writable=True, profile=profile
         )
-        self.control.call("Mount", request, api.MountReport)
+        phases = self.control.call("Mount", request, api.MountReport).phases
+        assert phases is not None, "of a mount that was just made"
+        return phases
 
     def umount(self, target: str) -> None:
         """Take it away."""

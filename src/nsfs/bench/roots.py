@@ -1,4 +1,4 @@
-"""The ways in which an image becomes a root filesystem, each as the same four steps that a sample times.
+"""The ways in which an image becomes a root filesystem, and what each spends its time with until it is one.
 
 Owns nothing: daemons and containerd are given. A root that was shown is taken away before another is asked for. Every
 root can say which files its pages would be of, so that a cold start can be proven.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from nsfs.bench.eager import Stack, copy_tree
 from nsfs.bench.pages import regular_files
@@ -25,20 +26,23 @@ if TYPE_CHECKING:
 NAMESPACE = "default"
 
 
+class Before(NamedTuple):
+    """What comes before an image is shown, in seconds."""
+
+    resolving: float = 0.0
+    """To learn what it is."""
+    indexing: float = 0.0
+    """To get what must be there."""
+
+
 class Root(Protocol):
-    """One way; times of `resolve`, `index` and `mount` are phases of a sample."""
+    """One way."""
 
     def prepare(self) -> None:
         """Bring about what the way begins with."""
 
-    def resolve(self) -> None:
-        """Learn what the image is."""
-
-    def index(self) -> None:
-        """Get what must be there before it can be shown."""
-
-    def mount(self, target: str) -> None:
-        """Show it at `target`, writable."""
+    def mount(self, target: str) -> Before:
+        """Show the image at `target`, writable, as whoever wants it does: what that began with."""
 
     def umount(self, target: str) -> None:
         """Take it away; nothing happens if it is not there."""
@@ -63,17 +67,10 @@ class LazyRoot:
         if self.evicted:
             self.node.evict(self.reference, NAMESPACE)
 
-    def resolve(self) -> None:
-        """Ask the registry."""
-        self.node.resolve(self.reference, NAMESPACE)
-
-    def index(self) -> None:
-        """Have layers indexed that are not."""
-        self.node.index(self.reference, NAMESPACE)
-
-    def mount(self, target: str) -> None:
-        """Show it by the driver that the node chooses."""
-        self.node.mount(self.reference, target, NAMESPACE, profile=self.profile)
+    def mount(self, target: str) -> Before:
+        """Show it by the driver that the node chooses: one call, as of `nsfs mount`."""
+        phases = self.node.mount(self.reference, target, NAMESPACE, profile=self.profile)
+        return Before(phases.resolve, phases.index)
 
     def umount(self, target: str) -> None:
         """Take it away."""
@@ -96,16 +93,13 @@ class PulledRoot:
         """Forget it."""
         self.containerd.clear()
 
-    def resolve(self) -> None:
-        """Nothing: it is part of the pull."""
-
-    def index(self) -> None:
-        """Pull and unpack."""
+    def mount(self, target: str) -> Before:
+        """Pull and unpack, and show what was unpacked."""
+        began = time.monotonic()
         self.containerd.pull(self.reference)
-
-    def mount(self, target: str) -> None:
-        """Show what was unpacked."""
+        pulled = time.monotonic()
         self.containerd.mount(self.reference, target)
+        return Before(indexing=pulled - began)
 
     def umount(self, target: str) -> None:
         """Take it away."""
@@ -128,23 +122,23 @@ class CopiedRoot:
         shutil.rmtree(self.directory, ignore_errors=True)
         os.makedirs(f"{self.directory}/mnt")
 
-    def resolve(self) -> None:
-        """Ask the registry."""
-        self.lazy.resolve()
+    def mount(self, target: str) -> Before:
+        """Fetch everything, write it out as files, and show these."""
+        began = time.monotonic()
+        before = self.copy()
+        copied = time.monotonic()
+        self.stack().mount(target)
+        return before._replace(indexing=copied - began - before.resolving)
 
-    def index(self) -> None:
+    def copy(self) -> Before:
         """Fetch everything, and write it out as files."""
         target = f"{self.directory}/mnt"
-        self.lazy.index()
-        self.lazy.mount(target)
+        before = self.lazy.mount(target)
         try:
             copy_tree(target, f"{self.directory}/root")
         finally:
             self.lazy.umount(target)
-
-    def mount(self, target: str) -> None:
-        """Show the copy."""
-        self.stack().mount(target)
+        return before
 
     def umount(self, target: str) -> None:
         """Take it away."""
@@ -168,15 +162,10 @@ class StackedRoot:
     def prepare(self) -> None:
         """Nothing."""
 
-    def resolve(self) -> None:
-        """Nothing: nobody is asked."""
-
-    def index(self) -> None:
-        """Nothing: all is there."""
-
-    def mount(self, target: str) -> None:
-        """Stack the directories."""
+    def mount(self, target: str) -> Before:
+        """Stack the directories: nobody is asked, and all is there."""
         self.stack.mount(target)
+        return Before()
 
     def umount(self, target: str) -> None:
         """Take it away."""

@@ -163,15 +163,14 @@ def _cool(stage: Stage, root: Root) -> int:
 
 def _start(stage: Stage, root: Root) -> dict[str, float]:
     """Seconds of each phase."""
-    times = [time.monotonic()]
+    began = time.monotonic()
     try:
-        for step in (root.resolve, root.index, lambda: root.mount(stage.target)):
-            step()
-            times.append(time.monotonic())
-        times.append(run_command(stage.target, stage.command, timeout=stage.wish.timeout))
+        before = root.mount(stage.target)
+        mounted = time.monotonic()
+        up = run_command(stage.target, stage.command, timeout=stage.wish.timeout)
     finally:
         root.umount(stage.target)
-    return {name: after - before for name, before, after in zip(PHASES, times, times[1:], strict=False)}
+    return dict(zip(PHASES, (*before, mounted - began - sum(before), up - mounted), strict=True))
 
 
 def _check_proof(stage: Stage, turn: Turn, received: int) -> None:

@@ -138,7 +138,7 @@ class Stage:
             return StackedRoot(copy_layers(self.containerd, self.named, directory))
         copied = CopiedRoot(LazyRoot(self.local, self.named), directory)
         copied.prepare()
-        copied.index()
+        copied.copy()
         return StackedRoot(copied.stack())
 
     @contextlib.contextmanager

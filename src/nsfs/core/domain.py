@@ -121,6 +121,7 @@ class Domain:
 
     async def _prepare(self, params: worker_api.Prepare, report: Report) -> worker_api.Prepared:
         async with self._opened(params, report) as image:
+            resolved = trio.current_time()
             maps = await self._looking.all_maps(image, report)
         records = [self._record(layer) for layer in image.layers]
         keys, shown = [record.key for record in records], visible(maps)
@@ -136,6 +137,7 @@ class Domain:
             recording=begun.recording,
             read_ahead=begun.read_ahead,
             warm=list(begun.warm),
+            indexing=trio.current_time() - resolved,
         )
 
     def _info(self, record: MapRecord, image: Image) -> worker_api.MapInfo:

@@ -19,7 +19,7 @@ from collections import defaultdict
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import trio
 
@@ -28,6 +28,7 @@ from nsfs.errors import BusyError, DeniedError, NotFoundError, NsfsError, UsageE
 from nsfs.model.mounts import Driver, Host, Lower, MountRecord, Rootfs, choose_driver, plan_rootfs, unique_maps
 from nsfs.model.policy import Domain, Isolation, ScopeRequest, domain_named, parse_patience
 from nsfs.model.profile import ProfileUse, parse_profile_use
+from nsfs.model.report import Phases
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
@@ -311,6 +312,19 @@ class Lowers:
             await self._workers.call(domain, method, params, worker_api.Empty)
 
 
+class Made(NamedTuple):
+    """A mount that was made."""
+
+    record: MountRecord
+    phases: Phases
+
+
+def plan_phases(called: float, prepared: float, made: float, indexing: float) -> Phases:
+    """What a mount spent its time with, as its times say, and its worker, who need not be right: seconds."""
+    index = min(max(0.0, indexing), prepared - called)
+    return Phases(resolve=prepared - called - index, index=index, mount=made - prepared)
+
+
 class ManualMounts:
     """The service."""
 
@@ -345,8 +359,9 @@ class ManualMounts:
         """The domain that serves a mount."""
         return Domain(record.domain, Isolation.POD if record.transient else Isolation.SHARED)
 
-    async def mount(self, wish: Wish, report: Callable[[Struct], Awaitable[None]]) -> MountRecord:
+    async def mount(self, wish: Wish, report: Callable[[Struct], Awaitable[None]]) -> Made:
         """Make `wish` come true; raises NsfsError with nothing left behind."""
+        called = trio.current_time()
         driver = choose_driver(wish.driver, self._host)
         patience = parse_patience(wish.on_error)
         mount_id = secrets.token_hex(8)
@@ -367,13 +382,14 @@ class ManualMounts:
                 trust=domain.trust_index,
             )
             image = await self._workers.call(domain, "Prepare", params, worker_api.Prepared, report)
+            prepared = trio.current_time()
             worker_api.check_maps(image, domain.owner)
             record = _record(mount_id, wish, domain, driver if image.maps else Driver.FUSE, patience, image)
             await self._set_up(record, image)
             undo.pop_all()
             self._claimed.discard(wish.target)
         log.info("mounted %s at %s", record.reference, record.target)
-        return record
+        return Made(record, plan_phases(called, prepared, trio.current_time(), image.indexing))
 
     def _check_profile(self, wish: Wish, domain: Domain) -> ProfileUse:
         """What is to be done with the image's profile; raises where nothing could be recorded, or kept."""

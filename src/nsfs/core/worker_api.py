@@ -69,6 +69,8 @@ class Prepared(Struct, kw_only=True):
     """KiB that the kernel may read beyond what it is asked for of its views, at first; 0 for as many as ever."""
     warm: list[tuple[Count, Count]] = field(default_factory=list)
     """What of a start's reads is local: address and size, in the order of first use."""
+    indexing: float = 0.0
+    """Seconds that this took once it was known what the image is."""
 
 
 class Views(Struct, kw_only=True):

@@ -46,6 +46,17 @@ class Progress(Struct, tag="progress", kw_only=True):
     """Bytes; 0 if not known."""
 
 
+class Phases(Struct, kw_only=True):
+    """How long a mount took, in seconds: one after the other."""
+
+    resolve: float
+    """Until it was known what the image is."""
+    index: float
+    """Until all that is shown of it was there."""
+    mount: float
+    """Until it was shown."""
+
+
 class Note(Struct, tag="note", kw_only=True):
     """One sentence for people, such as what a download is about to cost."""
 

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from nsfs.core.worker_api import UsageReport, WorkerStatus
 from nsfs.model.cache import CachedImage  # noqa: TC001  msgspec looks it up when it decodes
-from nsfs.model.report import Cost, Data, EntryReport, ImageReport, Item, Note, Part, Progress
+from nsfs.model.report import Cost, Data, EntryReport, ImageReport, Item, Note, Part, Phases, Progress
 
 SERVICE = "nsfs.v1.Control"
 VERSION = 1
@@ -149,6 +149,8 @@ class MountReport(UsageReport, kw_only=True):
     files: int
     size: int
     """Uncompressed bytes of the image's regular files."""
+    phases: Phases | None = None
+    """Of one that was just made."""
 
 
 class PoolsReport(Struct, kw_only=True):

@@ -123,9 +123,11 @@ class Control:
             on_error=request.on_error or self._config.on_error,
             profile=request.profile,
         )
-        record = await self._mounts.mount(wish, report)
-        await self._say_if_large(record.size, report)
-        return await self._mount_report(record)
+        made = await self._mounts.mount(wish, report)
+        await self._say_if_large(made.record.size, report)
+        found = await self._mount_report(made.record)
+        found.phases = made.phases
+        return found
 
     async def _umount(self, request: api.UmountRequest, report: Report) -> api.Empty:
         trouble = await self._mounts.umount(request.target, force=request.force)
