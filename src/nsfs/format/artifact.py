@@ -56,6 +56,7 @@ _MAX_SIZE: Final = 1 << 62
 _MAX_WINDOW: Final = 33 << 10
 """Bytes of a checkpoint's window as zlib has it; 32 KiB that do not compress take a few more."""
 _MAX_TEXT: Final = 200
+_REGULAR: Final = Kind.REGULAR
 _PROMISED: Final = re.compile(r"([^ ]{1,200}) ([0-9]{1,12}) ([0-9]{1,12})", re.ASCII)
 
 CODECS: Final = {Compression.NONE: Codec.NONE, Compression.GZIP: Codec.DEFLATE, Compression.ZSTD: Codec.ZSTD}
@@ -308,10 +309,17 @@ def _check_entry(entry: Entry) -> None:
         raise CorruptError(f"an entry of a layer's index has a mode or an owner that cannot be: {name[:200]!r}")
     if not -_MAX_SIZE * 2 < entry.mtime_ns < _MAX_SIZE * 2 or entry.digest:
         raise CorruptError(f"an entry of a layer's index has a time that cannot be, or a digest: {name[:200]!r}")
-    if (entry.size or entry.segments) and kind is not Kind.REGULAR:
+    if kind is not _REGULAR and (entry.size or entry.segments):
         raise CorruptError(f"an entry of a layer's index has contents, and is no file: {name[:200]!r}")
-    _check_link(entry)
-    if entry.device != (0, 0) and kind not in (Kind.CHARACTER, Kind.BLOCK):
+    if kind is not _REGULAR or entry.link:
+        _check_link(entry)
+    if entry.device != (0, 0):
+        _check_device(entry)
+
+
+def _check_device(entry: Entry) -> None:
+    name = entry.path
+    if entry.kind not in (Kind.CHARACTER, Kind.BLOCK):
         raise CorruptError(f"an entry of a layer's index has a device's number, and is none: {name[:200]!r}")
     if not (0 <= entry.device[0] < 1 << 12 and 0 <= entry.device[1] < 1 << 20):
         raise CorruptError(f"a device of a layer's index has a number that cannot be: {name[:200]!r}")
@@ -331,7 +339,8 @@ def _check_segments(entry: Entry, at: int) -> int:
     if not 0 <= entry.size <= _MAX_SIZE:
         raise CorruptError(f"a file of a layer's index has a size that cannot be: {entry.path[:200]!r}")
     position = 0
-    for file_offset, stream_offset, length in map(msgspec.structs.astuple, entry.segments):
+    for segment in entry.segments:
+        file_offset, stream_offset, length = segment.file_offset, segment.stream_offset, segment.length
         if length <= 0 or file_offset < position or stream_offset < at:
             raise CorruptError(f"the pieces of a file are not in order: {entry.path[:200]!r}")
         position, at = file_offset + length, stream_offset + length

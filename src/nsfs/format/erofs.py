@@ -39,6 +39,8 @@ INODE: Final = struct.Struct("<HHHHQIIIIqII16x")
 """format, xattr count, mode, -, size, union, ino, uid, gid, seconds, nanoseconds, links."""
 CHUNK: Final = struct.Struct("<HHI")
 """High half of the block number, device, block number."""
+_SIMPLE: Final = struct.Struct(INODE.format + CHUNK.format.removeprefix("<"))
+"""A file of one chunk, without extended attributes: nearly all there are, so it is written at once."""
 DIRENT: Final = struct.Struct("<QHBx")
 """nid, where the name begins in the block, type."""
 XATTR: Final = struct.Struct("<BBH")
@@ -64,6 +66,7 @@ _EXTENDED: Final = 1
 _MAX_CHUNK: Final = BLOCK << MAX_CHUNK_BITS
 _MAX_XATTR_BODY: Final = XATTR_HEADER + 0xFFFE * 4
 _REGULAR, _DIRECTORY, _SYMLINK = Kind.REGULAR, Kind.DIRECTORY, Kind.SYMLINK
+_REGULAR_TYPE: Final = FILE_TYPES[Kind.REGULAR]
 
 
 def render_erofs(root: Node, *, disk_blocks: int, uuid: bytes, volume: bytes = b"") -> bytearray:
@@ -169,6 +172,15 @@ class _Writer:
                     pending.append(node)
 
     def _place(self, node: Node, parent: Node) -> None:
+        length = _SIMPLE.size if _is_simple(node) else self._length(node, parent)
+        start = (self._end + _SLOT - 1) & -_SLOT
+        if length > BLOCK - start % BLOCK and length <= BLOCK:
+            start = _align(start, BLOCK)
+        self._offsets[node] = start
+        self._end = start + length
+
+    def _length(self, node: Node, parent: Node) -> int:
+        """Of an inode and what lies behind it."""
         length = INODE.size + self._xattr_size(node)
         if node.kind is _REGULAR:
             if node.size:
@@ -178,11 +190,7 @@ class _Writer:
             length += self._place_data(node, directory.size, length)
         elif node.kind is _SYMLINK:
             length += self._place_data(node, len(node.link), length)
-        start = _align(self._end, _SLOT)
-        if length > BLOCK - start % BLOCK and length <= BLOCK:
-            start = _align(start, BLOCK)
-        self._offsets[node] = start
-        self._end = start + length
+        return length
 
     def _place_data(self, node: Node, size: int, head: int) -> int:
         """How many bytes of the data go behind the inode, whose fixed part is `head` bytes; the rest goes to blocks.
@@ -205,7 +213,9 @@ class _Writer:
         return len(body)
 
     def _write(self, node: Node, offset: int, number: int) -> None:
-        if node.kind is _REGULAR and node.size:
+        if _is_simple(node):
+            self._write_simple(node, offset, number)
+        elif node.kind is _REGULAR and node.size:
             self._write_file(node, offset, number)
         elif node.kind is _DIRECTORY:
             self._write_directory(node, offset, number)
@@ -239,6 +249,31 @@ class _Writer:
         if body:
             self._buffer[end : end + len(body)] = body
         return end + len(body)
+
+    def _write_simple(self, node: Node, offset: int, number: int) -> None:
+        size, (block, rest) = node.size, divmod(node.address, BLOCK)
+        if rest or block <= 0 or block + (size + BLOCK - 1) // BLOCK > self._disk_blocks:
+            raise CorruptError(f"a file does not lie on the disk: {size} bytes at address {node.address}")
+        seconds, nanoseconds = divmod(node.mtime_ns, _SECOND)
+        _SIMPLE.pack_into(
+            self._buffer,
+            offset,
+            CHUNKED << 1 | _EXTENDED,
+            0,
+            _REGULAR_TYPE | node.mode,
+            0,
+            size,
+            (_chunk_bits(size) if size > BLOCK else 0) | CHUNK_INDEXES,
+            number,
+            node.uid,
+            node.gid,
+            seconds,
+            nanoseconds,
+            node.links,
+            0,
+            1,
+            block,
+        )
 
     def _write_file(self, node: Node, offset: int, number: int) -> None:
         blocks = _blocks(node)
@@ -302,6 +337,10 @@ class _Writer:
         SUPERBLOCK.pack_into(self._buffer, SUPERBLOCK_OFFSET, *fields)
         DEVICE_SLOT.pack_into(self._buffer, DEVICE_SLOT_OFFSET, b"disk", self._disk_blocks, 0)
         struct.pack_into("<I", self._buffer, SUPERBLOCK_OFFSET + 4, superblock_checksum(self._buffer[:BLOCK]))
+
+
+def _is_simple(node: Node) -> bool:
+    return node.kind is _REGULAR and not node.xattrs and 0 < node.size <= _MAX_CHUNK
 
 
 def _align(offset: int, unit: int) -> int:

@@ -44,10 +44,8 @@ def are_clean(paths: Iterable[bytes]) -> bool:
     """
     named = [path for path in paths if path]
     joined = b"/".join([b"", *named, b""])
-    return (
-        joined.count(b"\0") == 0
-        and not any(part in joined for part in (b"//", b"/./", b"/../"))
-        and all(clean_path(path) == path for path in named if len(path) > NAME_MAX)
+    return not any(part in joined for part in (b"\0", b"//", b"/./", b"/../")) and (
+        max(map(len, named), default=0) <= NAME_MAX or all(clean_path(path) == path for path in named)
     )
 
 

@@ -51,7 +51,8 @@ _OPAQUE_NAME: Final = b".wh..wh..opq"
 _WHITEOUT_NAME: Final = re.compile(rb"(?:\A|/)\.wh\.")
 _DEFAULT_MODE: Final = 0o755
 _REGULAR, _DIRECTORY, _SYMLINK, _HARDLINK = Kind.REGULAR, Kind.DIRECTORY, Kind.SYMLINK, Kind.HARDLINK
-_DEVICES: Final = (Kind.CHARACTER, Kind.BLOCK)
+_CHARACTER: Final = Kind.CHARACTER
+_DEVICES: Final = (_CHARACTER, Kind.BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,15 +184,17 @@ class _Plan:
         if not name:
             self._add_root(entry)
             return
-        parent = self._directory(directory, entry.path)
+        parent = self._directories.get(directory) or self._walk(directory, entry.path)
         if entry.kind is _DIRECTORY:
             self._add_directory(parent, name, entry)
         elif entry.kind is _HARDLINK:
             self._add_link(parent, name, entry)
         else:
             node = self._node(entry, address)
-            self._remove(parent, name)
-            _children(parent)[name] = node
+            children = _children(parent)
+            if name in children:
+                self._remove(parent, name)
+            children[name] = node
 
     def apply_marks(self) -> None:
         """Marks in what the layer has put something else for, or hides itself, mean nothing."""
@@ -263,8 +266,10 @@ class _Plan:
         return node
 
     def _node(self, entry: Entry, address: int) -> Node:
-        node = Node(entry.kind, entry.mode)
-        self._set_attributes(node, entry)
+        _check_time(entry)
+        node = Node(entry.kind, entry.mode, entry.uid, entry.gid, entry.mtime_ns)
+        if entry.xattrs:
+            node.xattrs = self._plan_xattrs(entry)
         if entry.kind is _REGULAR:
             if not 0 <= entry.size <= _MAX_FILE:
                 raise CorruptError(f"a file of {entry.size} bytes: {_show(entry.path)}")
@@ -281,8 +286,7 @@ class _Plan:
         return node
 
     def _set_attributes(self, node: Node, entry: Entry) -> None:
-        if not -_MAX_TIME_NS <= entry.mtime_ns < _MAX_TIME_NS:
-            raise CorruptError(f"a time that Linux can't hold: {_show(entry.path)}")
+        _check_time(entry)
         node.mode = entry.mode
         node.uid = entry.uid
         node.gid = entry.gid
@@ -412,7 +416,8 @@ class _Plan:
 
     def _count_files(self) -> int:
         nodes = [node for directory in self._places for node in _children(directory).values()]
-        return sum([node.children is None and not is_whiteout(node) for node in nodes])
+        whiteouts = sum([is_whiteout(node) for node in nodes if node.kind is _CHARACTER])
+        return sum([node.children is None for node in nodes]) - whiteouts
 
 
 def is_whiteout(node: Node) -> bool:
@@ -443,6 +448,11 @@ def _is_settable(name: bytes, kind: Kind) -> bool:
     if name in (_ACL, _DEFAULT_ACL):
         return kind is _DIRECTORY or (name == _ACL and kind is not _SYMLINK)
     return name.startswith(b"security.")
+
+
+def _check_time(entry: Entry) -> None:
+    if not -_MAX_TIME_NS <= entry.mtime_ns < _MAX_TIME_NS:
+        raise CorruptError(f"a time that Linux can't hold: {_show(entry.path)}")
 
 
 def _check_device(entry: Entry) -> None:
