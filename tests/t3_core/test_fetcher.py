@@ -610,3 +610,15 @@ def test_what_is_retired_ends_with_who_reads_by_it_now() -> None:
             await w.fetcher.retire([w.source])
 
     run(test)
+
+
+@pytest.mark.parametrize(("config", "comes"), [(FetchConfig(), True), (NO_AHEAD, False)])
+def test_what_is_known_to_be_read_comes_where_anything_comes_ahead(config: FetchConfig, comes: bool) -> None:
+    async def test() -> None:
+        async with world(config=config) as w:
+            assert await w.fetcher.fetch_ahead(w.view, [(BASE, 4096), (BASE + 8192, 4096)]) is comes
+            await trio.sleep(1)
+            assert w.pool.is_present(BASE + 8192, 4096) is comes
+            assert not w.pool.is_present(BASE + 100_000, 4096), "what lies behind its span"
+
+    run(test)

@@ -52,6 +52,13 @@ def test_reads_that_jump_about_are_left_alone_until_one_goes_on() -> None:
     assert reads.missed(0, 80 * FAR, 80 * FAR + 50, is_small=False) is not None
 
 
+def test_nothing_comes_beside_what_somebody_reads_who_does_not_read_on() -> None:
+    reads = View("v", [], reads_on=False)
+    assert reads.missed(0, FAR, FAR + 50, is_small=False) is None
+    assert reads.missed(0, FAR + 50, FAR + 99, is_small=False) is None
+    assert not reads.heads
+
+
 def test_a_first_miss_of_a_block_brings_nothing_beside_it() -> None:
     reads = view()
     assert reads.missed(0, FAR, FAR + 50, is_small=True) is None

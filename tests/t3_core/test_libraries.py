@@ -70,7 +70,7 @@ class Site:
     async def read(self, _view: str, address: int, size: int) -> bytes:
         return self._slice(address, size)
 
-    async def look(self, _map_id: str, _owner: str, address: int, size: int) -> bytes:
+    async def peek(self, _map_id: str, _owner: str, address: int, size: int) -> bytes:
         if self.is_down:
             raise UnreachableError("the registry does not answer")
         await trio.sleep(0.1)

@@ -182,14 +182,17 @@ def test_a_views_name_says_which_layers_and_how_long() -> None:
         assert await site.views.read(name(3), 4096, 10) == bytes(10)
         await site.views.make_present(name(3) + "~60", 4096, 10)
         await site.views.look(name(3), "", 4096, 10)
+        await site.views.peek(name(3), "", 4096, 10)
         assert [(view.name, patience) for view, _, _, patience in site.fetcher.asked] == [
             (name(3), None),
             (name(3) + "~60", 60),
             (f"look/{name(3)}", 0),
+            (f"peek/{name(3)}", 0),
         ]
+        assert [view.reads_on for view, *_ in site.fetcher.asked] == [True, True, True, False]
         for view, *_ in site.fetcher.asked:
             assert [source.key for source in view.sources] == [f"{key(n).blob}/plain" for n in (3, 2, 1)]
-        assert [map_of(view.name) for view, *_ in site.fetcher.asked] == [name(3)] * 3
+        assert [map_of(view.name) for view, *_ in site.fetcher.asked] == [name(3)] * 4
 
     run(body)
 

@@ -455,10 +455,13 @@ class Fetcher:
             log.exception("a bug: no read-ahead in layer %s", source.key)
             return
         head.end = max([head.end, *(source.table.stream_range(group.spans)[1] for group in groups)])
-        self._expect(view, groups)
+        self._expect(view, groups, Priority.AHEAD)
 
     async def fetch_ahead(self, view: View, runs: Sequence[Range]) -> bool:
-        """Begin to fetch what is absent of these addresses, behind whoever reads; False where nothing comes ahead."""
+        """Begin to fetch what is absent of these addresses, which a start is known to read, behind whoever reads.
+
+        False where nothing comes ahead.
+        """
 
         def plan() -> list[Group]:
             absent = [found for run in join_blocks(runs) for found in self._pool.missing(*run)]
@@ -466,13 +469,13 @@ class Fetcher:
 
         if self._is_refused or not self._config.read_ahead_most:
             return False
-        self._expect(view, await self._run_in_thread(plan))
+        self._expect(view, await self._run_in_thread(plan), Priority.PROFILE)
         return True
 
-    def _expect(self, view: View, groups: Iterable[Group]) -> None:
+    def _expect(self, view: View, groups: Iterable[Group], priority: Priority) -> None:
         wanted = [_Wanted(view.sources[group.layer], group) for group in groups]
         fresh = [want for want in wanted if not want.source.is_retired and self._is_worth_fetching(want.key)]
-        self._join(fresh, view, Priority.AHEAD)
+        self._join(fresh, view, priority)
 
     def _is_worth_fetching(self, key: GroupKey) -> bool:
         return key not in self._failures and self._kept.get(key) is None

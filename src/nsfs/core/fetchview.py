@@ -84,12 +84,14 @@ class LayerSource:
 class View:
     """Who asks: a map's own layer first, then the lower layers whose addresses it has.
 
-    At most `waiting` of its misses are worked on at a time; further ones queue, in order.
+    At most `waiting` of its misses are worked on at a time; further ones queue, in order. Who does not `reads_on` wants
+    nothing that lies around what is asked for.
     """
 
-    def __init__(self, name: str, sources: Sequence[LayerSource], *, waiting: int = 64) -> None:
+    def __init__(self, name: str, sources: Sequence[LayerSource], *, waiting: int = 64, reads_on: bool = True) -> None:
         self.name = name
         self.sources = tuple(sources)
+        self.reads_on = reads_on
         self.limiter = trio.CapacityLimiter(waiting)
         self.heads: deque[Head] = deque(maxlen=16)
         """Its sequences of reads, the latest last."""
@@ -109,6 +111,8 @@ class View:
         `is_small`, so that the kernel reads nothing around it, or where no sequence lately went on after its first:
         there reads jump about.
         """
+        if not self.reads_on:
+            return None
         for head in self.heads:
             if head.layer == layer and head.start <= start <= head.end + _SLACK:
                 head.goes_on = True

@@ -44,7 +44,7 @@ _MOST: Final = 256
 _HEAD: Final = 4096
 _FRONT: Final = 512 << 10
 """Bytes from the beginning of a library: symbols, and how it is relocated."""
-_AROUND: Final = 1 << 20
+_AROUND: Final = 256 << 10
 """Bytes that the kernel reads before what is written to, at the end: half of what it reads around a fault."""
 _MOST_NAMES: Final = 64 << 10
 _DIRECTORIES: Final = (
@@ -63,6 +63,8 @@ _USUAL: Final = (b"etc/ld.so.cache", b"etc/passwd", b"etc/group", b"etc/nsswitch
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MOST_WORDS: Final = 8
 _SCRIPT: Final = b"#!"
+_LATER: Final = 0.02
+"""Seconds for which what is usual waits: what an image runs is read before it."""
 
 
 class Contents(Protocol):
@@ -74,11 +76,14 @@ class Contents(Protocol):
     def are_local(self, keys: Collection[LayerKey]) -> bool:
         """Whether all of these layers' contents are in the pool."""
 
-    async def look(self, map_id: str, owner: str, address: int, size: int) -> bytes:
-        """Exactly these bytes; raises NsfsError."""
+    async def peek(self, map_id: str, owner: str, address: int, size: int) -> bytes:
+        """Exactly these bytes, and nothing that lies around them; raises NsfsError."""
 
     async def fetch_ahead(self, map_id: str, owner: str, runs: Sequence[tuple[int, int]]) -> bool:
-        """Begin to fetch what is absent of these addresses, behind whoever reads; False where nothing comes ahead."""
+        """Begin to fetch what is absent of these addresses, which a start is known to read, behind whoever reads.
+
+        False where nothing comes ahead.
+        """
 
     def extent_at(self, map_id: str, owner: str, address: int) -> int:
         """How many bytes from `address` on are of one file; 0 for none."""
@@ -179,6 +184,7 @@ class Libraries:
         """Fetch what the image runs, before anybody does."""
         runtime = start.runtime
         await self._seek(start, plan_programs([*(runtime.entrypoint or ()), *(runtime.cmd or ())], runtime))
+        await trio.sleep(_LATER)
         for file in await self._find(start, ([path] for path in _USUAL)):
             await self._fetch_front(start, file)
 
@@ -221,7 +227,7 @@ class Libraries:
         low, high = part.start, min(part.stop, file.size)
         if low >= high:
             return b""
-        return await self._contents.look(file.map_id, start.owner, file.address + low, high - low)
+        return await self._contents.peek(file.map_id, start.owner, file.address + low, high - low)
 
     async def _read_names(self, start: _Start, file: _File, offsets: Sequence[int]) -> list[bytes]:
         """The names at these offsets, which lie near to each other."""

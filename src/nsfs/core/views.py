@@ -136,19 +136,28 @@ class Views:
         opened = self._looked_at(map_id, owner)
         return bytes(await self._fetcher.read(opened.view, address, size, patience=opened.patience))
 
+    async def peek(self, map_id: str, owner: str, address: int, size: int) -> bytes:
+        """As `look`, for who wants nothing that lies around these bytes."""
+        opened = self._looked_at(map_id, owner, reads_on=False)
+        return bytes(await self._fetcher.read(opened.view, address, size, patience=opened.patience))
+
     async def fetch_ahead(self, map_id: str, owner: str, runs: Sequence[tuple[int, int]]) -> bool:
-        """Begin to fetch what is absent of these addresses, behind whoever reads; False where nothing comes ahead."""
-        return await self._fetcher.fetch_ahead(self._looked_at(map_id, owner).view, runs)
+        """Begin to fetch what is absent of these addresses, which a start is known to read, behind whoever reads.
+
+        False where nothing comes ahead.
+        """
+        return await self._fetcher.fetch_ahead(self._looked_at(map_id, owner, reads_on=False).view, runs)
 
     def extent_at(self, map_id: str, owner: str, address: int) -> int:
         """How many bytes from `address` on are of one file of the map; 0 for none."""
-        tables = (source.table for source in self._looked_at(map_id, owner).view.sources)
+        opened = self._looked_at(map_id, owner, reads_on=False)
+        tables = (source.table for source in opened.view.sources)
         found = (start + size for table in tables for start, size, _ in table.segments(address, 1))
         return next(found, address) - address
 
-    def _looked_at(self, map_id: str, owner: str) -> _Open:
-        name = f"look/{view_name(map_id, '', owner)}"
-        return self._views.get(name) or self._open(name, ViewName(map_id, _LOOKING, owner))
+    def _looked_at(self, map_id: str, owner: str, *, reads_on: bool = True) -> _Open:
+        name = f"{'look' if reads_on else 'peek'}/{view_name(map_id, '', owner)}"
+        return self._views.get(name) or self._open(name, ViewName(map_id, _LOOKING, owner), reads_on=reads_on)
 
     def close(self, names: Collection[str]) -> None:
         """Fail who waits for these views, and who asks for them until they are opened again; end their recordings."""
@@ -314,12 +323,13 @@ class Views:
             raise UnreachableError(f"nobody shows the view any more: {name}")
         return self._open(name, parse_view_name(name))
 
-    def _open(self, name: str, parsed: ViewName) -> _Open:
+    def _open(self, name: str, parsed: ViewName, *, reads_on: bool = True) -> _Open:
         record = self._catalog.map(parsed.map_id)
         if record is None or record.needs_lower:
             raise NotFoundError(f"no such view in this domain: {name}")
         keys = [record.key, *record.lowers]
-        view = View(name, [self._source(key, parsed.reader) for key in dict.fromkeys(keys)])
+        sources = [self._source(key, parsed.reader) for key in dict.fromkeys(keys)]
+        view = View(name, sources, reads_on=reads_on)
         while len(self._views) >= _KEPT_VIEWS:
             del self._views[next(iter(self._views))]
         recording = self._recordings.of(parsed.recording)
@@ -371,7 +381,7 @@ class Views:
 
 def map_of(view: str) -> str:
     """The map that a view, or somebody without one, reads."""
-    return view.removeprefix("look/").partition("~")[0].partition("_")[0]
+    return view.removeprefix("look/").removeprefix("peek/").partition("~")[0].partition("_")[0]
 
 
 def _name_of(key: LayerKey, owner: str) -> str:
