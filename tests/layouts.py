@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nsfs.errors import DeniedError, UnreachableError
 from nsfs.model.digest import Digest
 from nsfs.model.layer import Codec, Covers, LayerIndex, Span, Spans
-from nsfs.store.layers import LayerTable, open_table, store_layer, store_spans
+from nsfs.store.layers import LayerTable, open_table, render_layer, store_layer, store_spans
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,7 +38,7 @@ class Layout:
     """From BASE on."""
 
     def table(self, directory: str, key: DomainKey | None = None, *, with_spans: bool = True) -> LayerTable:
-        store_layer(directory, LayerIndex([], len(self.stream)), [], self.rows, self.extents, key)
+        store_layer(directory, render_layer(LayerIndex([], len(self.stream)), [], self.rows, self.extents), key)
         if with_spans:
             store_spans(directory, self.spans, key)
         return open_table(directory, key)

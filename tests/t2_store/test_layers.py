@@ -13,7 +13,7 @@ from layouts import BASE, Layout, layouts
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnsupportedError
 from nsfs.model.layer import Codec, Covers, Entry, Kind, LayerIndex, Segment, Span, Spans
 from nsfs.store.crypt import DomainKey
-from nsfs.store.layers import load_index, open_table, plan_ranges, plan_rows, store_layer, store_spans
+from nsfs.store.layers import load_index, open_table, plan_ranges, plan_rows, render_layer, store_layer, store_spans
 from nsfs.store.sealed import load_content
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ in_one_directory = settings(max_examples=60)
 
 @KEYS
 def test_spans_come_back_as_they_were(tmp_path: Path, key: DomainKey | None) -> None:
-    store_layer(str(tmp_path), NO_INDEX, [], [], [], key)
+    store_layer(str(tmp_path), render_layer(NO_INDEX, [], [], []), key)
     assert not open_table(str(tmp_path), key).has_spans
     store_spans(str(tmp_path), SPANS, key)
     table = open_table(str(tmp_path), key)
@@ -55,7 +55,7 @@ def test_spans_come_back_as_they_were(tmp_path: Path, key: DomainKey | None) -> 
 
 
 def test_without_spans_nothing_can_be_asked_of_them(tmp_path: Path) -> None:
-    store_layer(str(tmp_path), NO_INDEX, [], [(4096, 1, 0)], [(4096, 1)])
+    store_layer(str(tmp_path), render_layer(NO_INDEX, [], [(4096, 1, 0)], [(4096, 1)]))
     table = open_table(str(tmp_path))
     assert len(table) == 0
     with pytest.raises(NotFoundError, match="no spans"):
@@ -118,7 +118,9 @@ def test_an_index_comes_back_as_it_was(tmp_path: Path, key: DomainKey | None) ->
         Entry(b"l", Kind.SYMLINK, 0o777, 0, 0, 0, link=b"/d", xattrs=((b"user.a", b"\0"),)),
     ]
     index = LayerIndex(entries, 4096, 77)
-    store_layer(str(tmp_path), index, [0, 1 << 30, 0], [], [], key, {str(tmp_path / "map"): [b"a", b"map"]})
+    store_layer(
+        str(tmp_path), render_layer(index, [0, 1 << 30, 0], [], []), key, {str(tmp_path / "map"): [b"a", b"map"]}
+    )
     assert load_index(str(tmp_path), key) == (index, [0, 1 << 30, 0])
     assert load_content(str(tmp_path / "map"), key)[:] == b"amap"
     assert os.stat(tmp_path / "index").st_mode & 0o777 == 0o600
@@ -127,7 +129,7 @@ def test_an_index_comes_back_as_it_was(tmp_path: Path, key: DomainKey | None) ->
 
 def _fill(directory: str) -> None:
     index = LayerIndex([Entry(b"f", Kind.REGULAR, 0o644, 0, 0, 0, size=1)], 512)
-    store_layer(directory, index, [1 << 30], [(1 << 30, 1, 0)], [(1 << 30, 1)])
+    store_layer(directory, render_layer(index, [1 << 30], [(1 << 30, 1, 0)], [(1 << 30, 1)]))
     store_spans(directory, SPANS)
 
 
@@ -177,21 +179,17 @@ def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_an_open_table_outlives_its_replacement(tmp_path: Path) -> None:
-    store_layer(str(tmp_path), NO_INDEX, [], [(4096, 10, 0)], [(4096, 10)])
+    store_layer(str(tmp_path), render_layer(NO_INDEX, [], [(4096, 10, 0)], [(4096, 10)]))
     table = open_table(str(tmp_path))
-    store_layer(str(tmp_path), NO_INDEX, [], [(8192, 10, 5)], [(8192, 10)])
+    store_layer(str(tmp_path), render_layer(NO_INDEX, [], [(8192, 10, 5)], [(8192, 10)]))
     assert table.segments(0, 1 << 20) == [(4096, 10, 0)]
     assert open_table(str(tmp_path)).segments(0, 1 << 20) == [(8192, 10, 5)]
 
 
 def test_opening_takes_no_time_that_grows_with_the_table(tmp_path: Path) -> None:
-    store_layer(
-        str(tmp_path),
-        NO_INDEX,
-        [],
-        [(n << 12, 4000, n * 4608) for n in range(200_000)],
-        [(n << 12, 4000) for n in range(200_000)],
-    )
+    rows = [(n << 12, 4000, n * 4608) for n in range(200_000)]
+    extents = [(n << 12, 4000) for n in range(200_000)]
+    store_layer(str(tmp_path), render_layer(NO_INDEX, [], rows, extents))
     begun = time.process_time()
     table = open_table(str(tmp_path))
     assert table.segments(150_000 << 12, 1) == [(150_000 << 12, 4000, 150_000 * 4608)]

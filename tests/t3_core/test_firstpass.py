@@ -92,7 +92,7 @@ class Files:
         rows: Iterable[layers.Row],
         extents: Iterable[tuple[int, int]],
     ) -> MapRecord | None:
-        layers.store_layer(self.path, index, addresses, rows, extents)
+        layers.store_layer(self.path, layers.render_layer(index, addresses, rows, extents))
         return MapRecord(
             id=self.key.blob.hex,
             blob=self.key.blob,

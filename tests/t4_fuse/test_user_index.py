@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import pytest
 import trio
 
 from goregistry import run_go_registry
-from images import Image, Layer, file, gzip_layer, tar_layer
+from images import Image, Layer, directory, file, gzip_layer, tar_layer
 from meter import Meter
 from nsfs.format.artifact import PACK_TYPE, parse_index, parse_manifest, parse_spans
 from nsfs.format.pack import open_piece, parse_table
@@ -116,6 +117,21 @@ def start(target: str) -> None:
     with open(f"{target}/text", "rb") as text:
         text.seek(2_000_000)
         assert text.read(100) == TEXT[2_000_000:2_000_100]
+
+
+def test_a_layer_of_very_many_files_is_as_its_artifact_says(
+    daemon: Daemon, node: Daemon, registry: Registry, arena: Path, tmp_path: Path
+) -> None:
+    """So many that its tables are worked out beside its map."""
+    names = [f"{number:05x}" for number in range((1 << 15) + 1)]
+    many = [directory("d"), *(file(f"d/{name}", name.encode()) for name in names)]
+    push(Image((gzip_layer(many, level=1),)), registry, tmp_path, "many")
+    daemon.nsfs("index", "push", f"{registry.host}/many")
+    target = str(arena / "mnt")
+    with node.mounted(f"{registry.host}/many", target, "--on-error", "eio"):
+        assert all("artifact beside the image" in layer["why"] for layer in inspected(node, f"{registry.host}/many"))
+        assert sorted(os.listdir(f"{target}/d")) == names
+        assert all(read(f"{target}/d/{name}") == name.encode() for name in names[:: 1 << 12])
 
 
 def test_a_node_that_never_saw_the_image_starts_from_its_pack(

@@ -18,6 +18,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import msgspec
@@ -252,18 +253,21 @@ def _store(
     rows, extents = plan_tables(index.entries, addresses)
     if before is not None:
         more = plan_tables(index.entries, before)
-        rows, extents = rows + more[0], extents + more[1]
+        rows, extents = chain(rows, more[0]), chain(extents, more[1])
     return files.store_layer(index, addresses, rows, extents)
 
 
-def plan_tables(entries: Sequence[Entry], addresses: Sequence[int]) -> tuple[list[Row], list[tuple[int, int]]]:
-    """The rows of a layer's segment table, and the extents of its files; a content that occurs twice is there twice."""
-    rows = [
+def plan_tables(entries: Sequence[Entry], addresses: Sequence[int]) -> tuple[Iterator[Row], Iterator[tuple[int, int]]]:
+    """The rows of a layer's segment table, and the extents of its files; a content that occurs twice is there twice.
+
+    Worked out by who goes through them.
+    """
+    rows = (
         (address + segment.file_offset, segment.length, segment.stream_offset)
         for entry, address in zip(entries, addresses, strict=True)
         for segment in entry.segments
-    ]
-    extents = [(address, entry.size) for entry, address in zip(entries, addresses, strict=True) if address]
+    )
+    extents = ((address, entry.size) for entry, address in zip(entries, addresses, strict=True) if address)
     return rows, extents
 
 

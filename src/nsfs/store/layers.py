@@ -93,25 +93,27 @@ def _column(values: Iterable[int]) -> bytes:
     return column.tobytes()
 
 
-def store_layer(
-    directory: str,
-    index: LayerIndex,
-    addresses: Sequence[int],
-    rows: Iterable[Row],
-    extents: Iterable[tuple[int, int]],
-    key: DomainKey | None = None,
-    maps: Mapping[str, Pieces] | None = None,
-) -> None:
-    """Write what was found in a layer, all of it at once; raises NoSpaceError.
+def render_layer(
+    index: LayerIndex, addresses: Sequence[int], rows: Iterable[Row], extents: Iterable[tuple[int, int]]
+) -> list[bytes]:
+    """What was found in a layer, for `store_layer`: the file of its segments, and that of its index.
 
     Where its contents are: `rows` of its segments, and the extents (address, size) of all its files, in any order, with
     repetitions, and overlapping where one content occurs twice in the layer; what is stored overlaps no more. Then its
-    index, with the address of each entry (0 for what has none), and the files of its maps, by their paths.
+    index, with the address of each entry (0 for what has none).
     """
-    files = {
-        os.path.join(directory, SEGMENTS_FILE): _render_segments(rows, extents),
-        os.path.join(directory, INDEX_FILE): _render_index(index, addresses),
-    }
+    return [b"".join(_render_segments(rows, extents)), b"".join(_render_index(index, addresses))]
+
+
+def store_layer(
+    directory: str, rendered: Sequence[bytes], key: DomainKey | None = None, maps: Mapping[str, Pieces] | None = None
+) -> None:
+    """Write what `render_layer` gave, and the files of the layer's maps, by their paths, all at once.
+
+    Raises NoSpaceError.
+    """
+    names = (SEGMENTS_FILE, INDEX_FILE)
+    files = {os.path.join(directory, name): [data] for name, data in zip(names, rendered, strict=True)}
     store_files(files | dict(maps or {}), key)
 
 
