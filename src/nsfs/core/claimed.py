@@ -101,10 +101,11 @@ class ClaimedLayers:
         self._startups.expect(promised, repository, access)
 
     async def index(self, image: Image, layer: Layer, claim: Claim, key: LayerKey) -> None:
-        """Take the layer's index from the artifact, while what a start reads begins to come; raises NsfsError."""
+        """Take the layer's index from the artifact, while what a start reads begins to come; raises NsfsError.
+
+        Where its spans are is known by then.
+        """
         self._startups.begin(image)
-        spans = claim.layer.spans
-        await self._blobs.add([spans.digest], image.repository, layer.access)
         data = await self._startups.take_head(image, claim.layer.index.digest)
         if data is None:
             source = await self._blobs.source(image.repository, layer.access.owner)
@@ -116,8 +117,8 @@ class ClaimedLayers:
             index=key.index,
             blob_size=layer.descriptor.size,
             media_type=layer.descriptor.media_type,
-            spans_blob=str(spans.digest),
-            spans_size=spans.size,
+            spans_blob=str(claim.layer.spans.digest),
+            spans_size=claim.layer.spans.size,
             promised=str(layer.diff_id),
         )
         with memory_file(data) as fd:

@@ -224,7 +224,7 @@ class Layers:
     async def left_to_download(self, image: Image, layers: Sequence[Layer]) -> dict[Digest, int]:
         """Bytes that `index` will read of each plain layer in a registry; 0 where it needs no pass over all of it."""
         for access, some in groupby(layers, key=lambda layer: layer.access):
-            await self._blobs.add([layer.digest for layer in some], image.repository, access)
+            await self._blobs.add([digest for layer in some for digest in _named(layer)], image.repository, access)
         return {layer.digest: await self._left_to_download(layer) for layer in layers}
 
     async def _left_to_download(self, layer: Layer) -> int:
@@ -298,7 +298,7 @@ class Layers:
         Or what an artifact says that is believed; where that cannot be had, the pass all the same.
         """
         self.check(layer)
-        await self._blobs.add([layer.digest], image.repository, layer.access)
+        await self._blobs.add(_named(layer), image.repository, layer.access)
         record = self.record(layer)
         if record is not None:
             _check_claim(record, layer)
@@ -541,6 +541,11 @@ def map_record(key: LayerKey, map_id: str, path: str, made: MapMade, lowers: Seq
 def _sources_of(maps: Sequence[MapRecord]) -> Iterable[LayerKey]:
     """The layers whose tables know the addresses in `maps`, each once."""
     return dict.fromkeys(key for record in maps for key in (record.key, *record.lowers))
+
+
+def _named(layer: Layer) -> list[Digest]:
+    """The blobs that are read of a layer."""
+    return [layer.digest] if layer.claim is None else [layer.digest, layer.claim.layer.spans.digest]
 
 
 def _plain(layer: Layer | ListedLayer) -> LayerKey:
