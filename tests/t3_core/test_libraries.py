@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LOW, HIGH = "a" * 32, "b" * 32
 LINKER = b"/lib64/ld.so"
+LOCALE = b"usr/lib/locale/C.utf8/LC_CTYPE"
 
 
 @dataclass
@@ -124,7 +125,7 @@ def make_site() -> Site:
         b"bin/tool": render_program([b"libz.so.1"], LINKER),
         b"bin/script": b"#!/bin/env tool\nexit\n",
         b"etc/passwd": b"root:x:0:0::/root:/bin/sh\n",
-        b"srv/data": b"data",
+        LOCALE: b"characters",
     }
     site.add(HIGH, 2 << 30, programs, {})
     return site
@@ -186,7 +187,7 @@ def test_starts_at_one_time_have_their_libraries_fetched_once_and_a_later_one_ag
         await trio.sleep(5)
 
     follow(site, body)
-    assert len(site.fetched) == 17, "and what is usual"
+    assert len(site.fetched) == 18, "and what is usual"
 
 
 def test_nothing_is_fetched_of_what_is_no_start_s_program() -> None:
@@ -246,14 +247,14 @@ TOOL = [b"bin/tool", b"lib64/ld.so", b"usr/lib/libc.so.6", b"usr/lib/libz.so.1.2
 def test_what_an_image_runs_is_fetched_before_anybody_reads_it() -> None:
     site = make_site()
     follow(site, idle(), runtime=Runtime(env=["PATH=/sbin:/bin"], entrypoint=["tool", "--fast"], cmd=["absent"]))
-    assert site.names() == [*TOOL[:1], b"etc/passwd", *TOOL[1:]]
-    assert len(site.fetched) == 9
+    assert site.names() == [*TOOL[:1], b"etc/passwd", *TOOL[1:], LOCALE]
+    assert len(site.fetched) == 10
 
 
 def test_so_is_what_a_script_runs_that_an_image_begins_with() -> None:
     site = make_site()
     follow(site, idle(), runtime=Runtime(env=["PATH=/bin"], cmd=["script"]))
-    assert site.names() == [b"bin/script", *TOOL[:1], b"etc/passwd", *TOOL[1:]]
+    assert site.names() == [b"bin/script", *TOOL[:1], b"etc/passwd", *TOOL[1:], LOCALE]
 
 
 def test_twenty_starts_at_one_time_are_one() -> None:
@@ -265,7 +266,7 @@ def test_twenty_starts_at_one_time_are_one() -> None:
         await trio.sleep(5)
 
     follow(site, body, runtime=Runtime(cmd=["/bin/tool"]))
-    assert len(site.fetched) == 9
+    assert len(site.fetched) == 10
 
 
 def test_nothing_is_fetched_for_an_image_that_is_local() -> None:
