@@ -38,6 +38,7 @@ from nsfs.core.firstpass import (
     run_first_pass,
 )
 from nsfs.core.placing import Placer
+from nsfs.core.views import Views
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnreachableError
 from nsfs.format.gzip import inflate_deflate
 from nsfs.format.tar import TarParser
@@ -328,6 +329,26 @@ def test_contents_that_another_layer_brought_meanwhile(domain: Domain) -> None:
     check_layer(domain, layer, ITEMS, second)
     assert second.addresses == first.addresses
     assert domain.local() == before
+
+
+def test_a_layer_whose_contents_another_brought_meanwhile_is_local(domain: Domain) -> None:
+    """And is not where one of these is absent, or something else is."""
+    items = [*ITEMS[:5], file("more", sample_content(BLOCK, 3))]
+    first = domain.first_pass(gzip_layer(items))
+    layer = tar_layer([*items, file("own", b"own")])
+    second = domain.first_pass(layer, catalog=Blinded(domain.index))
+    table = layers.open_table(domain.files(layer).path)
+    anything: Any = None
+    views = Views(domain.index, lambda _: table, anything, anything, domain.pool, anything, anything, anything)
+    moved = [address for address in first.addresses if address]
+    own = next(address for address in second.addresses if address and address not in moved)
+    assert views.are_local([second.record.key])
+    for address in (moved[0], own):
+        data = domain.pool.read(address, BLOCK)
+        domain.pool.evict(address, BLOCK)
+        assert not views.are_local([second.record.key])
+        domain.pool.write(address, data)
+        assert views.are_local([second.record.key])
 
 
 # What is refused

@@ -46,6 +46,9 @@ _NOTEWORTHY: Final = 1.0
 _KEPT_VIEWS: Final = 4096
 _KEPT_RANGES: Final = 4096
 _FEW_RANGES: Final = 256
+_MOST_MOVED: Final = 1 << 20
+"""Bytes of a layer that may be absent where it first was read to, as another had brought them: what is looked at one by
+one."""
 
 
 class Catalog(Protocol):
@@ -235,8 +238,26 @@ class Views:
 
     def are_local(self, keys: Collection[LayerKey]) -> bool:
         """Whether all of these layers' contents are in the pool."""
-        ranges = join_blocks(each for key in set(keys) for each in self._ranges_of(key))
-        return self._pool.local_bytes(ranges) == sum(size for _, size in ranges)
+        return all(self._is_local(key) for key in set(keys))
+
+    def _is_local(self, key: LayerKey) -> bool:
+        ranges = self._ranges_of(key)
+        absent = sum(size for _, size in ranges) - self._pool.local_bytes(ranges)
+        if not 0 < absent <= _MOST_MOVED:
+            return not absent
+        table = self._open_table(key)
+        return all(self._is_elsewhere(table, *run) for each in ranges for run in self._pool.missing(*each))
+
+    def _is_elsewhere(self, table: LayerTable, address: int, size: int) -> bool:
+        """Whether what belongs there is somewhere else: contents that another layer brought at the same moment."""
+        rows = table.segments(address, size)
+        return bool(rows) and all(
+            any(
+                other != at and start == stream and not self._pool.missing(other, length)
+                for other, _, start in table.segments_in_stream(stream - 1, stream + 1)
+            )
+            for at, length, stream in rows
+        )
 
     def leading(self, key: LayerKey, size: int) -> range:
         """The part of a layer's stream that so many bytes at the beginning of its blob are."""
