@@ -204,12 +204,21 @@ def _keep_freed_memory() -> None:
     libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
+def _leave(value: object) -> None:
+    """Have it never be freed: the process ends soon, and would go through all of a layer's values before it says so.
+
+    That takes 23 ms for 126,776 entries, and 29 ms for their tree.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
 def _read_toc(args: TocArgs, fds: Sequence[int], _channel: Channel) -> LayerMade:
     layout = _layout(args.domain, fds)
     toc = Digest(args.toc_digest)
     key = LayerKey(Digest(args.blob), f"estargz-{toc.hex}", args.origin)
     with open(fds[2], "rb", closefd=False) as file:
         index, spans = estargz.parse_toc(file.read(), estargz.TocLocation(args.toc_offset, args.toc_size), toc)
+    _leave(index)
     with working(layout), open_index(layout.index, layout.key) as catalog:
         record = _plan_claimed(args, key, index)
         record = msgspec.structs.replace(record, verified="toc", has_spans=True)
@@ -221,6 +230,7 @@ def _read_artifact(args: ClaimArgs, fds: Sequence[int], _channel: Channel) -> La
     key = LayerKey(Digest(args.blob), args.index, args.origin)
     with open(fds[2], "rb", closefd=False) as file:
         index, twins = parse_index(file.read())
+    _leave(index)
     with working(layout), open_index(layout.index, layout.key) as catalog:
         record = _plan_claimed(args, key, index)
         promise = {"promised": Digest(args.promised), "spans_blob": args.spans_blob, "spans_size": args.spans_size}
@@ -395,6 +405,7 @@ def _draw_map(
         maps = Maps(partial(load_content, key=layout.key))
         images = [stack.enter_context(maps.opened(path)) for path in lowers or ()]
         planned = plan_tree(entries, addresses, None if lowers is None else LowerTree(images))
+    _leave(planned)
     if planned.needs_lower and lowers is None:
         return MapMade(needs_lower=True), None
     image = render_erofs(
