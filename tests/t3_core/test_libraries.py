@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import trio
 
 from kernel import DISK_BLOCKS
 from nsfs.core.libraries import Libraries, plan_programs
 from nsfs.core.tasks import open_tasks
-from nsfs.errors import UnreachableError
+from nsfs.errors import CorruptError, UnreachableError
 from nsfs.format.erofs import render_erofs
 from nsfs.format.erofs_image import ErofsImage
 from nsfs.model.digest import Digest
@@ -43,6 +44,7 @@ class Site:
     fetched: list[tuple[str, int, int]] = field(default_factory=list)
     is_local: bool = False
     is_down: bool = False
+    is_damaged: bool = False
     comes_ahead: bool = True
     looked: int = 0
     """How often somebody waited for bytes."""
@@ -66,6 +68,8 @@ class Site:
         return self.images[path]
 
     def are_local(self, _keys: Collection[Any]) -> bool:
+        if self.is_damaged:
+            raise CorruptError("the layer's tables are damaged")
         return self.is_local
 
     async def read(self, _view: str, address: int, size: int) -> bytes:
@@ -274,6 +278,22 @@ def test_nothing_is_fetched_for_an_image_that_is_local() -> None:
     site.is_local = True
     follow(site, idle(), runtime=Runtime(cmd=["/bin/tool"]))
     assert site.fetched == []
+
+
+def test_who_begins_a_start_hears_that_a_layer_is_damaged_and_others_start_all_the_same() -> None:
+    site = make_site()
+
+    async def body(libraries: Libraries) -> None:
+        site.is_damaged = True
+        with pytest.raises(CorruptError, match="damaged"):
+            libraries.follow(MAPS, "another", Runtime(cmd=["/bin/tool"]))
+        await trio.sleep(5)
+        site.is_damaged = False
+        libraries.follow(MAPS, "third", Runtime(cmd=["/bin/tool"]))
+        await trio.sleep(5)
+
+    follow(site, body)
+    assert set(TOOL) < set(site.names())
 
 
 def test_nobody_looks_at_programs_where_nothing_comes_ahead() -> None:

@@ -130,17 +130,20 @@ class Libraries:
         """By their maps and owners: what begins at the same time from the same maps reads the same."""
 
     def follow(self, maps: Sequence[MapRecord], owner: str, runtime: Runtime) -> None:
-        """Look after the programs of a start from these maps, top first, that is about to begin as its image says."""
+        """Look after the programs of a start from these maps, top first, that is about to begin as its image says.
+
+        Raises NsfsError where a layer's tables cannot be read.
+        """
         start = _Start(tuple(maps), owner, runtime)
         known = self._starts.get((start.ids, owner))
-        if known is None or start.begun - known.begun >= _AT_A_TIME:
+        is_new = known is None or start.begun - known.begun >= _AT_A_TIME
+        if is_new and not self._is_local(start):
             self._starts[start.ids, owner] = start
             self._nursery.start_soon(self._follow, start)
 
     async def _follow(self, start: _Start) -> None:
-        if not self._is_local(start):
-            self._nursery.start_soon(self._run, self._expect, start)
-            await trio.sleep(_FOLLOWED)
+        self._nursery.start_soon(self._run, self._expect, start)
+        await trio.sleep(_FOLLOWED)
         self._forget(start)
 
     def _forget(self, start: _Start) -> None:

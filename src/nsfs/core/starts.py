@@ -72,7 +72,7 @@ class Libraries(Protocol):
     """What is fetched of programs that nothing is known of."""
 
     def follow(self, maps: Sequence[MapRecord], owner: str, runtime: Runtime) -> None:
-        """A start from these maps, top first, is about to begin, of what `runtime` says."""
+        """A start from these maps, top first, is about to begin, of what `runtime` says; raises NsfsError."""
 
 
 class Begun(NamedTuple):
