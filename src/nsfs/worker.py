@@ -214,7 +214,7 @@ async def _open_contents(
     recordings = Recordings(index, files.table, profiles, nursery)
     lulls = Lulls(fetcher.idle_for, recordings.are_running)
     spanning = Spanning(index, files, blobs, jobs, nursery, claimed=claimed, lulls=lulls)
-    layers = Layers(index, files, blobs, jobs, nursery, written=written, claimed=claimed, spanning=spanning)
+    layers = Layers(index, files, blobs, jobs, nursery, written=written, claimed=claimed, spans=spanning)
     views = Views(index, files.table, blobs, spanning, pool, fetcher, recordings, startups)
     return _Contents(nursery, kept, blobs, startups, claimed, profiles, recordings, spanning, layers, views)
 

@@ -56,6 +56,18 @@ class Daemons:
             await peer.wait_closed()
 
 
+async def lend(lent: LentServer) -> socket.socket:
+    """Give it a fork server; that one's end."""
+    ((kind, take),) = lent.methods().values()
+
+    async def report(_progress: object) -> None:
+        raise AssertionError("there is nothing on the way")
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    await take(kind(fds=[ours.detach()]), report)
+    return theirs
+
+
 def test_where_the_daemon_goes_meanwhile_the_next_one_is_asked() -> None:
     async def body() -> None:
         uplink = Uplink()
@@ -112,16 +124,10 @@ def test_one_that_is_ready_is_not_asked_for_again() -> None:
     async def body() -> None:
         uplink = Uplink()
         async with trio.open_nursery() as nursery:
-            daemons, lent, ends = Daemons(uplink, nursery), LentServer(uplink, nursery), []
-            ((kind, take),) = lent.methods().values()
-
-            async def report(_progress: object) -> None:
-                raise AssertionError("there is nothing on the way")
+            daemons, lent, ends = Daemons(uplink, nursery), LentServer(uplink, nursery), list[socket.socket]()
 
             async def give() -> None:
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                ends.append(theirs)
-                await take(kind(fds=[ours.detach()]), report)
+                ends.append(await lend(lent))
 
             daemons.script = give
             scope = await daemons.start()
@@ -138,17 +144,10 @@ def test_one_that_died_is_followed_by_another() -> None:
     async def body() -> None:
         uplink = Uplink()
         async with trio.open_nursery() as nursery:
-            daemons, lent, ends = Daemons(uplink, nursery), LentServer(uplink, nursery), []
-            ((kind, take),) = lent.methods().values()
-
-            async def report(_progress: object) -> None:
-                raise AssertionError("there is nothing on the way")
+            daemons, lent = Daemons(uplink, nursery), LentServer(uplink, nursery)
 
             async def give() -> None:
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                ends.append(theirs)
-                await take(kind(fds=[ours.detach()]), report)
-                theirs.close()
+                (await lend(lent)).close()
 
             daemons.script = give
             scope = await daemons.start()

@@ -170,7 +170,7 @@ class Site:
         claimed = ClaimedLayers(self.files.path, self.blobs, jobs, self.startups)
         lulls = Lulls(lambda: inf, lambda: False)
         self.spanning = Spanning(*services, claimed=claimed, lulls=lulls)
-        self.layers = Layers(*services, written=self.written.extend, claimed=claimed, spanning=self.spanning)
+        self.layers = Layers(*services, written=self.written.extend, claimed=claimed, spans=self.spanning)
         self.image = Image("r:latest", "r", "latest", digest_of(b""), CONFIG, tuple(map(layer, range(len(DATA)))))
 
     def commit(self, blob: Digest, size: int) -> None:

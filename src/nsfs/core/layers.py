@@ -24,10 +24,10 @@ import msgspec
 import trio
 from msgspec import Struct
 
+from nsfs.core import spanning
 from nsfs.core.claimed import LayerMade, MapMade, memory_file
 from nsfs.core.flights import Flights
 from nsfs.core.images import Layer
-from nsfs.core.spanning import twice
 from nsfs.core.tasks import run_all
 from nsfs.core.toc_image import fetch_toc
 from nsfs.errors import CorruptError, NotFoundError, NsfsError, UnsupportedError
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from nsfs.core.claimed import ClaimedLayers
     from nsfs.core.images import Claim, Image, ListedLayer
     from nsfs.core.jobs import Jobs
-    from nsfs.core.ports import Spool
-    from nsfs.core.spanning import Spanning
     from nsfs.format.artifact import PromisedPack
     from nsfs.model.digest import Digest
 
@@ -59,11 +57,8 @@ PLAIN: Final = "plain"
 T = TypeVar("T")
 
 
-class Catalog(Protocol):
+class Catalog(spanning.Catalog, Protocol):
     """The domain's records of layers and maps, durable. Writing may block: jobs write there, too."""
-
-    def layer(self, key: LayerKey) -> LayerRecord | None:
-        """A layer whose index is complete."""
 
     def layers(self) -> list[LayerRecord]:
         """All of them."""
@@ -78,18 +73,11 @@ class Catalog(Protocol):
         """Replace a layer's record."""
 
 
-class Files(Protocol):
+class Files(spanning.Files, Protocol):
     """A layer's files."""
-
-    @property
-    def path(self) -> str:
-        """The domain's directory."""
 
     def map(self, key: LayerKey, map_id: str = "") -> str:
         """An EROFS image."""
-
-    def spool(self, key: LayerKey) -> Spool:
-        """Of the layer's blob."""
 
 
 class PlainArgs(Struct, kw_only=True):
@@ -168,7 +156,7 @@ class Layers:
         *,
         written: Callable[[Sequence[tuple[int, int]]], None],
         claimed: ClaimedLayers,
-        spanning: Spanning,
+        spans: spanning.Spanning,
     ) -> None:
         self._catalog = catalog
         self._files = files
@@ -178,7 +166,7 @@ class Layers:
         self._domain = files.path
         self._written = written
         self._claimed = claimed
-        self._spanning = spanning
+        self._spanning = spans
         self._indexing: Flights[LayerKey] = Flights(nursery)
         self._mapping: Flights[MapRecord] = Flights(nursery)
         self._claims: dict[LayerKey, DiffId | None] = {}
@@ -395,7 +383,7 @@ class Layers:
 
     async def _resumed(self, blob: OriginBlob, key: LayerKey, work: Callable[[], Awaitable[T]]) -> T:
         """Do work that goes on from the spool; once more from nothing where what was spooled before was damaged."""
-        return await (twice(blob, work) if self._files.spool(key).size() else work())
+        return await (spanning.twice(blob, work) if self._files.spool(key).size() else work())
 
     def _is_largest(self, layer: ListedLayer) -> bool:
         """No layer that is being read now is larger."""
